@@ -1,0 +1,45 @@
+# Every target sets up what it needs: Python 3.11 and make are enough.
+BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+STAMP := $(VENV)/.stamp
+DEMO := demo_out
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint test test-full bench demo clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: $(STAMP)  ## .venv with torch, verl and this project
+
+# torch first and alone: what verl asks for must not choose another build of it.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/pip || $(BASE_PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e '.[verl,peft,dev]'
+	touch $@
+
+lint: $(STAMP)  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: $(STAMP)  ## what CI runs
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: $(STAMP)  ## the long proofs too
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## table of benchmarks
+	$(BIN)/python tests/benchmarks/bench_export.py
+
+demo: $(STAMP)  ## train a tiny model with real GRPO on the CPU, list its versions, ask the best one
+	rm -rf $(DEMO)
+	PYTHON=$(BIN)/python examples/cpu_grpo/train.sh $(DEMO) trainer.total_training_steps=6 \
+	    +autoexport=default autoexport.trigger.every_n_steps=2 \
+	    'autoexport.trigger.best={metric:"val-core/*/acc/mean@1",mode:max}'
+	$(BIN)/python examples/cpu_grpo/demo.py $(DEMO)/checkpoints/exports
+
+clean:  ## remove everything made here
+	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,261 @@
+"""`verl-autoexport`: export by hand, and look at what a run has exported. Needs neither verl nor a Ray cluster."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from verl_autoexport import __version__
+from verl_autoexport.errors import AutoExportError, RegistryError
+from verl_autoexport.registry.store import Registry
+
+if TYPE_CHECKING:
+    from verl_autoexport.export.pipeline import ExportSpec, MergeRunner
+    from verl_autoexport.registry.store import Version
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 failed (one line on stderr), 2 wrong usage."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except AutoExportError as e:
+        print(f"verl-autoexport: {e}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("verl-autoexport: interrupted; nothing half-made is left", file=sys.stderr)
+    except BrokenPipeError:
+        sys.stderr.close()
+    except OSError as e:
+        print(f"verl-autoexport: {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
+    return 1
+
+
+def _export(args: argparse.Namespace) -> int:
+    from verl_autoexport.export import pipeline
+
+    spec = pipeline.checkpoint_spec(
+        args.checkpoint, dtype=args.dtype, max_shard_size=args.max_shard_size, base_model=args.base_model,
+        lora=args.lora, memory_budget=args.memory_budget, verify=not args.no_verify,
+    )  # fmt: skip
+    if args.output is not None:
+        pipeline.export_to_directory(spec, args.output, _runner(args), _Bar())
+        print(args.output)
+        return 0
+    registry = Registry.create(args.registry)
+    if not args.again and (there := _published(registry, spec)):
+        print(f"step {spec.step} is published already as {there.path}; --again exports it once more")
+        return 0
+    print(pipeline.export_to_registry(spec, registry, _runner(args), _Bar()).path)
+    return 0
+
+
+def _published(registry: Registry, spec: ExportSpec) -> Version | None:
+    return next((v for v in registry.versions() if v.step == spec.step and not v.superseded), None)
+
+
+def _runner(args: argparse.Namespace) -> MergeRunner:
+    if args.ray_address is None:
+        from verl_autoexport.export.pipeline import LocalRunner
+
+        return LocalRunner(args.workers)
+    import ray
+
+    from verl_autoexport.runtime.tasks import RayRunner
+
+    try:
+        ray.init(address=args.ray_address, log_to_driver=False)
+    except (ConnectionError, ValueError) as e:
+        raise AutoExportError(f"--ray-address {args.ray_address}: no Ray cluster answers there: {e}") from e
+    return RayRunner(args.workers, num_cpus=1, schedule_timeout_s=30)
+
+
+class _Bar:
+    """The stages on a terminal: a bar where bytes are counted, else a line. Silent when stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        from tqdm import tqdm
+
+        if self.bar is not None:
+            self.bar.close()
+        form = None if total else "{desc}"
+        self.bar = tqdm(
+            desc=name, total=total, unit="B", unit_scale=True, bar_format=form, leave=False, disable=None, delay=0
+        )
+
+    def advance(self, nbytes: int) -> None:
+        self.bar.update(nbytes)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from verl_autoexport.export.recheck import check_directory
+
+    checks = check_directory(args.directory, load=not args.no_load, trust_remote_code=args.trust_remote_code)
+    if args.json:
+        print(json.dumps(checks, indent=2))
+    else:
+        for name, check in checks.items():
+            print(f"{name:<10} {check['status']:<8} {check['detail']}")
+    return 1 if any(c["status"] == "failed" for c in checks.values()) else 0
+
+
+def _ls(args: argparse.Namespace) -> int:
+    registry = _existing(args.root)
+    pointers: dict[str, list[str]] = {}
+    for pointer, name in registry.pointers().items():
+        pointers.setdefault(name, []).append(pointer)
+    pending = [m.step for m in registry.milestones() if m.status == "pending"]
+    if args.json:
+        versions = [_summary(v, pointers) for v in registry.versions()]
+        print(json.dumps({"versions": versions, "pending": pending, "not_exported": registry.outcomes()}, indent=2))
+        return 0
+    rows = [_row(v, pointers) for v in registry.versions()]
+    _table(("VERSION", "STEP", "CREATED", "WHY", "VERIFIED", "POINTERS"), rows)
+    for step in pending:
+        print(f"step {step}: asked for, not finished")
+    for outcome in registry.outcomes():
+        print(f"step {outcome['step']} {outcome['event']}: {outcome.get('reason', '')}")
+    for path, problem in registry.invalid():
+        print(f"{path.name}: not a version: {problem}")
+    return 0
+
+
+def _summary(version: Version, pointers: dict[str, list[str]]) -> dict[str, Any]:
+    record = version.record
+    return {
+        "version": version.name,
+        "step": version.step,
+        "path": str(version.path),
+        "created_at": record.created_at,
+        "triggers": list(record.triggers),
+        "verification": record.verification,
+        "dtype": record.dtype,
+        "pointers": pointers.get(version.name, []),
+        "superseded": version.superseded,
+        "pinned": version.pinned,
+    }
+
+
+def _row(version: Version, pointers: dict[str, list[str]]) -> tuple[str, ...]:
+    record = version.record
+    why = ", ".join(t.get("name") or t.get("policy", "?") for t in record.triggers)
+    values = {t["metric"]: t["value"] for t in record.triggers if "metric" in t}
+    why += "".join(f"; {metric}={value:.4g}" for metric, value in values.items())
+    checks = [k for k, v in record.verification.items() if v.get("status") == "passed"]
+    marks = [*pointers.get(version.name, ()), *(["pinned"] if version.pinned else [])]
+    marks += ["superseded"] if version.superseded else []
+    return version.name, str(version.step), record.created_at[:19], why, "+".join(checks), " ".join(marks)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _show(args: argparse.Namespace) -> int:
+    version = _existing(args.root).find(args.version)
+    if args.json:
+        print(json.dumps(version.record.to_dict(), indent=2))
+        return 0
+    record = version.record
+    print(f"{version.path}" + (" (superseded)" if version.superseded else ""))
+    source = record.source
+    lines = {
+        "step": record.step,
+        "created": record.created_at,
+        "model": f"{', '.join(record.architectures)}, {record.num_parameters:,} parameters, {record.dtype}",
+        "source": f"{source.get('path')} ({source.get('backend')}, {source.get('world_size')} ranks)",
+        "base model": record.base_model,
+        "seconds": ", ".join(f"{k} {v:g}" for k, v in record.timings_s.items()),
+    }
+    for key, value in lines.items():
+        print(f"  {key:<11} {value}")
+    for trigger in record.triggers:
+        print(f"  {'why':<11} {trigger.get('policy')}: {trigger.get('reason')}")
+    for name, check in record.verification.items():
+        print(f"  {name:<11} {check.get('status')}: {check.get('detail')}")
+    for file in record.files:
+        print(f"  {'file':<11} {file['name']} ({file['bytes']:,} bytes)")
+    for note in record.notes:
+        print(f"  {'note':<11} {note}")
+    return 0
+
+
+def _request(args: argparse.Namespace) -> int:
+    path = _existing(args.root).request(args.note)
+    print(f"asked: {path}; the running job exports its next step that has weights (the next checkpoint)")
+    return 0
+
+
+def _pin(args: argparse.Namespace) -> int:
+    registry = _existing(args.root)
+    version = registry.find(args.version)
+    (registry.pin if args.command == "pin" else registry.unpin)(version)
+    print(f"{version.name}: {args.command}ned")
+    return 0
+
+
+def _existing(root: Path) -> Registry:
+    if not root.is_dir():
+        raise RegistryError(f"{root}: no such directory; expected a run's autoexport.output_dir.")
+    return Registry(root)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="verl-autoexport", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_export(commands)
+    verify = _add(commands, "verify", _verify, "check a published or exported directory: hashes, names, loading")
+    verify.add_argument("directory", type=Path, metavar="DIR")
+    verify.add_argument("--no-load", action="store_true", help="names and hashes only; do not load the model")
+    verify.add_argument("--trust-remote-code", action="store_true", help="let the directory's own code run")
+    ls = _add(commands, "ls", _ls, "the versions in an output directory, and what was not exported and why")
+    show = _add(commands, "show", _show, "one version: reasons, metrics, checks, files")
+    request = _add(commands, "request", _request, "ask the run that exports to ROOT for a milestone")
+    request.add_argument("--note", help="why, for the record")
+    pin = _add(commands, "pin", _pin, "mark a version as one to keep")
+    unpin = _add(commands, "unpin", _pin, "take that mark back")
+    for command in (ls, show, request, pin, unpin):
+        command.add_argument("root", type=Path, metavar="ROOT", help="the run's autoexport.output_dir")
+    for command in (show, pin, unpin):
+        command.add_argument("version", metavar="VERSION", help="v0001-step2, 1, step2, latest, best or best-NAME")
+    for command in (verify, ls, show):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_export(commands: Any) -> None:
+    export = _add(commands, "export", _export, "export one verl FSDP checkpoint")
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a global_step_N, or its actor/")
+    where = export.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", type=Path, metavar="DIR", help="a new directory; must not exist, or be empty")
+    where.add_argument("--registry", type=Path, metavar="ROOT", help="publish as the next version in ROOT")
+    export.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "source"))
+    export.add_argument("--max-shard-size", default="5GB", metavar="S", help="split larger models (default 5GB)")
+    export.add_argument("--base-model", metavar="DIR", help="recorded as the model that was trained")
+    export.add_argument("--lora", default="fused", choices=("fused",), help="LoRA checkpoints are refused for now")
+    export.add_argument(
+        "--workers", type=int, metavar="N", help="files merged at a time (default: by cores, at most 4)"
+    )
+    export.add_argument("--memory-budget", default="1GiB", metavar="B", help="bytes of buffers per worker")
+    export.add_argument("--no-verify", action="store_true", help="skip loading and generating; structure is checked")
+    export.add_argument("--again", action="store_true", help="export a step that ROOT has already")
+    export.add_argument("--ray-address", metavar="A", help="merge in the Ray cluster at A; no Ray without this")
+
+
+def _add(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+if __name__ == "__main__":
+    sys.exit(main())

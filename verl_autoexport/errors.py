@@ -1,0 +1,43 @@
+"""Every error this package raises on purpose.
+
+A message names the thing (path, step, rank, tensor, key), what was expected, what was
+found and what to do about it.
+
+    AutoExportError
+    ├── ConfigError      the `autoexport` node, or the run around it, cannot work
+    ├── SourceError      the shards are missing, damaged, changed or contradict each other
+    ├── PlanError        the shards are whole but make no complete model
+    ├── MergeError       bytes could not be read, cast or written
+    ├── VerifyError      the merged directory is not the model it should be
+    └── RegistryError    the output directory cannot take, or does not have, a version
+"""
+
+from __future__ import annotations
+
+
+class AutoExportError(Exception):
+    """Base of all errors of this package; catch it to catch them all."""
+
+
+class ConfigError(AutoExportError):
+    """A configuration key, or a combination with the run's own keys, that cannot work."""
+
+
+class SourceError(AutoExportError):
+    """Shards that are missing, truncated, rewritten meanwhile, or inconsistent over ranks."""
+
+
+class PlanError(AutoExportError):
+    """A set of tensors that is not the complete model its `config.json` names."""
+
+
+class MergeError(AutoExportError):
+    """A tensor that could not be read, cast or written."""
+
+
+class VerifyError(AutoExportError):
+    """A merged directory that failed verification; it is never published."""
+
+
+class RegistryError(AutoExportError):
+    """An output directory, or a version in it, that is not as it must be."""

@@ -1,0 +1,140 @@
+"""Plain data that travels between the rooms; standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+DROPPABLE_POLICIES = frozenset({"every_n_steps", "every_seconds", "on_save"})
+"""Policies whose milestones back pressure or `min_steps_between` may drop; no other ever is."""
+
+THESE_WEIGHTS = "these weights"
+EARLIER_WEIGHTS = "earlier weights"
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What is known of a step when verl logs it.
+
+    `time` is in unix seconds. `saved`: weights of this very step can be exported (the
+    checkpoint source has pinned them). `requested`: someone asked for a milestone.
+    `last`: training succeeded and this was its final step.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
+    time: float
+    saved: bool = True
+    requested: bool = False
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """One reason why a step became a milestone.
+
+    `name`, `metric`, `value`, `mode` are set by the metric policies (`best`, `threshold`):
+    `name` tells two policies of a kind apart, `mode` is `max`/`min` or `above`/`below`.
+    """
+
+    policy: str
+    reason: str
+    name: str | None = None
+    metric: str | None = None
+    value: float | None = None
+    mode: str | None = None
+
+    @property
+    def droppable(self) -> bool:
+        return self.policy in DROPPABLE_POLICIES
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Trigger:
+        return cls(**{f.name: data.get(f.name) for f in dataclasses.fields(cls)})
+
+
+@dataclass(frozen=True)
+class Milestone:
+    """A step that was, is being, or was to be exported: the memory of the policies.
+
+    `status`: `pending` (asked, not finished), `published`, `failed` or `dropped` (by back
+    pressure). `time` is the unix time of the decision.
+    """
+
+    step: int
+    time: float
+    triggers: tuple[Trigger, ...]
+    status: str = "pending"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Step `step` is a milestone, for all of `triggers` (never empty)."""
+
+    step: int
+    time: float
+    triggers: tuple[Trigger, ...]
+
+    @property
+    def droppable(self) -> bool:
+        return all(t.droppable for t in self.triggers)
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """What `export.json` holds; field by field the contract of a published version.
+
+    `timings_s` are seconds per stage, `files` lists name, bytes and sha256 of every file
+    but `export.json` itself, `verification` maps each check to its status and detail.
+    `version` is 0 for an export outside a registry.
+    """
+
+    version: int
+    step: int
+    created_at: str
+    run: Mapping[str, Any]
+    triggers: tuple[Mapping[str, Any], ...]
+    metrics: Mapping[str, float | None]
+    measured_on: str | None
+    source: Mapping[str, Any]
+    base_model: str | None
+    architectures: tuple[str, ...]
+    dtype: str
+    num_parameters: int
+    files: tuple[Mapping[str, Any], ...]
+    verification: Mapping[str, Mapping[str, Any]]
+    timings_s: Mapping[str, float]
+    versions: Mapping[str, str | None]
+    notes: tuple[str, ...] = ()
+    schema_version: int = field(default=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ExportRecord:
+        """Raises KeyError or TypeError where a required field is missing or of a wrong type."""
+        _check_types(data)
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {k: v for k, v in data.items() if k in known}
+        for key in ("triggers", "architectures", "files", "notes"):
+            values[key] = tuple(values.get(key, ()))
+        return cls(**values)
+
+
+_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "schema_version": int, "version": int, "step": int, "created_at": str, "run": Mapping, "triggers": (list, tuple),
+    "metrics": Mapping, "source": Mapping, "architectures": (list, tuple), "dtype": str, "num_parameters": int,
+    "files": (list, tuple), "verification": Mapping, "timings_s": Mapping, "versions": Mapping,
+}  # fmt: skip
+
+
+def _check_types(data: Mapping[str, Any]) -> None:
+    for key, kind in _FIELD_TYPES.items():
+        if not isinstance(data[key], kind) or (kind is int and isinstance(data[key], bool)):
+            raise TypeError(f"{key}: expected {kind}, found {type(data[key]).__name__}")

@@ -1,0 +1,79 @@
+"""Run in a fresh process: load a published directory as a user would, and generate a little.
+
+`python -m verl_autoexport.export.load_check DIR` prints one JSON line
+`{"load": {"status", "detail"}, "generate": {…}}` and exits 0 whatever it found; any other
+exit means that the process itself did not get that far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+NEW_TOKENS = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--no-generate", action="store_true")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--external-lib")
+    args = parser.parse_args()
+    if args.external_lib:
+        for module in args.external_lib.split(","):
+            importlib.import_module(module.strip())
+    result: dict[str, Any] = {}
+    try:
+        model = _load(args.directory, args.trust_remote_code)
+        result["load"] = {
+            "status": "passed",
+            "detail": f"{type(model).__name__}, no key missing, unexpected or renewed",
+        }
+    except Exception as e:  # noqa: BLE001 - a model's own code runs here; the finding is the output
+        result["load"] = {"status": "failed", "detail": f"{type(e).__name__}: {e}"}
+    else:
+        result["generate"] = _skip() if args.no_generate else _generate(model)
+    print(json.dumps(result))
+
+
+def _load(directory: Path, trust_remote_code: bool) -> Any:
+    from verl_autoexport.export.naming import load_config, model_class
+
+    cls = model_class(load_config(directory, trust_remote_code), directory, trust_remote_code)
+    model, info = cls.from_pretrained(
+        directory, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    problems = {k: sorted(map(str, v))[:8] for k, v in info.items() if v}
+    if problems:
+        raise ValueError(f"transformers loads it, but reports {problems}")
+    return model.eval()
+
+
+def _generate(model: Any) -> dict[str, str]:
+    import torch
+
+    try:
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(1, 9).remainder(vocabulary)[None]
+        with torch.inference_mode():
+            logits = model(input_ids=ids).logits
+            if not torch.isfinite(logits).all():
+                raise ValueError("the logits of a forward pass are not finite")
+            if not model.can_generate():
+                return {"status": "passed", "detail": f"{type(model).__name__} does not generate; forward pass finite"}
+            out = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    except Exception as e:  # noqa: BLE001 - see main
+        return {"status": "failed", "detail": f"{type(e).__name__}: {e}"}
+    return {"status": "passed", "detail": f"greedy tokens {out[0, ids.shape[1] :].tolist()}"}
+
+
+def _skip() -> dict[str, str]:
+    return {"status": "skipped", "detail": "not asked for"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""In-memory names → names on disk, by transformers' own rules on a skeleton without weights.
+
+`save_pretrained` writes what `revert_weight_conversion` makes of the state dict
+(transformers 5: packed experts are unpacked, prefixes renamed back). Here the same
+function runs on meta tensors, so that the names are known before a byte is read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from verl_autoexport.errors import PlanError
+from verl_autoexport.export.plan import Group, Output
+from verl_autoexport.sources.base import FLOATING, ShardManifest, TensorEntry
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's config from `directory/config.json`; raises PlanError naming the file."""
+    from transformers import AutoConfig
+
+    if not (directory / "config.json").is_file():
+        raise PlanError(f"{directory / 'config.json'}: not found; without it no model can be told from the shards.")
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as e:
+        detail = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise PlanError(f"{directory / 'config.json'}: transformers cannot read it: {detail}") from e
+    if not config.architectures:
+        raise PlanError(f"{directory / 'config.json'}: `architectures` is missing; expected the model class's name.")
+    return config
+
+
+def model_class(config: PretrainedConfig, directory: Path, trust_remote_code: bool = False) -> type[PreTrainedModel]:
+    """The class that `architectures` names, from transformers or, if trusted, from the directory's own code."""
+    import transformers
+
+    name = architecture(config)
+    auto_map = getattr(config, "auto_map", None) or {}
+    remote = next((ref for ref in auto_map.values() if isinstance(ref, str) and ref.rpartition(".")[2] == name), None)
+    if remote and trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(remote, str(directory))
+    if cls := getattr(transformers, name, None):
+        return cls
+    hint = " Its code is in the checkpoint: set trust_remote_code if you trust it." if remote else ""
+    raise PlanError(
+        f"{directory / 'config.json'}: architecture {name} is unknown to transformers {transformers.__version__}.{hint}"
+    )
+
+
+def architecture(config: PretrainedConfig) -> str:
+    """`architectures[0]` without the prefix that FSDP2 puts before a wrapped class's name."""
+    return str(config.architectures[0]).removeprefix("FSDP")
+
+
+def build_skeleton(
+    directory: Path, dtype: str, *, trust_remote_code: bool = False, external_lib: str | None = None
+) -> PreTrainedModel:
+    """The model on the meta device: names, shapes and conversion rules without memory for weights.
+
+    `dtype` is the export dtype (`source` leaves the config's own). Raises PlanError where
+    the model cannot be built.
+    """
+    if external_lib:
+        for module in external_lib.split(","):
+            importlib.import_module(module.strip())
+    config = load_config(directory, trust_remote_code)
+    cls = model_class(config, directory, trust_remote_code)
+    kwargs: dict[str, Any] = {"attn_implementation": "eager"}
+    if dtype != "source":
+        kwargs["dtype"] = getattr(torch, dtype)
+    try:
+        with torch.device("meta"):
+            return cls._from_config(config, **kwargs)
+    except Exception as e:
+        raise PlanError(
+            f"{directory / 'config.json'}: {cls.__name__} cannot be built from it: {type(e).__name__}: {e}"
+        ) from e
+
+
+def name_outputs(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str) -> list[Group]:
+    """Groups of output tensors in the order of the model; raises PlanError unless the model is whole.
+
+    Tied aliases are dropped (equality of values is the planner's to check: see
+    `tied_aliases`), `dtype` is applied to floating tensors only, and what transformers
+    keeps in float32 for that dtype stays float32.
+    """
+    kept = _check_complete(skeleton, manifest)
+    dropped = tied_aliases(skeleton, manifest).keys() | set(skeleton._keys_to_ignore_on_save or ())
+    sources = {fqn: manifest.tensors[fqn] for fqn in kept if fqn not in dropped}
+    return _revert(skeleton, sources, _DtypeRule(skeleton, dtype))
+
+
+def names_on_disk(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of what a saved model of this class holds, tied aliases and ignored keys left out."""
+    ignored = (getattr(skeleton, "all_tied_weights_keys", None) or {}).keys() | set(
+        skeleton._keys_to_ignore_on_save or ()
+    )
+    metas = {k: v for k, v in skeleton.state_dict().items() if k not in ignored}
+    return {k: tuple(v.shape) for k, v in reverse(skeleton, metas).items()}
+
+
+def tied_aliases(skeleton: PreTrainedModel, manifest: ShardManifest) -> dict[str, str]:
+    """{alias: name it is tied to} of the aliases that the shards hold too; only the latter is written."""
+    tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
+    return {a: b for a, b in tied.items() if a in manifest.tensors and b in manifest.tensors}
+
+
+def _check_complete(skeleton: PreTrainedModel, manifest: ShardManifest) -> list[str]:
+    name = type(skeleton).__name__
+    if lora := sorted(k for k in manifest.tensors if ".lora_" in k or ".base_layer." in k):
+        raise PlanError(
+            f"the shards hold LoRA weights ({lora[0]}, … {len(lora)} in all): exporting LoRA runs is not available in "
+            "this release. Nothing is written, since the base alone would be the wrong model."
+        )
+    expected = {k: tuple(v.shape) for k, v in skeleton.state_dict().items()}
+    tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
+    missing = [k for k in expected if k not in manifest.tensors and tied.get(k) not in manifest.tensors]
+    unexpected = [k for k in manifest.tensors if k not in expected]
+    wrong = [
+        f"{k}: {name} has {list(expected[k])}, the shards have {list(t.shape)}"
+        for k, t in manifest.tensors.items()
+        if k in expected and tuple(t.shape) != expected[k]
+    ]
+    if missing or unexpected or wrong:
+        raise PlanError(
+            f"the shards are not a complete {name}: missing {_brief(missing)}; unexpected {_brief(unexpected)}; "
+            f"wrong shape {_brief(wrong)}. Is config.json that of the trained model?"
+        )
+    return [k for k in expected if k in manifest.tensors]
+
+
+class _DtypeRule:
+    """Output dtype of a tensor by its in-memory name, as `from_pretrained(dtype=…)` would load it."""
+
+    def __init__(self, skeleton: PreTrainedModel, dtype: str) -> None:
+        self.dtype = dtype
+        self.fp32: re.Pattern[str] | None = None
+        if dtype != "source" and (plan := skeleton._get_dtype_plan(getattr(torch, dtype))):
+            from transformers.core_model_loading import build_glob_alternation
+
+            self.fp32 = build_glob_alternation(list(plan))[0]
+
+    def __call__(self, fqn: str, source: str) -> str:
+        if source not in FLOATING or self.dtype == "source":
+            return source
+        return "float32" if self.fp32 and self.fp32.search(fqn) else self.dtype
+
+
+def _revert(skeleton: PreTrainedModel, sources: Mapping[str, TensorEntry], rule: _DtypeRule) -> list[Group]:
+    metas = {
+        fqn: torch.empty(t.shape, dtype=getattr(torch, rule(fqn, t.dtype)), device="meta") for fqn, t in sources.items()
+    }
+    whole = reverse(skeleton, metas)
+    renamed = {id(tensor): name for name, tensor in whole.items()}
+    groups, made = [], {}
+    for fqn, meta in metas.items():
+        if id(meta) in renamed:
+            outputs = {renamed[id(meta)]: meta}
+        else:
+            outputs = reverse(skeleton, {fqn: meta})
+        made.update(outputs)
+        named = tuple(Output(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in outputs.items())
+        groups.append(Group(fqn, named, convert=id(meta) not in renamed))
+    _check_same(skeleton, whole, made)
+    return groups
+
+
+def reverse(skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' own way back from in-memory tensors to those on disk; raises PlanError if it cannot."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        return revert_weight_conversion(skeleton, dict(tensors))
+    except Exception as e:
+        raise PlanError(
+            f"{type(skeleton).__name__}: transformers cannot convert {_brief(tensors)} back to names on disk: {e}"
+        ) from e
+
+
+def _check_same(skeleton: PreTrainedModel, whole: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+    """Tensor by tensor must give what the whole state dict gives, else some belong together."""
+    differ = [k for k in whole.keys() | made.keys() if _shape(whole.get(k)) != _shape(made.get(k))]
+    if differ:
+        raise PlanError(
+            f"{type(skeleton).__name__}: {_brief(sorted(differ))} are made of several tensors together on the way "
+            "back to disk; this is not supported yet, and writing them one by one would give a wrong model."
+        )
+
+
+def _shape(tensor: Any) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def _brief(names: Iterable[str]) -> str:
+    names = list(names)
+    return "none" if not names else ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")

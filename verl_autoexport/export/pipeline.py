@@ -1,0 +1,358 @@
+"""The only place that orders the stages: gather, plan, merge, assets, verify, publish."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from importlib import metadata
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+from verl_autoexport.config import VerifyConfig, parse_size
+from verl_autoexport.errors import ConfigError, MergeError, PlanError, SourceError
+from verl_autoexport.events import ExportRecord, Trigger
+from verl_autoexport.export import assets, naming, verify
+from verl_autoexport.export.merge import MergeJob, WrittenFile, equal_values
+from verl_autoexport.export.plan import INDEX_NAME, MergePlan, make_plan
+from verl_autoexport.registry.store import Registry, Version
+from verl_autoexport.sources.base import ShardManifest
+from verl_autoexport.sources.fsdp_files import FsdpFiles, find_checkpoint
+
+RECORD_NAME = "export.json"
+_SPARE = 64 << 20  # bytes of disk left free beyond the estimate
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """One export: what to read, how to write it, and what to say of it.
+
+    `checkpoint` is the directory with the rank files (a pin, or verl's own), `origin` the
+    path to record. `memory_budget` and `max_shard_size` are bytes, `stall_s` seconds.
+    """
+
+    checkpoint: Path
+    step: int
+    dtype: str = "bfloat16"
+    max_shard_size: int = 5 * 10**9
+    memory_budget: int = 1 << 30
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    trust_remote_code: bool = False
+    external_lib: str | None = None
+    triggers: tuple[Trigger, ...] = ()
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    measured_on: str | None = None
+    run: Mapping[str, Any] = field(default_factory=dict)
+    base_model: str | None = None
+    origin: str | None = None
+    stall_s: float = 0.0
+    fingerprint: str | None = None
+
+
+class MergeRunner(Protocol):
+    """Runs merge jobs somewhere; `progress` gets bytes as they are written, where that is known."""
+
+    def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]: ...
+
+
+class LocalRunner:
+    """Merges in this process, or with `workers` > 1 in that many local processes."""
+
+    def __init__(self, workers: int | None = None) -> None:
+        self.workers = workers or min(4, os.cpu_count() or 1)
+
+    def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]:
+        if min(self.workers, len(jobs)) == 1:
+            return [job.run(progress) for job in jobs]
+        written = []
+        with ProcessPoolExecutor(min(self.workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+            for file in pool.map(MergeJob.run, jobs):
+                progress(file.nbytes)
+                written.append(file)
+        return written
+
+
+class Progress(Protocol):
+    """Told what happens; the command line shows it, a training run ignores it."""
+
+    def stage(self, name: str, total: int | None = None) -> None: ...
+
+    def advance(self, nbytes: int) -> None: ...
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        pass
+
+    def advance(self, nbytes: int) -> None:
+        pass
+
+
+def export_to_registry(
+    spec: ExportSpec, registry: Registry, runner: MergeRunner, progress: Progress | None = None
+) -> Version:
+    """Export into `registry` as its next version; raises AutoExportError and leaves nothing visible."""
+    staging = registry.stage(f"step{spec.step}")
+    try:
+        return registry.publish(staging, run_export(spec, staging.path, runner, progress))
+    except BaseException:
+        registry.discard(staging)
+        raise
+
+
+def export_to_directory(
+    spec: ExportSpec, output: Path, runner: MergeRunner, progress: Progress | None = None
+) -> ExportRecord:
+    """Export to a directory of its own, which appears whole or not at all.
+
+    Raises ConfigError when `output` exists and is not an empty directory.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            f"--output {output}: exists and is not empty; nothing is overwritten. Name another directory."
+        )
+    output = output.absolute()
+    staging = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+    except OSError as e:
+        raise ConfigError(f"--output {output}: cannot be written: {e.strerror}.") from e
+    try:
+        record = run_export(spec, staging, runner, progress)
+        (staging / RECORD_NAME).write_text(json.dumps(record.to_dict(), indent=2) + "\n")
+        if output.exists():
+            output.rmdir()
+        staging.rename(output)
+        return record
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def run_export(spec: ExportSpec, target: Path, runner: MergeRunner, progress: Progress | None = None) -> ExportRecord:
+    """Make a complete, verified model directory in `target` (empty, on the output's file system)."""
+    progress = progress or Silent()
+    timings = {"stall": spec.stall_s}
+    with _timed(timings, "gather"):
+        progress.stage("reading shards")
+        source = FsdpFiles(spec.checkpoint)
+        if spec.fingerprint and source.fingerprint != spec.fingerprint:
+            raise SourceError(
+                f"{spec.checkpoint}: the shards are no longer those of step {spec.step} as it was chosen: fingerprint "
+                f"{spec.fingerprint} expected, {source.fingerprint} found. The step was saved again meanwhile."
+            )
+        manifest = source.manifest()
+        model_dir = spec.checkpoint / "huggingface"
+        skeleton, plan = plan_model(spec, manifest, model_dir)
+        _check_space(target, plan)
+    with _timed(timings, "merge"):
+        progress.stage("merging", plan.nbytes)
+        written = runner.run(_jobs(spec, plan, manifest, target, model_dir), progress.advance)
+        if plan.index is not None:
+            (target / INDEX_NAME).write_text(json.dumps(plan.index, indent=2) + "\n")
+        assets.write_config(skeleton, spec.dtype, target)
+        notes = assets.copy_assets(model_dir, target)
+    with _timed(timings, "verify"):
+        progress.stage("verifying")
+        checks = _verify(spec, target, plan)
+        source.check_unchanged()
+    architectures = (naming.architecture(skeleton.config),)
+    return _record(spec, target, manifest, plan, written, checks, timings, architectures, notes)
+
+
+def plan_model(spec: ExportSpec, manifest: ShardManifest, model_dir: Path) -> tuple[Any, MergePlan]:
+    """The skeleton and the plan of what will be written; raises PlanError unless the shards are the whole model."""
+    skeleton = naming.build_skeleton(
+        model_dir, spec.dtype, trust_remote_code=spec.trust_remote_code, external_lib=spec.external_lib
+    )
+    groups = naming.name_outputs(skeleton, manifest, spec.dtype)
+    for alias, name in naming.tied_aliases(skeleton, manifest).items():
+        if not equal_values(manifest, alias, name):
+            raise PlanError(
+                f"{alias} and {name} are tied according to config.json, but their values differ: writing one of them "
+                "would lose the other. Set tie_word_embeddings=false in the model's config if it was trained untied."
+            )
+    return skeleton, make_plan(manifest, groups, spec.max_shard_size)
+
+
+def _jobs(spec: ExportSpec, plan: MergePlan, manifest: ShardManifest, target: Path, model_dir: Path) -> list[MergeJob]:
+    jobs = []
+    for file in plan.files:
+        needed = {g.fqn: manifest.tensors[g.fqn] for g in file.groups}
+        jobs.append(
+            MergeJob(
+                planned=file,
+                manifest=replace(manifest, tensors=needed),
+                path=target / file.name,
+                memory_budget=spec.memory_budget,
+                model_dir=model_dir,
+                dtype=spec.dtype,
+                trust_remote_code=spec.trust_remote_code,
+                external_lib=spec.external_lib,
+            )
+        )
+    return jobs
+
+
+def _check_space(target: Path, plan: MergePlan) -> None:
+    free = shutil.disk_usage(target).free
+    if plan.nbytes + _SPARE > free:
+        raise MergeError(
+            f"{target.parent}: not enough space: about {plan.nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are "
+            "free. Nothing was written; free some space or choose another output directory."
+        )
+
+
+def _verify(spec: ExportSpec, target: Path, plan: MergePlan) -> dict[str, Any]:
+    checks: dict[str, Any] = {
+        "structure": verify.check_structure(target, plan),
+        "contract": {
+            "status": "skipped",
+            "detail": "comparison with the base model's files is not available in this release",
+        },
+    }
+    options = spec.verify
+    return checks | verify.check_loading(
+        target,
+        plan.nbytes,
+        load=options.load,
+        generate=options.generate,
+        max_memory=options.max_memory,
+        timeout_s=options.timeout_s,
+        trust_remote_code=spec.trust_remote_code,
+        external_lib=spec.external_lib,
+    )
+
+
+def _record(
+    spec: ExportSpec,
+    target: Path,
+    manifest: ShardManifest,
+    plan: MergePlan,
+    written: Sequence[WrittenFile],
+    checks: Mapping[str, Any],
+    timings: Mapping[str, float],
+    architectures: tuple[str, ...],
+    notes: Sequence[str],
+) -> ExportRecord:
+    return ExportRecord(
+        version=0,
+        step=spec.step,
+        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        run=dict(spec.run),
+        triggers=tuple(t.to_dict() for t in spec.triggers),
+        metrics=dict(spec.metrics),
+        measured_on=spec.measured_on,
+        source={
+            "kind": "checkpoint",
+            "path": spec.origin or str(spec.checkpoint),
+            "world_size": manifest.world_size,
+            "backend": manifest.backend,
+            "fingerprint": manifest.fingerprint,
+        },
+        base_model=spec.base_model,
+        architectures=architectures,
+        dtype=spec.dtype,
+        num_parameters=plan.num_parameters,
+        files=tuple(_file_entries(target, {w.name: w for w in written})),
+        verification=dict(checks),
+        timings_s={k: round(v, 4) for k, v in timings.items()},
+        versions={name: _installed(name) for name in ("verl_autoexport", "verl", "torch", "transformers")},
+        notes=tuple(notes),
+    )
+
+
+def _file_entries(target: Path, written: Mapping[str, WrittenFile]) -> Iterator[dict[str, Any]]:
+    for path in sorted(p for p in target.rglob("*") if p.is_file()):
+        name = path.relative_to(target).as_posix()
+        if file := written.get(name):
+            yield {"name": name, "bytes": file.nbytes, "sha256": file.sha256}
+        else:
+            yield {"name": name, "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    timings[name] = time.monotonic() - start
+
+
+def export_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    dtype: str = "bfloat16",
+    max_shard_size: str = "5GB",
+    base_model: str | None = None,
+    lora: str = "fused",
+    workers: int | None = None,
+    memory_budget: str = "1GiB",
+    verify: bool = True,
+) -> ExportRecord:
+    """Export one verl checkpoint (`global_step_N` or its `actor/`) to the new directory `output`.
+
+    Blocks until it is there, verified, and returns what its `export.json` holds. Needs no
+    verl and starts no Ray. Raises AutoExportError; then `output` does not exist.
+    """
+    spec = checkpoint_spec(
+        Path(checkpoint), dtype=dtype, max_shard_size=max_shard_size, base_model=base_model, lora=lora,
+        memory_budget=memory_budget, verify=verify,
+    )  # fmt: skip
+    return export_to_directory(spec, Path(output), LocalRunner(workers))
+
+
+def checkpoint_spec(
+    checkpoint: Path,
+    *,
+    dtype: str = "bfloat16",
+    max_shard_size: str = "5GB",
+    base_model: str | None = None,
+    lora: str = "fused",
+    memory_budget: str = "1GiB",
+    verify: bool = True,
+) -> ExportSpec:
+    """The spec of an export by hand; the step is read from the path. Raises ConfigError or SourceError."""
+    if dtype not in ("bfloat16", "float16", "float32", "source"):
+        raise ConfigError(f"dtype {dtype!r}: expected bfloat16, float16, float32 or source.")
+    if lora != "fused":
+        raise ConfigError(f"lora {lora!r}: not available in this release, which refuses LoRA checkpoints.")
+    directory = find_checkpoint(checkpoint)
+    return ExportSpec(
+        checkpoint=directory,
+        step=step_of(directory),
+        dtype=dtype,
+        max_shard_size=parse_size(max_shard_size, "max_shard_size"),
+        memory_budget=parse_size(memory_budget, "memory_budget"),
+        verify=VerifyConfig() if verify else VerifyConfig(load=False, generate=False),
+        base_model=base_model,
+        origin=str(directory.absolute()),
+        triggers=(Trigger("command", "exported by hand"),),
+    )
+
+
+def step_of(directory: Path) -> int:
+    """N of the nearest `global_step_N` in the path; 0 where there is none."""
+    for part in reversed(directory.absolute().parts):
+        prefix, _, number = part.rpartition("_")
+        if prefix == "global_step" and number.isdigit():
+            return int(number)
+    return 0

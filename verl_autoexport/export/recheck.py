@@ -1,0 +1,97 @@
+"""Check a directory again, with nothing but what is in it: for `verl-autoexport verify`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from verl_autoexport.errors import AutoExportError, VerifyError
+from verl_autoexport.events import ExportRecord
+from verl_autoexport.export import naming, verify
+from verl_autoexport.export.plan import INDEX_NAME, SAFETENSORS_DTYPE
+from verl_autoexport.registry.store import read_record
+
+
+def check_directory(directory: Path, *, load: bool = True, trust_remote_code: bool = False) -> dict[str, verify.Check]:
+    """Hashes against `export.json`, tensors against the architecture, then load and generate.
+
+    A check that fails is reported, not raised; later ones still run where they can.
+    """
+    if not directory.is_dir():
+        raise VerifyError(f"{directory}: no such directory.")
+    record = read_record(directory / "export.json") if (directory / "export.json").exists() else None
+    files = sorted(directory.glob("*.safetensors"))
+    checks = {
+        "hashes": _run(lambda: _hashes(directory, record)),
+        "structure": _run(lambda: _structure(directory, files, record, trust_remote_code)),
+    }
+    try:
+        nbytes = sum(f.stat().st_size for f in files)
+        checks |= verify.check_loading(
+            directory, nbytes, load="auto" if load else False, trust_remote_code=trust_remote_code
+        )
+    except VerifyError as e:
+        checks["load"] = {"status": "failed", "detail": str(e)}
+    return checks
+
+
+def _run(check: Callable[[], verify.Check]) -> verify.Check:
+    try:
+        return check()
+    except AutoExportError as e:
+        return {"status": "failed", "detail": str(e)}
+
+
+def _hashes(directory: Path, record: ExportRecord | None) -> verify.Check:
+    if record is None:
+        return {"status": "skipped", "detail": "no export.json here"}
+    for entry in record.files:
+        path = directory / entry["name"]
+        if not path.resolve().is_relative_to(directory.resolve()) or not path.is_file():
+            raise VerifyError(f"{path}: listed in export.json, not there.")
+        with path.open("rb") as f:
+            digest = hashlib.sha256()
+            while block := f.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != entry["sha256"]:
+            raise VerifyError(f"{path}: sha256 {entry['sha256']} expected, {digest.hexdigest()} found: it was changed.")
+    return {"status": "passed", "detail": f"{len(record.files)} files as export.json lists them"}
+
+
+def _structure(
+    directory: Path, files: list[Path], record: ExportRecord | None, trust_remote_code: bool
+) -> verify.Check:
+    if not files:
+        raise VerifyError(f"{directory}: no *.safetensors file.")
+    found: dict[str, Any] = {}
+    for file in files:
+        header = verify.read_header(file)
+        header.pop("__metadata__", None)
+        if twice := found.keys() & header.keys():
+            raise VerifyError(f"{file}: {sorted(twice)[0]} is in another file too.")
+        found |= {name: (entry["dtype"], tuple(entry["shape"]), file.name) for name, entry in header.items()}
+    if len(files) > 1:
+        _check_index(directory, found)
+    skeleton = naming.build_skeleton(
+        directory, record.dtype if record else "source", trust_remote_code=trust_remote_code
+    )
+    expected = naming.names_on_disk(skeleton)
+    wrong = sorted(k for k in found.keys() | expected.keys() if found.get(k, (0, 0))[1] != expected.get(k))
+    if wrong:
+        raise VerifyError(
+            f"{directory}: not the tensors of {type(skeleton).__name__}: "
+            + "; ".join(
+                f"{k}: expected {expected.get(k, 'nothing')}, found {found.get(k, 'nothing')}" for k in wrong[:8]
+            )
+        )
+    if bad := [k for k, v in found.items() if v[0] not in SAFETENSORS_DTYPE.values()]:
+        raise VerifyError(f"{directory}: {bad[0]} has the unknown dtype {found[bad[0]][0]}.")
+    return {"status": "passed", "detail": f"{len(found)} tensors of {type(skeleton).__name__}"}
+
+
+def _check_index(directory: Path, found: dict[str, Any]) -> None:
+    index = verify.read_json(directory / INDEX_NAME)
+    if not isinstance(index, dict) or index.get("weight_map") != {k: v[2] for k, v in found.items()}:
+        raise VerifyError(f"{directory / INDEX_NAME}: weight_map differs from what the files hold.")

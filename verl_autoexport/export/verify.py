@@ -1,0 +1,129 @@
+"""Is the merged directory the model it should be? Structure always; load and generation where they fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from verl_autoexport.errors import VerifyError
+from verl_autoexport.export.plan import INDEX_NAME, MergePlan
+
+Check = dict[str, str]
+_OVERHEAD = 1 << 30  # bytes: imports of torch and transformers, activations of a few tokens
+_MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
+
+
+def check_structure(directory: Path, plan: MergePlan) -> Check:
+    """Every planned file is there with the planned header and length, and nothing else claims to be weights.
+
+    Values were checked to be finite while they were merged. Raises VerifyError naming the file.
+    """
+    for file in plan.files:
+        path = directory / file.name
+        found = read_header(path)
+        expected = json.loads(file.header[8:])
+        if found != expected:
+            differ = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+            raise VerifyError(f"{path}: header differs from the plan at {', '.join(differ[:8])}.")
+        if path.stat().st_size != file.nbytes:
+            raise VerifyError(f"{path}: expected {file.nbytes} bytes, found {path.stat().st_size}.")
+    if plan.index is not None and read_json(directory / INDEX_NAME) != plan.index:
+        raise VerifyError(f"{directory / INDEX_NAME}: differs from the plan.")
+    if stray := {p.name for p in directory.glob("*.safetensors")} - {f.name for f in plan.files}:
+        raise VerifyError(f"{directory}: unexpected weight files {sorted(stray)}.")
+    return {"status": "passed", "detail": f"{len(plan.tensors)} tensors: names, shapes, dtypes, all values finite"}
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file; raises VerifyError naming the file."""
+    try:
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if length > min(_MAX_HEADER, path.stat().st_size):
+                raise VerifyError(f"{path}: header of {length} bytes does not fit; not a whole safetensors file.")
+            header = json.loads(f.read(length))
+    except (OSError, ValueError, RecursionError) as e:
+        raise VerifyError(f"{path}: not a readable safetensors file: {e}") from e
+    if not isinstance(header, dict):
+        raise VerifyError(f"{path}: the header is not a JSON object.")
+    return header
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file; raises VerifyError naming it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise VerifyError(f"{path}: not readable as JSON: {e}") from e
+
+
+def check_loading(
+    directory: Path,
+    nbytes: int,
+    *,
+    load: bool | str = "auto",
+    generate: bool | str = "auto",
+    max_memory: int = 16 << 30,
+    timeout_s: float = 600,
+    trust_remote_code: bool = False,
+    external_lib: str | None = None,
+) -> dict[str, Check]:
+    """Load `directory` in a fresh process on the CPU and generate a few tokens.
+
+    `nbytes` are those of the weights. With `auto` a check is skipped, with the reason, when
+    it would need more than `max_memory` or than is free now; past `timeout_s` seconds it is
+    skipped too. Raises VerifyError when a check that ran has failed.
+    """
+    if load is False:
+        return {k: _skipped(f"verify.{k}=false") for k in ("load", "generate")}
+    need = nbytes + nbytes // 10 + _OVERHEAD
+    free = psutil.virtual_memory().available
+    if load == "auto" and need > min(max_memory, free):
+        limit = f"verify.max_memory is {_gib(max_memory)}" if need > max_memory else f"{_gib(free)} are free"
+        reason = f"needs about {_gib(need)}, {limit}"
+        return {k: _skipped(reason) for k in ("load", "generate")}
+    command = [sys.executable, "-m", "verl_autoexport.export.load_check", str(directory.resolve())]
+    command += ["--no-generate"] if generate is False else []
+    command += ["--trust-remote-code"] if trust_remote_code else []
+    command += ["--external-lib", external_lib] if external_lib else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=_environment())
+    except subprocess.TimeoutExpired:
+        return {k: _skipped(f"not finished within verify.timeout_s={timeout_s:g}") for k in ("load", "generate")}
+    result = _parse(directory, done, required=load is True)
+    for name, check in result.items():
+        if check["status"] == "failed":
+            raise VerifyError(f"{directory}: {name} failed: {check['detail']}")
+    return result
+
+
+def _parse(directory: Path, done: subprocess.CompletedProcess[str], required: bool) -> dict[str, Check]:
+    if done.returncode == 0:
+        result = json.loads(done.stdout.strip().splitlines()[-1])
+        return {"load": result["load"], "generate": result.get("generate", _skipped("load failed"))}
+    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    if done.returncode == -9 and not required:  # killed from outside, most often for memory: says nothing of the model
+        return {k: _skipped("the process was killed (SIGKILL), probably for memory") for k in ("load", "generate")}
+    raise VerifyError(f"{directory}: the load check exited with {done.returncode}: {last}")
+
+
+def _environment() -> dict[str, str]:
+    """CPU only, offline, few threads: training's GPUs and cores are not ours."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "VERL_"))}
+    paths = [p for p in sys.path if p]
+    fixed = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**env, **fixed, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _skipped(reason: str) -> Check:
+    return {"status": "skipped", "detail": reason}
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / (1 << 30):.1f} GiB"

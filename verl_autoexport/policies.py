@@ -1,0 +1,274 @@
+"""Which steps become milestones. Pure: no clock, no state but the history of milestones.
+
+A history is what the registry and the journal say, cut at the step where the run resumed, so
+a policy decides the same after a restart as without one. A milestone that failed counts as
+never fired: its interval is due again and its value is no longer the best.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+from functools import lru_cache
+from typing import Any, Protocol
+
+from verl_autoexport.config import ThresholdConfig, TriggerConfig
+from verl_autoexport.errors import ConfigError
+from verl_autoexport.events import EARLIER_WEIGHTS, THESE_WEIGHTS, Decision, Milestone, StepEvent, Trigger
+
+_STANDING = ("pending", "published")
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """Where this process's fit began: the resumed step or 0, and the unix time."""
+
+    step: int
+    time: float
+
+
+class Policy(Protocol):
+    """One reason to export."""
+
+    def decide(self, event: StepEvent, history: Sequence[Milestone], start: RunStart) -> Trigger | None:
+        """The trigger, if this policy wants `event.step`."""
+
+
+@dataclass(frozen=True)
+class EveryNSteps:
+    """The first possible step in each interval of `n` since the last one; a crossed one is not lost."""
+
+    n: int
+
+    def decide(self, event: StepEvent, history: Sequence[Milestone], start: RunStart) -> Trigger | None:
+        last = max((m.step for m, _ in _fired(history, "every_n_steps")), default=0)
+        due = event.step // self.n * self.n
+        if due <= last:
+            return None
+        reason = f"step {due}: every {self.n} steps"
+        if due != event.step:
+            reason = f"step {event.step} is the first checkpoint after step {due} (every {self.n} steps)"
+        return Trigger("every_n_steps", reason)
+
+
+@dataclass(frozen=True)
+class AtSteps:
+    """The steps listed."""
+
+    steps: tuple[int, ...]
+
+    def decide(self, event: StepEvent, history: Sequence[Milestone], start: RunStart) -> Trigger | None:
+        return Trigger("at_steps", f"step {event.step} is listed") if event.step in self.steps else None
+
+
+@dataclass(frozen=True)
+class EverySeconds:
+    """The first possible step `seconds` after the last one, or after the start."""
+
+    seconds: float
+
+    def decide(self, event: StepEvent, history: Sequence[Milestone], start: RunStart) -> Trigger | None:
+        fired = [m.time for m, _ in _fired(history, "every_seconds")]
+        passed = event.time - max(fired, default=start.time)
+        if passed < self.seconds:
+            return None
+        since = "the last one" if fired else "the start"
+        return Trigger("every_seconds", f"{passed:.0f} s since {since} (every {self.seconds:g} s)")
+
+
+@dataclass(frozen=True)
+class OnSave:
+    """Every checkpoint."""
+
+    def decide(self, event: StepEvent, history: Sequence[Milestone], start: RunStart) -> Trigger | None:
+        return Trigger("on_save", f"checkpoint of step {event.step}") if event.saved else None
+
+
+@dataclass(frozen=True)
+class OnTrainEnd:
+    """The final step of a training that succeeded."""
+
+    def decide(self, event: StepEvent, history: Sequence[Milestone], start: RunStart) -> Trigger | None:
+        return Trigger("on_train_end", f"training ended at step {event.step}") if event.last else None
+
+
+@dataclass(frozen=True)
+class OnRequest:
+    """A step for which someone asked."""
+
+    def decide(self, event: StepEvent, history: Sequence[Milestone], start: RunStart) -> Trigger | None:
+        return Trigger("on_request", f"requested at step {event.step}") if event.requested else None
+
+
+@dataclass(frozen=True)
+class Best:
+    """A value better than every one before by more than `min_delta`; of equals the earliest stays."""
+
+    name: str
+    metric: str
+    mode: str = "max"
+    min_delta: float = 0.0
+
+    def decide(self, event: StepEvent, history: Sequence[Milestone], start: RunStart) -> Trigger | None:
+        metric, value = _measure(self.metric, event.metrics)
+        if metric is None or value is None:
+            return None
+        sign = 1 if self.mode == "max" else -1
+        reason = f"{metric} = {value:.6g} is the first value"
+        if best := self._standing(metric, history, sign):
+            before, step = best
+            if not sign * (value - before) > self.min_delta:
+                return None
+            margin = f" by more than {self.min_delta:g}" if self.min_delta else ""
+            reason = f"{metric} = {value:.6g} is better than {before:.6g} of step {step}{margin}"
+        return Trigger("best", reason, self.name, metric, value, self.mode)
+
+    def _standing(self, metric: str, history: Sequence[Milestone], sign: int) -> tuple[float, int] | None:
+        """The best value so far and its step; a milestone that did not or will not appear does not count."""
+        values = [
+            (t.value, m.step)
+            for m, t in _fired(history, "best", self.name)
+            if m.status in _STANDING and t.value is not None and (t.metric, t.mode) == (metric, self.mode)
+        ]
+        return max(values, key=lambda v: (sign * v[0], -v[1]), default=None)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A value above (or below) `limit`, strictly; only the first time if `once`."""
+
+    name: str
+    metric: str
+    limit: float
+    mode: str = "above"
+    once: bool = True
+
+    def decide(self, event: StepEvent, history: Sequence[Milestone], start: RunStart) -> Trigger | None:
+        metric, value = _measure(self.metric, event.metrics)
+        if metric is None or value is None:
+            return None
+        met = value > self.limit if self.mode == "above" else value < self.limit
+        if not met or (self.once and any(_fired(history, "threshold", self.name))):
+            return None
+        reason = f"{metric} = {value:.6g} is {self.mode} {self.limit:g}"
+        return Trigger("threshold", reason, self.name, metric, value, self.mode)
+
+
+def build_policies(config: TriggerConfig) -> list[Policy]:
+    """The policies that the configuration turns on."""
+    policies: list[Policy] = []
+    if config.every_n_steps is not None:
+        policies.append(EveryNSteps(config.every_n_steps))
+    if config.at_steps:
+        policies.append(AtSteps(config.at_steps))
+    if config.every_seconds is not None:
+        policies.append(EverySeconds(config.every_seconds))
+    flags = ((config.on_save, OnSave), (config.on_train_end, OnTrainEnd), (config.on_request, OnRequest))
+    policies += [policy() for on, policy in flags if on]
+    policies += [Best(b.name, b.metric, b.mode, b.min_delta) for b in config.best]
+    policies += [_threshold(t) for t in config.threshold]
+    return policies
+
+
+def _threshold(t: ThresholdConfig) -> Threshold:
+    mode, limit = ("above", t.above) if t.above is not None else ("below", t.below)
+    return Threshold(t.name, t.metric, limit, mode, t.once)
+
+
+def decide(
+    policies: Iterable[Policy],
+    event: StepEvent,
+    history: Sequence[Milestone],
+    start: RunStart,
+    min_steps_between: int = 0,
+) -> Decision | None:
+    """One decision for the step with all its triggers, or None.
+
+    Never for step 0, whose weights are untrained, nor twice for a step. `min_steps_between`
+    holds back droppable triggers only; held back they leave no trace and are due again.
+    """
+    if event.step < 1 or not event.saved:
+        return None
+    standing = [m.step for m in history if m.status in _STANDING]
+    if event.step in standing:
+        return None
+    triggers = tuple(t for p in policies if (t := p.decide(event, history, start)))
+    if not triggers:
+        return None
+    decision = Decision(event.step, event.time, triggers)
+    if decision.droppable and standing and event.step - max(standing) < min_steps_between:
+        return None
+    return decision
+
+
+def resolve_metric(pattern: str, metrics: Iterable[str]) -> str | None:
+    """The one name that is or matches `pattern`; None if there is none, ConfigError if several."""
+    names = metrics if isinstance(metrics, Mapping) else set(metrics)
+    if pattern in names:
+        return pattern
+    matches = sorted(filter(_glob(pattern).match, names))
+    if len(matches) > 1:
+        raise ConfigError(f"metric {pattern!r} matches several: {_list(matches)}. Name one of them.")
+    return matches[0] if matches else None
+
+
+@lru_cache
+def _glob(pattern: str) -> re.Pattern[str]:
+    return re.compile(translate(pattern))  # once: this runs at every step of the run
+
+
+def check_metrics(config: TriggerConfig, names: Iterable[str]) -> None:
+    """Raise ConfigError if a metric of `best` or `threshold` is none, or several, of the logged `names`."""
+    names = set(names)
+    for key, metric in config.metrics:
+        try:
+            found = resolve_metric(metric, names)
+        except ConfigError as e:
+            raise ConfigError(f"{key}: {e}") from None
+        if found is None:
+            near = _near(metric, names)
+            known = f"Near names: {_list(near)}." if near else f"Logged are: {_list(sorted(names)) or 'none'}."
+            raise ConfigError(f"{key}: no logged metric is or matches {metric!r}. {known}")
+
+
+def measured_on(triggers: Iterable[Trigger]) -> str | None:
+    """Which weights the metrics of `triggers` measured; earlier ones if any did, None without a metric."""
+    metrics = [t.metric for t in triggers if t.metric is not None]
+    if not metrics:
+        return None
+    return THESE_WEIGHTS if all(m.startswith("val-") for m in metrics) else EARLIER_WEIGHTS
+
+
+def _fired(history: Iterable[Milestone], policy: str, name: str | None = None) -> Iterator[tuple[Milestone, Trigger]]:
+    """The milestones, failed ones aside, that this policy asked for."""
+    for m in history:
+        if m.status != "failed":
+            yield from ((m, t) for t in m.triggers if t.policy == policy and name in (None, t.name))
+
+
+def _measure(pattern: str, metrics: Mapping[str, Any]) -> tuple[str | None, float | None]:
+    """Name and value of a metric; no value if it is not a finite number, which is no measurement."""
+    name = resolve_metric(pattern, metrics)
+    try:
+        value = float(metrics[name]) if name is not None else math.nan
+    except (TypeError, ValueError):
+        value = math.nan
+    return name, value if math.isfinite(value) else None
+
+
+def _near(pattern: str, names: Iterable[str]) -> list[str]:
+    """Names that look like `pattern`, best first, then those that share its longest literal part."""
+    names = sorted(names)
+    close = difflib.get_close_matches(pattern, names, n=_LISTED, cutoff=0.6)
+    part = max(re.split(r"[*?/\[\]]", pattern), key=len)
+    return [*close, *(n for n in names if part and part in n and n not in close)]
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

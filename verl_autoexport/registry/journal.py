@@ -1,0 +1,121 @@
+"""The journal of an output directory: what was asked, and what became of it.
+
+One JSON object a line, closed by a checksum over the bytes before it, so that a line cut short by
+a crash, or damaged later, is skipped and named instead of believed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from verl_autoexport.errors import RegistryError
+from verl_autoexport.events import Milestone, Trigger
+from verl_autoexport.registry.files import fsync_dir, to_json
+
+NAME = ".journal.jsonl"
+OUTCOMES = ("published", "failed", "dropped")
+_LINE = re.compile(rb'(\{.*),"crc32":"([0-9a-f]{8})"\}')
+
+
+def append(path: Path, event: str, fields: dict[str, Any]) -> None:
+    """Adds one durable line; the caller holds the registry's lock."""
+    if clash := {"event", "crc32"} & fields.keys():
+        raise RegistryError(f"{path}: a journal entry cannot have fields of its own called {sorted(clash)}")
+    body = to_json({"event": event, "time": time.time(), **fields}, path, separators=(",", ":"))[:-1]
+    line = body + b',"crc32":"%08x"}\n' % zlib.crc32(body)
+    fresh = not path.exists()
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        size = os.fstat(fd).st_size
+        if size and os.pread(fd, 1, size - 1) != b"\n":
+            line = b"\n" + line  # a torn last line must not swallow this one
+        if os.write(fd, line) != len(line):
+            raise RegistryError(f"{path}: {event!r} was written only in part; is the disk full?")
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    if fresh:
+        fsync_dir(path.parent)
+
+
+def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """All sound entries in order, and one message for each line that had to be skipped."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return [], []
+    except OSError as e:
+        raise RegistryError(f"{path}: the journal cannot be read: {e}") from e
+    entries, problems = [], []
+    for number, line in enumerate(raw.split(b"\n"), start=1):
+        if not line:
+            continue
+        entry = _parse(line)
+        if entry is None:
+            problems.append(f"{path}:{number}: damaged journal line skipped ({len(line)} bytes)")
+        else:
+            entries.append(entry)
+    return entries, problems
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    found = _LINE.fullmatch(line)
+    if found is None or int(found[2], 16) != zlib.crc32(found[1]):
+        return None
+    try:
+        entry = json.loads(found[1] + b"}")
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("event"), str) else None
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What the journal last says of a step; `entry` is the line that said it."""
+
+    step: int
+    time: float
+    triggers: tuple[Trigger, ...]
+    status: str = "pending"
+    entry: dict[str, Any] = field(default_factory=dict)
+
+    def milestone(self) -> Milestone:
+        return Milestone(self.step, self.time, self.triggers, self.status)
+
+
+def replay(entries: Iterable[dict[str, Any]]) -> dict[int, Fate]:
+    """Step -> fate. A rollback cancels what came before it for later steps; else the last line of a step wins."""
+    fates: dict[int, Fate] = {}
+    for entry in entries:
+        event = entry["event"]
+        if event == "superseded" and is_count(resumed_at := entry.get("resumed_at")):
+            fates = {step: fate for step, fate in fates.items() if step <= resumed_at}
+        elif is_count(step := entry.get("step")) and event == "asked":
+            fates[step] = Fate(step, _time(entry), _triggers(entry), entry=entry)
+        elif is_count(step) and event in OUTCOMES:
+            # An outcome keeps the time and reasons of the asking, unless that line was lost.
+            asked = fates.get(step) or Fate(step, _time(entry), _triggers(entry))
+            fates[step] = Fate(step, asked.time, asked.triggers, event, entry)
+    return fates
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _time(entry: dict[str, Any]) -> float:
+    value = entry.get("time")
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+
+def _triggers(entry: dict[str, Any]) -> tuple[Trigger, ...]:
+    found = entry.get("triggers")
+    return tuple(Trigger.from_dict(t) for t in found if isinstance(t, dict)) if isinstance(found, list) else ()

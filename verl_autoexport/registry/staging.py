@@ -1,0 +1,81 @@
+"""Directories being written. Each has a lock beside it that dies with its writer."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+NAME = ".staging"
+_SUFFIX = ".lock"
+
+
+@dataclass(frozen=True)
+class Staging:
+    """A directory to write a version into; `release` gives up the claim to it, whatever it then holds."""
+
+    path: Path
+    lock: FileLock
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    def release(self) -> None:
+        # Unlinked while still held: nobody else ever creates a lock of this name.
+        with suppress(OSError):
+            os.unlink(self.lock.lock_file)
+        self.lock.release(force=True)
+
+    def remove(self) -> None:
+        """Deletes the directory, if it is still there, and releases; OSError if part of it cannot be deleted."""
+        try:
+            with suppress(FileNotFoundError):
+                shutil.rmtree(self.path)
+        finally:
+            self.release()
+
+
+def create(folder: Path, label: str) -> Staging:
+    """The caller holds the registry's lock, so that no `abandoned` runs between the lock and the directory."""
+    folder.mkdir(exist_ok=True)
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", label).lstrip(".")[:100] or "export"
+    path = folder / f"{label}-{uuid.uuid4().hex[:8]}"
+    staging = Staging(path, _lock(path))
+    staging.lock.acquire(timeout=0)
+    try:
+        path.mkdir()
+    except BaseException:
+        staging.release()
+        raise
+    return staging
+
+
+def abandoned(folder: Path) -> list[Staging]:
+    """Takes over every staging directory whose writer is gone; the caller holds the registry's lock."""
+    try:
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:
+        return []
+    names = {e.name for e in entries if e.is_dir(follow_symlinks=False)}
+    names |= {e.name.removesuffix(_SUFFIX) for e in entries if e.name.endswith(_SUFFIX)}
+    found = []
+    for name in sorted(names):
+        staging = Staging(folder / name, _lock(folder / name))
+        try:
+            staging.lock.acquire(timeout=0)
+        except OSError:  # held (a Timeout), or another user's: not ours to take
+            continue
+        found.append(staging)
+    return found
+
+
+def _lock(path: Path) -> FileLock:
+    # Not thread-local: one thread may stage and another publish.
+    return FileLock(f"{path}{_SUFFIX}", thread_local=False)

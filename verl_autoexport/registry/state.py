@@ -1,0 +1,100 @@
+"""`registry.json`: what may change about published versions, and how to have it back when it is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from verl_autoexport.errors import RegistryError
+from verl_autoexport.registry import journal
+from verl_autoexport.registry.files import read_json, write_json_atomic
+from verl_autoexport.registry.pointers import POINTER
+from verl_autoexport.registry.versions import LIKE_A_NAME, NAME
+
+FILE = "registry.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class State:
+    """`superseded` maps a directory name to the step resumed at, and when."""
+
+    next_version: int = 1
+    superseded: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pins: list[str] = field(default_factory=list)
+    pointers: dict[str, str] = field(default_factory=dict)
+
+    def write(self, root: Path) -> None:
+        write_json_atomic(root / FILE, {"schema_version": SCHEMA_VERSION, **asdict(self)})
+
+
+def load(root: Path) -> tuple[State, str | None]:
+    """What `registry.json` says; if it is lost or damaged, what the journal says, and why it was asked."""
+    path = root / FILE
+    try:
+        return _parse(path), None
+    except FileNotFoundError:
+        problem = f"{path}: missing"
+    except ValueError as e:
+        problem = f"{path}: unreadable: {e}"
+    except OSError as e:
+        raise RegistryError(f"{path}: cannot be read: {e}") from e
+    return from_journal(journal.read(root / journal.NAME)[0]), problem
+
+
+def from_journal(entries: Iterable[dict[str, Any]]) -> State:
+    """Everything but the pointers, which follow from the versions."""
+    state = State()
+    for entry in entries:
+        event, name = entry["event"], entry.get("version")
+        if event == "superseded":
+            supersede(state, entry)
+        elif not _is_name(name):
+            continue
+        elif event == "published":
+            state.next_version = max(state.next_version, number_of(name) + 1)
+        elif event == "pinned" and name not in state.pins:
+            state.pins.append(name)
+        elif event == "unpinned" and name in state.pins:
+            state.pins.remove(name)
+    return state
+
+
+def supersede(state: State, entry: dict[str, Any]) -> None:
+    """Applies a `superseded` journal entry; what was superseded before stays as it is."""
+    names, resumed_at = entry.get("versions"), entry.get("resumed_at")
+    if not isinstance(names, list) or not journal.is_count(resumed_at):
+        return
+    for name in filter(_is_name, names):
+        state.superseded.setdefault(name, {"resumed_at": resumed_at, "at": entry.get("at")})
+
+
+def number_of(name: str) -> int:
+    return int(LIKE_A_NAME.fullmatch(name)[1])
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and NAME.fullmatch(name) is not None
+
+
+def _parse(path: Path) -> State:
+    data = read_json(path)
+    schema = data.get("schema_version")
+    if journal.is_count(schema) and schema > SCHEMA_VERSION:
+        # Not damage: rebuilding would throw away what a newer program wrote.
+        raise RegistryError(f"{path}: schema_version {schema} is newer than {SCHEMA_VERSION}: upgrade verl_autoexport")
+    next_version, superseded = data.get("next_version"), data.get("superseded")
+    pins, pointers = data.get("pins"), data.get("pointers")
+    if schema != SCHEMA_VERSION or not journal.is_count(next_version):
+        raise ValueError(f"schema_version {schema!r} or next_version {next_version!r} is not as it must be")
+    if not isinstance(superseded, dict) or not all(map(_is_name, superseded)):
+        raise ValueError("superseded: expected an object keyed by version directories")
+    if not all(isinstance(mark, dict) and journal.is_count(mark.get("resumed_at")) for mark in superseded.values()):
+        raise ValueError("superseded: expected objects with resumed_at")
+    if not isinstance(pins, list) or not all(map(_is_name, pins)):
+        raise ValueError("pins: expected a list of version directories")
+    if not isinstance(pointers, dict) or not all(POINTER.fullmatch(k) and _is_name(v) for k, v in pointers.items()):
+        raise ValueError("pointers: expected an object from latest, best… to version directories")
+    return State(next_version, superseded, pins, pointers)

@@ -1,0 +1,117 @@
+"""Published versions as they lie on disk."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from verl_autoexport.errors import RegistryError
+from verl_autoexport.events import ExportRecord
+from verl_autoexport.registry.files import read_json
+
+RECORD = "export.json"
+SCHEMA_VERSION = 1
+NAME = re.compile(r"v([0-9]{4,})-step([0-9]+)")
+# Whatever looks like a version takes its number, so that no number is ever used twice.
+LIKE_A_NAME = re.compile(r"v([0-9]+)-step([0-9]+)")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A published version. `superseded`: the run was later resumed from before its step."""
+
+    number: int
+    step: int
+    path: Path
+    record: ExportRecord
+    superseded: bool
+    pinned: bool
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def version_name(number: int, step: int) -> str:
+    return f"v{number:04d}-step{step}"
+
+
+def read_record(path: Path | str) -> ExportRecord:
+    """The record in `path`, an `export.json` or the directory that holds one; RegistryError says what is wrong."""
+    path = Path(path)
+    path = path / RECORD if path.is_dir() else path
+    try:
+        data = read_json(path)
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(f"schema_version {data.get('schema_version')!r}, expected {SCHEMA_VERSION}")
+        record = ExportRecord.from_dict(data)
+        _check(record)
+    except FileNotFoundError:
+        raise RegistryError(f"{path}: missing, so this is not a published export") from None
+    except KeyError as e:
+        raise RegistryError(f"{path}: not a valid export record: {e} is missing") from e
+    except (ValueError, TypeError) as e:
+        raise RegistryError(f"{path}: not a valid export record: {e}") from e
+    except OSError as e:
+        raise RegistryError(f"{path}: cannot be read: {e}") from e
+    return record
+
+
+def created_at(record: ExportRecord) -> float:
+    """Unix time of `record.created_at`; ValueError if it is no ISO 8601 time."""
+    # Before Python 3.11 fromisoformat knows no "Z".
+    time = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", record.created_at))
+    return (time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def scan(root: Path) -> tuple[list[tuple[Path, ExportRecord]], list[tuple[Path, str]]]:
+    """The valid version directories by number, and those that only look like one, with the reason."""
+    valid, invalid = [], []
+    for name in names_like_versions(root):
+        path = root / name
+        try:
+            valid.append((path, _read_version(path)))
+        except RegistryError as e:
+            invalid.append((path, str(e)))
+    return sorted(valid, key=lambda found: (found[1].version, found[1].step)), invalid
+
+
+def names_like_versions(root: Path) -> list[str]:
+    """Every name in `root` of the form v…-step…, valid or not; empty without a `root`."""
+    try:
+        return sorted(name for name in os.listdir(root) if LIKE_A_NAME.fullmatch(name))
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise RegistryError(f"{root}: cannot be listed: {e}") from e
+
+
+def _read_version(path: Path) -> ExportRecord:
+    number, step = map(int, LIKE_A_NAME.fullmatch(path.name).groups())
+    if path.name != version_name(number, step):
+        raise RegistryError(f"{path}: not a version's name, which would be {version_name(number, step)}")
+    if path.is_symlink():
+        raise RegistryError(f"{path}: a link; a version is a directory of its own in {path.parent}")
+    if not path.is_dir():
+        raise RegistryError(f"{path}: not a directory")
+    record = read_record(path / RECORD)
+    if (record.version, record.step) != (number, step):
+        found = f"version {record.version}, step {record.step}"
+        raise RegistryError(f"{path / RECORD}: expected version {number}, step {step} as in the name, found {found}")
+    return record
+
+
+def _check(record: ExportRecord) -> None:
+    if record.version < 0 or record.step < 0:
+        raise ValueError(f"version {record.version} and step {record.step} cannot be negative")
+    for trigger in record.triggers:
+        if not isinstance(trigger, Mapping) or not isinstance(trigger.get("policy"), str):
+            raise ValueError(f"triggers: expected objects with a policy, found {trigger!r}")
+    try:
+        created_at(record)
+    except ValueError as e:
+        raise ValueError(f"created_at: expected an ISO 8601 time: {e}") from None

@@ -1,0 +1,163 @@
+"""The Ray actor that exports: one at a time, a few waiting, on the TaskRunner's node, without CPU or GPU slot."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from verl_autoexport.config import AutoExportConfig
+from verl_autoexport.errors import AutoExportError
+from verl_autoexport.events import Trigger
+from verl_autoexport.export.pipeline import ExportSpec, export_to_registry
+from verl_autoexport.registry.store import Registry
+from verl_autoexport.runtime.tasks import RayRunner
+from verl_autoexport.sources import pins
+
+logger = logging.getLogger(__name__)
+MAX_WAITING = 2
+"""Exports that may wait behind the one that runs before `queue.overflow` applies."""
+
+Outcome = dict[str, Any]
+"""`{"step", "status": published | failed | dropped, "version" | "reason"}`."""
+
+
+@dataclass
+class _Job:
+    request: Mapping[str, Any]
+    done: asyncio.Future[Outcome]
+
+    @property
+    def droppable(self) -> bool:
+        return all(Trigger.from_dict(t).droppable for t in self.request["triggers"])
+
+
+class ExportActor:
+    """`export` returns when its export has an outcome; it never raises for a failed one.
+
+    Ray restarts the actor when its process dies and sends the unfinished calls again, so
+    `export` does nothing twice: what is published already is returned as it is.
+    """
+
+    def __init__(self, settings: AutoExportConfig) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        self.settings = settings
+        self.registry = Registry.create(settings.output_dir)
+        for line in self.registry.recover():
+            logger.warning("verl_autoexport: recovered: %s", line)
+        merge = settings.merge
+        self.runner = RayRunner(merge.workers, merge.num_cpus, merge.schedule_timeout_s)
+        self.waiting: deque[_Job] = deque()
+        self.changed = threading.Condition()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        threading.Thread(target=self._work, name="autoexport", daemon=True).start()
+
+    async def export(self, request: Mapping[str, Any]) -> Outcome:
+        """Queue one chosen step and wait for its outcome; `request` is what `driver` wrote into the pin."""
+        self.loop = asyncio.get_running_loop()
+        job = _Job(request, self.loop.create_future())
+        with self.changed:
+            self.registry.journal(
+                "asked", step=request["step"], time=request["time"], triggers=list(request["triggers"])
+            )
+            self.waiting.append(job)
+            surplus = self._surplus()
+            if surplus is not None:
+                self.waiting.remove(surplus)
+            self.changed.notify()
+        if surplus is not None:
+            newest = self.waiting[-1].request["step"] if self.waiting else request["step"]
+            surplus.done.set_result(self._drop(surplus.request, newest))
+        return await job.done
+
+    def _surplus(self) -> _Job | None:
+        """The milestone that back pressure drops: never one of `best`, `at_steps`, `threshold`, `on_train_end`."""
+        if len(self.waiting) <= MAX_WAITING or self.settings.queue.overflow == "wait":
+            return None
+        order = self.waiting if self.settings.queue.overflow == "coalesce" else reversed(self.waiting)
+        return next((job for job in order if job.droppable), None)
+
+    def _drop(self, request: Mapping[str, Any], newest: int) -> Outcome:
+        word = "coalesced into a later milestone" if newest > request["step"] else "skipped"
+        reason = f"{word}: {MAX_WAITING} exports were waiting already (queue.overflow)"
+        return self._settle(request, "dropped", reason)
+
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting)
+                job = self.waiting.popleft()
+            outcome = self._export(job.request)
+            self.loop.call_soon_threadsafe(job.done.set_result, outcome)
+
+    def _export(self, request: Mapping[str, Any]) -> Outcome:
+        step = request["step"]
+        try:
+            if version := self._published(request):
+                pins.release(Path(request["pin"]))
+                return {"step": step, "status": "published", "version": version, "reason": "was published already"}
+            version = export_to_registry(make_spec(request, self.settings), self.registry, self.runner)
+        except AutoExportError as e:
+            return self._settle(request, "failed", f"{type(e).__name__}: {e}")
+        except Exception as e:  # an export must never take the queue down with it
+            logger.exception("verl_autoexport: export of step %s", step)
+            return self._settle(request, "failed", f"unexpected {type(e).__name__}: {e}")
+        pins.release(Path(request["pin"]))
+        logger.info(
+            "verl_autoexport: published %s (%s)", version.path, ", ".join(t["reason"] for t in request["triggers"])
+        )
+        return {"step": step, "status": "published", "version": version.name}
+
+    def _published(self, request: Mapping[str, Any]) -> str | None:
+        for version in self.registry.versions():
+            same = version.record.source.get("fingerprint") == request["fingerprint"]
+            if version.step == request["step"] and same and not version.superseded:
+                return version.name
+        return None
+
+    def _settle(self, request: Mapping[str, Any], status: str, reason: str) -> Outcome:
+        logger.warning("verl_autoexport: step %s %s: %s", request["step"], status, reason)
+        with contextlib.suppress(AutoExportError, OSError):  # e.g. the disk that made it fail is full
+            self.registry.journal(status, step=request["step"], reason=reason)
+        pins.release(Path(request["pin"]))
+        return {"step": request["step"], "status": status, "reason": reason}
+
+
+def make_spec(request: Mapping[str, Any], settings: AutoExportConfig) -> ExportSpec:
+    """The export that a request asks for, under the run's settings."""
+    return ExportSpec(
+        checkpoint=Path(request["directory"]),
+        step=request["step"],
+        dtype=settings.weights.dtype,
+        max_shard_size=settings.weights.max_shard_size,
+        memory_budget=settings.merge.memory_budget,
+        verify=settings.verify,
+        trust_remote_code=request["trust_remote_code"],
+        external_lib=request["external_lib"],
+        triggers=tuple(map(Trigger.from_dict, request["triggers"])),
+        metrics=request["metrics"],
+        measured_on=request["measured_on"],
+        run=request["run"],
+        base_model=request["base_model"],
+        origin=request["origin"],
+        stall_s=request["stall_s"],
+        fingerprint=request["fingerprint"],
+    )
+
+
+def start_actor(settings: AutoExportConfig) -> Any:
+    """A handle to a new actor on this node; returns at once, before the actor's process is up."""
+    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = ray.remote(ExportActor).options(
+        num_cpus=0, num_gpus=0, max_restarts=3, max_task_retries=3, scheduling_strategy=node
+    )
+    return options.remote(settings)

@@ -1,0 +1,281 @@
+"""The driver's side: what happens at a save, at a log, and at the end of training. Knows no verl class."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from verl_autoexport.config import AutoExportConfig
+from verl_autoexport.errors import AutoExportError
+from verl_autoexport.events import Decision, Milestone, StepEvent, Trigger
+from verl_autoexport.policies import RunStart, build_policies, check_metrics, decide, measured_on
+from verl_autoexport.registry.store import Registry
+from verl_autoexport.runtime.actor import MAX_WAITING, Outcome, start_actor
+from verl_autoexport.sources import pins
+from verl_autoexport.sources.pins import Pin
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What the driver needs to know of the run; `last_step` is None until the trainer tells."""
+
+    checkpoints: Path
+    run: Mapping[str, Any]
+    base_model: str | None = None
+    trust_remote_code: bool = False
+    external_lib: str | None = None
+
+
+@dataclass
+class _Pending:
+    decision: Decision
+    ref: Any
+    outcome: Outcome | None = None
+
+
+class ExportFailed(AutoExportError):
+    """Raised into training only with `on_error=raise`."""
+
+
+class ExportDriver:
+    """Decides at `logged`, asks the actor, and waits for it in `drain`.
+
+    Order of calls: `begin`, then for each step `saved` (if verl saved it) and `logged`,
+    then `end`, then `drain`. A metric that no step logs raises ConfigError from the first
+    validation's `logged`; everything else is the caller's to guard.
+    """
+
+    def __init__(self, settings: AutoExportConfig, info: RunInfo) -> None:
+        self.settings = settings
+        self.info = info
+        self.registry = Registry.create(settings.output_dir)
+        self.policies = build_policies(settings.trigger)
+        self.actor = start_actor(settings)
+        self.start = RunStart(0, time.time())
+        self.last_step: int | None = None
+        self.history: list[Milestone] = []
+        self.pending: list[_Pending] = []
+        self.pins: dict[int, Pin] = {}
+        self.held: tuple[StepEvent, Pin] | None = None
+        self.logged_step = 0
+        self.metrics_checked = not (settings.trigger.best or settings.trigger.threshold)
+        self.problems: list[str] = []
+        self.stall_s = 0.0
+
+    # -- the run's events --------------------------------------------------------------
+
+    def begin(self, step: int, last_step: int | None) -> None:
+        """Training is about to start from `step` (0, or the resumed one)."""
+        self.start, self.last_step, self.logged_step = RunStart(step, time.time()), last_step, step
+        self.history = self.registry.milestones(up_to_step=step)
+        for pin in pins.find_pins(self.info.checkpoints):
+            if pin.request is None and pin.step == step:
+                self.pins[step] = pin  # saved, but the run died before it was decided
+            elif pin.request is not None and pin.step <= step:
+                self._resubmit(pin)
+            else:
+                if pin.request is not None:
+                    self._note(pin.step, "dropped", f"the run went back to step {step} before it was exported")
+                pins.release(pin.path)
+
+    def saved(self, step: int, checkpoint_dir: Path) -> None:
+        """verl has written the checkpoint of `step`; raises SourceError when its shards are not all there."""
+        started = time.monotonic()
+        pin = pins.make_pin(checkpoint_dir, step, self.settings.role)
+        if not pin.linked:
+            logger.warning(
+                "verl_autoexport: %s: no hard links on this file system; verl may delete step %s before it is exported",
+                pin.path,
+                step,
+            )
+        self.pins[step] = pin
+        self.stall_s = time.monotonic() - started
+
+    def logged(self, step: int, data: Mapping[str, Any]) -> None:
+        """verl logs `step`: all its metrics exist, and the workers still hold its weights."""
+        if not self.metrics_checked:
+            self._check_metrics(step, data)
+        if step > self.logged_step == self.start.step:
+            self._first_trained_step()
+        self.logged_step = max(step, self.logged_step)
+        pin = self.pins.pop(step, None)
+        if pin is None:
+            return
+        event = StepEvent(step, _numbers(data), time.time(), requested=bool(self.registry.pending_requests()))
+        if self.last_step is not None and step >= self.last_step and step > self.start.step:
+            self.held = event, pin  # `on_train_end` may become one more reason of this version
+        else:
+            self._decide(event, pin)
+
+    def end(self, succeeded: bool) -> None:
+        """`fit` is over."""
+        trained = self.logged_step > self.start.step
+        if self.held is not None:
+            event, pin = self.held
+            self.held = None
+            self._decide(replace(event, last=succeeded and trained), pin)
+        elif succeeded and trained and self.settings.trigger.on_train_end and not self._asked(self.logged_step):
+            self._note(self.logged_step, "failed", "on_train_end: verl saved no checkpoint of the final step")
+        for pin in self.pins.values():
+            pins.release(pin.path)  # saved, never logged: training failed in between
+        self.pins.clear()
+
+    def drain(self, timeout_s: float) -> str:
+        """Wait at most `timeout_s` seconds for what is pending; returns the run's report in one line."""
+        refs = [p.ref for p in self.pending if p.outcome is None]
+        if refs:
+            logger.warning("verl_autoexport: finishing %d export(s), at most %.0f s", len(refs), timeout_s)
+            ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+        self.poll()
+        line = self.report()
+        self.registry.journal("report", line=line)
+        return line
+
+    def poll(self) -> list[Outcome]:
+        """Take in the outcomes that are there, without waiting; returns the new failures."""
+        refs = {p.ref: p for p in self.pending if p.outcome is None}
+        failures = []
+        for ref in ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else ():
+            pending = refs[ref]
+            try:
+                pending.outcome = ray.get(ref)
+            except ray.exceptions.RayError as e:
+                reason = f"the export actor was lost: {type(e).__name__}"
+                pending.outcome = {"step": pending.decision.step, "status": "failed", "reason": reason}
+                self.registry.journal("failed", step=pending.decision.step, reason=reason)
+            if pending.outcome["status"] == "failed":
+                failures.append(pending.outcome)
+            self._remember(pending.decision, pending.outcome["status"])
+        return failures
+
+    def report(self) -> str:
+        """One line: what was exported, what was not and why."""
+        outcomes = [p.outcome for p in self.pending if p.outcome is not None]
+        published = [o["version"] for o in outcomes if o["status"] == "published"]
+        parts = [f"{len(published)} published" + (f" ({', '.join(published)})" if published else "")]
+        for status in ("failed", "dropped"):
+            which = [f"step {o['step']}: {o['reason']}" for o in outcomes if o["status"] == status]
+            parts += [f"{len(which)} {status} ({'; '.join(which)})"] if which else []
+        if open_steps := [str(p.decision.step) for p in self.pending if p.outcome is None]:
+            parts.append(
+                f"not finished in time: step {', '.join(open_steps)}; the next start of this run finishes them"
+            )
+        parts += self.problems
+        return f"verl_autoexport: {'; '.join(parts)}; in {self.settings.output_dir}"
+
+    # -- inside -----------------------------------------------------------------------
+
+    def _check_metrics(self, step: int, data: Mapping[str, Any]) -> None:
+        """At the first log that has the metrics in question: the first validation, for others the first step after."""
+        validation = any(str(k).startswith("val-") for k in data)
+        trained = step > self.start.step
+        wanted = [t.metric for t in (*self.settings.trigger.best, *self.settings.trigger.threshold)]
+        if all(m.startswith("val-") for m in wanted):
+            ready = validation
+        else:
+            ready = trained and (validation or not any(m.startswith("val-") for m in wanted))
+        if ready:
+            check_metrics(self.settings.trigger, [str(k) for k in data])
+            self.metrics_checked = True
+
+    def _first_trained_step(self) -> None:
+        """From here on this run has a past of its own: what lies beyond the resumed step is another's."""
+        for version in self.registry.supersede_after(self.start.step):
+            logger.warning("verl_autoexport: %s superseded: resumed at step %s", version.path, self.start.step)
+
+    def _decide(self, event: StepEvent, pin: Pin) -> None:
+        self.poll()
+        decision = decide(self.policies, event, self.history, self.start, self.settings.trigger.min_steps_between)
+        if decision is None:
+            pins.release(pin.path)
+            return
+        if not self._make_room(decision):
+            pins.release(pin.path)
+            return
+        self._submit(decision, pins.choose(pin, self._request(decision, event, pin)))
+        if event.requested:
+            self.registry.clear_requests(self.registry.pending_requests())
+
+    def _make_room(self, decision: Decision) -> bool:
+        """With `queue.overflow=wait`: hold training until an export has finished, or the time is up."""
+        queue = self.settings.queue
+        refs = [p.ref for p in self.pending if p.outcome is None]
+        surplus = len(refs) - MAX_WAITING
+        if queue.overflow != "wait" or surplus <= 0:
+            return True
+        started = time.monotonic()
+        done, _ = ray.wait(refs, num_returns=surplus, timeout=queue.wait_timeout_s)
+        logger.warning("verl_autoexport: training waited %.1f s for exports", time.monotonic() - started)
+        self.poll()
+        if len(done) < surplus and decision.droppable:
+            reason = f"skipped: no export finished within queue.wait_timeout_s={queue.wait_timeout_s:g}"
+            self._note(decision.step, "dropped", reason)
+            self._remember(decision, "dropped")
+            return False
+        return True
+
+    def _request(self, decision: Decision, event: StepEvent, pin: Pin) -> dict[str, Any]:
+        info = self.info
+        return {
+            "step": decision.step,
+            "time": decision.time,
+            "triggers": [t.to_dict() for t in decision.triggers],
+            "metrics": {k: v if math.isfinite(v) else None for k, v in event.metrics.items()},
+            "measured_on": measured_on(decision.triggers),
+            "pin": str(pin.path),
+            "directory": str(pin.directory),
+            "origin": pin.origin,
+            "fingerprint": pin.fingerprint,
+            "stall_s": round(self.stall_s + time.time() - event.time, 6),
+            "run": dict(info.run),
+            "base_model": info.base_model,
+            "trust_remote_code": info.trust_remote_code,
+            "external_lib": info.external_lib,
+        }
+
+    def _submit(self, decision: Decision, pin: Pin) -> None:
+        self._remember(decision, "pending")
+        self.pending.append(_Pending(decision, self.actor.export.remote(dict(pin.request or {}))))
+        logger.warning(
+            "verl_autoexport: step %s is a milestone: %s", decision.step, ", ".join(t.reason for t in decision.triggers)
+        )
+
+    def _resubmit(self, pin: Pin) -> None:
+        request = dict(pin.request or {})
+        triggers = tuple(map(Trigger.from_dict, request["triggers"]))
+        logger.warning("verl_autoexport: step %s was interrupted; exporting it now", pin.step)
+        self._submit(Decision(pin.step, request["time"], triggers), pin)
+
+    def _remember(self, decision: Decision, status: str) -> None:
+        self.history = [m for m in self.history if m.step != decision.step]
+        self.history.append(Milestone(decision.step, decision.time, decision.triggers, status))
+        self.history.sort(key=lambda m: m.step)
+
+    def _asked(self, step: int) -> bool:
+        return any(m.step == step and m.status in ("pending", "published") for m in self.history)
+
+    def _note(self, step: int, status: str, reason: str) -> None:
+        """A milestone that never reached the actor."""
+        logger.warning("verl_autoexport: step %s %s: %s", step, status, reason)
+        self.problems.append(f"step {step} {status}: {reason}")
+        self.registry.journal(status, step=step, reason=reason)
+
+
+def _numbers(data: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that are numbers, as floats (verl mixes float, np.float64, int and np.int32)."""
+    numbers = {}
+    for key, value in data.items():
+        try:
+            numbers[str(key)] = float(value)
+        except (TypeError, ValueError):
+            continue
+    return numbers

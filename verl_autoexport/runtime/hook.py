@@ -1,0 +1,163 @@
+"""The only module that touches verl's classes: a checkpoint callback and three wrapped methods.
+
+Facts of verl 0.9.1 relied on here, each pinned by a test on the wheel: the callback is
+built first in `PPOTrainer.__init__`; `on_save` comes after the shards are written;
+`Tracking.log(data, step)` comes once per step after save and validation; `fit` starts
+with `global_steps` at the resumed step; `Tracking.finish` comes last, workers still alive.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.utils.import_utils import load_class_from_fqn
+from verl.utils.tracking import Tracking
+
+from verl_autoexport.config import AutoExportConfig, load_config
+from verl_autoexport.errors import ConfigError
+from verl_autoexport.preflight import check_length, check_run
+from verl_autoexport.runtime.driver import ExportDriver, ExportFailed, RunInfo
+
+logger = logging.getLogger(__name__)
+_active: AutoExportCallback | None = None
+
+
+class AutoExportCallback(CheckpointCallback):
+    """Named by `trainer.checkpoint_callback_class`; built by verl in the TaskRunner.
+
+    Raises ConfigError when the run's configuration cannot work. After that nothing of ours
+    raises into training unless `on_error=raise`.
+    """
+
+    def __init__(self, config: DictConfig | None = None) -> None:
+        super().__init__(config)
+        global _active
+        self.settings: AutoExportConfig = load_config(config.autoexport)
+        self.chained = _build_chained(config, self.settings.chain_callback)
+        self.driver: ExportDriver | None = None
+        self.trainer: PPOTrainer | None = None
+        self.drained = False
+        if not self.settings.enabled:
+            return
+        for warning in check_run(config, self.settings):
+            logger.warning("verl_autoexport: %s", warning)
+        self.driver = ExportDriver(self.settings, _run_info(config, self.settings.role))
+        _active = self
+        _wrap_verl()
+
+    def on_save(
+        self, trainer: Any, global_step: int, checkpoint_dir: str, async_save: bool = False, **kwargs: Any
+    ) -> None:
+        if self.driver is not None:
+            self._guarded(global_step, self.driver.saved, global_step, Path(checkpoint_dir))
+        if self.chained is not None:
+            self.chained.on_save(
+                trainer=trainer, global_step=global_step, checkpoint_dir=checkpoint_dir, async_save=async_save, **kwargs
+            )
+
+    # -- called by the wrapped methods ----------------------------------------------
+
+    def on_fit_begin(self, trainer: PPOTrainer) -> None:
+        """Workers are up, nothing is trained yet: the last moment to refuse."""
+        self.trainer = trainer
+        last_step = min(trainer.total_training_steps, trainer.steps_per_epoch * self.config.trainer.total_epochs)
+        check_length(self.settings, self.config, last_step)
+        self._guarded(trainer.global_steps, self.driver.begin, trainer.global_steps, last_step)
+
+    def on_log(self, tracking: Tracking, data: dict[str, Any], step: int) -> None:
+        if self.trainer is not None and tracking is getattr(self.trainer, "logger", None):
+            self._guarded(step, self.driver.logged, step, data)
+
+    def on_fit_end(self, succeeded: bool) -> None:
+        self._guarded(self.driver.logged_step, self.driver.end, succeeded)
+
+    def on_finish(self, tracking: Tracking, exit_code: int) -> None:
+        """verl's `finally`: wait for what is pending, bounded, then say what became of it."""
+        if self.drained or self.trainer is None or tracking is not getattr(self.trainer, "logger", None):
+            return
+        self.drained = True
+        queue = self.settings.queue
+        timeout = queue.drain_timeout_s if exit_code == 0 else queue.drain_on_failure_s
+        self._guarded(self.driver.logged_step, self._drain, timeout, exit_code == 0)
+
+    def _drain(self, timeout_s: float, may_raise: bool) -> None:
+        print(self.driver.drain(timeout_s), flush=True)
+        failed = [p.outcome for p in self.driver.pending if p.outcome and p.outcome["status"] == "failed"]
+        if failed and may_raise and self.settings.on_error == "raise":
+            raise ExportFailed(f"step {failed[0]['step']}: {failed[0]['reason']}")
+
+    def _guarded(self, step: int, call: Callable[..., Any], *args: Any) -> None:
+        """Training goes on whatever fails in `call`; configuration errors always stop it, others if asked to."""
+        try:
+            call(*args)
+        except ConfigError:
+            raise
+        except Exception as e:
+            if self.settings.on_error == "raise":
+                raise
+            logger.warning(
+                "verl_autoexport: %s at step %s failed; training goes on", call.__name__, step, exc_info=True
+            )
+            self.driver.problems.append(f"{call.__name__} at step {step} failed: {type(e).__name__}: {e}")
+
+
+def _build_chained(config: DictConfig, fqn: str | None) -> CheckpointCallback | None:
+    return load_class_from_fqn(fqn, "CheckpointCallback")(config=config) if fqn else None
+
+
+def _run_info(config: DictConfig, role: str) -> RunInfo:
+    model = config.critic.model if role == "critic" else config.actor_rollout_ref.model
+    trainer = config.trainer
+    return RunInfo(
+        checkpoints=Path(trainer.default_local_dir).absolute(),
+        run={"project": trainer.project_name, "experiment": trainer.experiment_name},
+        base_model=model.get("path"),
+        trust_remote_code=bool(model.get("trust_remote_code", False)),
+        external_lib=OmegaConf.to_container(model).get("external_lib"),
+    )
+
+
+def _wrap_verl() -> None:
+    """Once per process, at class level: `fit` and the `Tracking` object do not exist yet."""
+    if getattr(PPOTrainer.fit, "_autoexport", False):
+        return
+    fit, log, finish = PPOTrainer.fit, Tracking.log, Tracking.finish
+
+    @functools.wraps(fit)
+    def wrapped_fit(self: PPOTrainer, *args: Any, **kwargs: Any) -> Any:
+        if _active is None or self.checkpoint_callback is not _active:
+            return fit(self, *args, **kwargs)
+        _active.on_fit_begin(self)
+        try:
+            result = fit(self, *args, **kwargs)
+        except BaseException:
+            _active.on_fit_end(False)
+            raise
+        _active.on_fit_end(True)
+        return result
+
+    @functools.wraps(log)
+    def wrapped_log(self: Tracking, data: dict[str, Any], step: int, *args: Any, **kwargs: Any) -> Any:
+        result = log(self, data, step, *args, **kwargs)
+        if _active is not None:
+            _active.on_log(self, data, step)
+        return result
+
+    @functools.wraps(finish)
+    def wrapped_finish(self: Tracking, exit_code: int = 0) -> Any:
+        try:
+            if _active is not None and not getattr(self, "_finished", False):
+                _active.on_finish(self, exit_code)
+        finally:
+            result = finish(self, exit_code)
+        return result
+
+    wrapped_fit._autoexport = True
+    PPOTrainer.fit, Tracking.log, Tracking.finish = wrapped_fit, wrapped_log, wrapped_finish

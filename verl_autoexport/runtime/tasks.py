@@ -1,0 +1,144 @@
+"""Merge jobs as Ray tasks: no GPU, anywhere that sees the staging directory, never waiting for ever."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from verl_autoexport.errors import MergeError
+from verl_autoexport.export.merge import MergeJob, WrittenFile
+
+logger = logging.getLogger(__name__)
+_POLL_S = 1.0
+_PACKAGES = ("verl_autoexport", "torch", "transformers")
+
+
+class NotShared(Exception):
+    """The task's node does not see the staging directory."""
+
+
+@dataclass
+class _Attempt:
+    job: MergeJob
+    ref: Any
+    number: int
+    submitted: float
+    started: Path
+    cpus: float
+    here: bool
+
+
+class RayRunner:
+    """Runs merge jobs as Ray tasks, at most `workers` at a time.
+
+    A task not scheduled within `schedule_timeout_s` seconds is submitted again without a
+    CPU slot (verl's placement groups may hold every CPU until the end), and so are all
+    later ones of this runner.
+    """
+
+    def __init__(self, workers: int | None, num_cpus: float, schedule_timeout_s: float) -> None:
+        self.workers = workers or 4
+        self.num_cpus = num_cpus
+        self.schedule_timeout_s = schedule_timeout_s
+        self.node = ray.get_runtime_context().get_node_id()
+        self.task = ray.remote(num_gpus=0, max_retries=3)(merge_task)
+
+    def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]:
+        """Write all files; raises what a job raised, MergeError when a worker was lost for good."""
+        folder = jobs[0].path.parent
+        nonce = folder / f".nonce-{uuid.uuid4().hex}"
+        nonce.touch()
+        waiting, running, written = list(jobs)[::-1], [], {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.workers:
+                    running.append(self._submit(waiting.pop(), nonce, 1))
+                running, done = self._collect(running, nonce)
+                for file in done:
+                    progress(file.nbytes)
+                    written[file.name] = file
+        finally:
+            for attempt in running:
+                ray.cancel(attempt.ref, force=False)
+            for path in (nonce, *folder.glob(".started-*"), *folder.glob("*.part*")):
+                path.unlink(missing_ok=True)
+        return [written[job.planned.name] for job in jobs]
+
+    def _submit(self, job: MergeJob, nonce: Path, number: int, here: bool = False) -> _Attempt:
+        part = job.path.with_name(f"{job.path.name}.part{number}")
+        started = nonce.with_name(f".started-{job.path.name}-{number}")
+        options: dict[str, Any] = {"num_cpus": self.num_cpus}
+        if here:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self.node, soft=False)
+        ref = self.task.options(**options).remote(replace(job, path=part), str(nonce), str(started), versions())
+        return _Attempt(job, ref, number, time.monotonic(), started, self.num_cpus, here)
+
+    def _collect(self, running: Iterable[_Attempt], nonce: Path) -> tuple[list[_Attempt], list[WrittenFile]]:
+        by_ref = {a.ref: a for a in running}
+        ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=_POLL_S)
+        left, done = [], []
+        for ref, attempt in by_ref.items():
+            if ref not in ready:
+                left.append(self._impatient(attempt, nonce))
+                continue
+            try:
+                done.append(_finish(attempt, ray.get(ref)))
+            except NotShared:
+                if attempt.here:
+                    raise MergeError(f"{nonce.parent}: not visible to a task on the export actor's own node.") from None
+                logger.warning("a node does not see %s; merging on the export actor's node", nonce.parent)
+                left.append(self._submit(attempt.job, nonce, attempt.number + 1, here=True))
+            except ray.exceptions.RayTaskError as e:
+                raise e.cause from e
+            except ray.exceptions.RayError as e:
+                raise MergeError(f"{attempt.job.path.name}: the merge task was lost: {e}") from e
+        return left, done
+
+    def _impatient(self, attempt: _Attempt, nonce: Path) -> _Attempt:
+        waited = time.monotonic() - attempt.submitted
+        if attempt.cpus == 0 or waited < self.schedule_timeout_s or attempt.started.exists():
+            return attempt
+        logger.warning(
+            "no free CPU slot for %s within %.0f s (verl's workers hold them): going on with num_cpus=0",
+            attempt.job.path.name,
+            waited,
+        )
+        ray.cancel(attempt.ref, force=False)
+        self.num_cpus = 0
+        return self._submit(attempt.job, nonce, attempt.number + 1, attempt.here)
+
+
+def _finish(attempt: _Attempt, written: WrittenFile) -> WrittenFile:
+    attempt.job.path.with_name(f"{attempt.job.path.name}.part{attempt.number}").rename(attempt.job.path)
+    return written
+
+
+def merge_task(job: MergeJob, nonce: str, started: str, expected: dict[str, str | None]) -> WrittenFile:
+    """In a Ray worker: prove that this node sees the staging directory, then write the file."""
+    if not Path(nonce).exists():
+        raise NotShared(nonce)
+    if (found := versions()) != expected:
+        raise MergeError(f"this node has {found}, the export actor's has {expected}; install the same everywhere.")
+    Path(started).touch()
+    job.path.unlink(missing_ok=True)  # what a killed attempt of this very task left
+    return job.run()
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that decide what is written."""
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found

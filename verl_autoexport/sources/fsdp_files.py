@@ -1,0 +1,286 @@
+"""verl's FSDP and FSDP2 checkpoint: one `model_world_size_W_rank_R.pt` per rank.
+
+Written by `torch.save` in `verl/utils/checkpoint/fsdp_checkpoint_manager.py` (verl 0.9.1):
+`{fqn: DTensor | Tensor}`. Only metadata is unpickled, with `weights_only`; the bytes are
+read later by position, so a file truncated meanwhile is an error and not a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as ShardPlacement
+
+from verl_autoexport.errors import SourceError
+from verl_autoexport.sources.base import ITEMSIZE, Shard, ShardManifest, TensorEntry, check_coverage
+
+RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+_SAMPLE = 1 << 20  # bytes compared at three places of a large tensor that every rank holds
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one rank file says of one tensor; `offsets` is None for a plain tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    offsets: tuple[int, ...] | None
+    byte_offset: int
+
+
+class FsdpFiles:
+    """The shards of one role in one checkpoint, e.g. `global_step_10/actor`.
+
+    Raises SourceError from every method where the files are missing, damaged or disagree.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self.paths = rank_files(self.directory)
+        self._seen = _stat(self.paths)
+
+    @property
+    def fingerprint(self) -> str:
+        return _digest(self._seen)
+
+    def check_unchanged(self) -> None:
+        """verl rewrites a step's files in place when it saves that step again; links keep no old content."""
+        if (now := _stat(self.paths)) != self._seen:
+            changed = [a[0] for a, b in zip(self._seen, now, strict=True) if a != b]
+            raise SourceError(
+                f"{self.directory}: {', '.join(changed)} changed while being exported (size, time or inode differ). "
+                "The step was saved again meanwhile; export it again."
+            )
+
+    def manifest(self) -> ShardManifest:
+        ranks = [read_rank_file(path, rank) for rank, path in enumerate(self.paths)]
+        _check_same_keys(self.paths, ranks)
+        tensors = {fqn: _assemble(fqn, [r[fqn] for r in ranks], self.paths) for fqn in ranks[0]}
+        return ShardManifest(
+            files=tuple(self.paths),
+            tensors=tensors,
+            world_size=len(self.paths),
+            backend=_backend(self.directory),
+            fingerprint=self.fingerprint,
+        )
+
+
+def find_checkpoint(path: Path, role: str = "actor") -> Path:
+    """The directory with the rank files: `path` itself, or `path/<role>` for a `global_step_N`.
+
+    Raises SourceError naming what was looked for.
+    """
+    if not path.is_dir():
+        raise SourceError(f"{path}: no such directory; expected a verl checkpoint, `global_step_N` or its `{role}/`.")
+    for candidate in (path, path / role):
+        if candidate.is_dir() and any(RANK_FILE.fullmatch(p.name) for p in candidate.iterdir()):
+            return candidate
+    raise SourceError(
+        f"{path}: no FSDP shards here or in {role}/: expected model_world_size_W_rank_R.pt. Either the step was "
+        "rotated away, or checkpoint.save_contents did not include 'model', or the strategy is not fsdp/fsdp2."
+    )
+
+
+def rank_files(directory: Path) -> list[Path]:
+    """The model files of all ranks, in order of rank; raises SourceError unless each is there exactly once."""
+    found: dict[int, dict[int, Path]] = {}
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if match := RANK_FILE.fullmatch(path.name):
+            found.setdefault(int(match[1]), {})[int(match[2])] = path
+    if not found:
+        raise SourceError(f"{directory}: no model_world_size_W_rank_R.pt found; expected the shards of an FSDP model.")
+    if len(found) > 1:
+        raise SourceError(
+            f"{directory}: shards of different world sizes are mixed: {sorted(found)}. Two runs wrote to the same "
+            "step; remove the files of the older one."
+        )
+    world_size, files = next(iter(found.items()))
+    if missing := sorted(set(range(world_size)) - files.keys()):
+        raise SourceError(
+            f"{directory}: world size {world_size}, but the files of rank{'s' if len(missing) > 1 else ''} "
+            f"{_brief(missing)} are missing. If each node keeps its own shards, copy them into one directory."
+        )
+    if extra := sorted(files.keys() - set(range(world_size))):
+        raise SourceError(f"{directory}: ranks {_brief(extra)} do not exist in world size {world_size}.")
+    return [files[rank] for rank in range(world_size)]
+
+
+def fingerprint(directory: Path) -> str:
+    """Identity of the shards' content, from name, inode, size and mtime of every rank file."""
+    return _digest(_stat(rank_files(directory)))
+
+
+def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
+    """Metadata of one rank file, without reading any weight.
+
+    Two loads of the pickle, each milliseconds: one memory-mapped for the device meshes,
+    one under FakeTensorMode, which records every storage's offset in the file.
+    """
+    if path.stat().st_size == 0:
+        raise SourceError(f"{path} (rank {rank}): the file is empty (0 bytes); the save was interrupted.")
+    with _quiet_device_mesh():
+        real = _load(path, rank, mmap=True)
+        with FakeTensorMode():
+            fake = _load(path, rank, mmap=False)
+    if not isinstance(real, dict) or not all(isinstance(v, torch.Tensor) for v in real.values()):
+        raise SourceError(f"{path} (rank {rank}): expected a dict of tensors, found {type(real).__name__}.")
+    size = path.stat().st_size
+    return {fqn: _piece(fqn, real[fqn], fake[fqn], path, rank, size) for fqn in real}
+
+
+def _load(path: Path, rank: int, mmap: bool) -> Any:
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+    except Exception as e:
+        detail = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise SourceError(
+            f"{path} (rank {rank}, {path.stat().st_size} bytes): not a whole torch file of plain tensors: {detail} "
+            "The file is truncated or damaged, or holds objects that `weights_only` loading refuses."
+        ) from e
+
+
+def _piece(fqn: str, real: torch.Tensor, fake: torch.Tensor, path: Path, rank: int, size: int) -> Piece:
+    local, fake_local = (t._local_tensor if isinstance(t, DTensor) else t for t in (real, fake))
+    dtype = str(local.dtype).removeprefix("torch.")
+    where = f"{fqn} in {path} (rank {rank})"
+    if dtype not in ITEMSIZE:
+        raise SourceError(f"{where}: dtype {dtype} cannot be stored in safetensors.")
+    if not local.is_contiguous() or local.layout != torch.strided:
+        raise SourceError(f"{where}: the local tensor is not contiguous (strides {local.stride()}); not supported.")
+    begin = fake_local.untyped_storage()._checkpoint_offset + fake_local.storage_offset() * ITEMSIZE[dtype]
+    if begin + local.numel() * ITEMSIZE[dtype] > size:
+        raise SourceError(f"{where}: its bytes end beyond the file's {size} bytes; the file is truncated.")
+    offsets = None
+    if isinstance(real, DTensor):
+        expected, offsets = local_box(fqn, tuple(real.shape), real.device_mesh.mesh, real.placements, rank)
+        if expected != tuple(local.shape):
+            raise SourceError(
+                f"{where}: the local shapes do not add up to the global shape {list(real.shape)}: with placements "
+                f"{real.placements} this rank should hold {list(expected)}, found {list(local.shape)}."
+            )
+    return Piece(dtype, tuple(real.shape), tuple(local.shape), offsets, begin)
+
+
+def local_box(
+    fqn: str, shape: tuple[int, ...], mesh: torch.Tensor, placements: Sequence[Any], rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Local shape and offsets, in elements, of `rank` under DTensor placements.
+
+    `Shard(d)` splits like `torch.chunk`: ceil(size / n) rows each, the last ranks fewer or
+    none. A mesh dimension is applied on top of the ones before it.
+    """
+    where = (mesh == rank).nonzero()
+    if len(where) != 1:
+        raise SourceError(f"{fqn}: rank {rank} is not in the tensor's device mesh {mesh.tolist()}.")
+    local, offsets = list(shape), [0] * len(shape)
+    for coordinate, n, placement in zip(where[0].tolist(), mesh.shape, placements, strict=True):
+        if isinstance(placement, Replicate):
+            continue
+        if type(placement) is not ShardPlacement:
+            raise SourceError(f"{fqn}: placement {placement} is not supported; expected Shard(dim) or Replicate().")
+        d = placement.dim
+        step = math.ceil(local[d] / n)
+        start = min(coordinate * step, local[d])
+        offsets[d] += start
+        local[d] = min(step, local[d] - start)
+    return tuple(local), tuple(offsets)
+
+
+def _check_same_keys(paths: Sequence[Path], ranks: Sequence[dict[str, Piece]]) -> None:
+    everything = set().union(*ranks)
+    for key in sorted(everything):
+        if lacking := [r for r, pieces in enumerate(ranks) if key not in pieces]:
+            having = [r for r in range(len(ranks)) if r not in set(lacking)]
+            raise SourceError(
+                f"{paths[0].parent}: {key} is in the file of rank {_brief(having)} but not in that of rank "
+                f"{_brief(lacking)} (world size {len(paths)}). The files are of different models or saves."
+            )
+
+
+def _assemble(fqn: str, pieces: Sequence[Piece], paths: Sequence[Path]) -> TensorEntry:
+    first = pieces[0]
+    for rank, piece in enumerate(pieces):
+        if (piece.dtype, piece.shape, piece.offsets is None) != (first.dtype, first.shape, first.offsets is None):
+            raise SourceError(
+                f"{fqn}: rank 0 says {first.dtype} {list(first.shape)}, rank {rank} says {piece.dtype} "
+                f"{list(piece.shape)}; the rank files are of different models, or hold rank-local tensors."
+            )
+    if first.offsets is None:
+        _check_replicas(fqn, pieces, paths)
+        shards = [Shard(0, (0,) * len(first.shape), first.shape, 0, first.byte_offset)]
+    else:
+        unique = {}  # replica groups (HSDP) hold the same boxes: the lowest rank's copy is taken
+        for rank, p in enumerate(pieces):
+            unique.setdefault((p.offsets, p.local_shape), Shard(rank, p.offsets, p.local_shape, rank, p.byte_offset))
+        shards = [s for s in unique.values() if math.prod(s.shape) or not math.prod(first.shape)]
+    entry = TensorEntry(fqn, first.dtype, first.shape, tuple(shards))
+    check_coverage(entry)
+    return entry
+
+
+def _check_replicas(fqn: str, pieces: Sequence[Piece], paths: Sequence[Path]) -> None:
+    """A plain tensor must be the same on every rank; if not, the ranks hold parts that nothing describes."""
+    nbytes = math.prod(pieces[0].shape) * ITEMSIZE[pieces[0].dtype]
+    spans = [(0, nbytes)] if nbytes <= 16 * _SAMPLE else [(o, _SAMPLE) for o in (0, nbytes // 2, nbytes - _SAMPLE)]
+    digests = [[_read(path, p.byte_offset + o, n) for o, n in spans] for path, p in zip(paths, pieces, strict=True)]
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise SourceError(
+                f"{fqn}: a plain tensor with different values on rank 0 and rank {rank}: each rank holds a part of "
+                "its own and the layout is not recorded; such a checkpoint cannot be merged."
+            )
+
+
+def _read(path: Path, offset: int, nbytes: int) -> bytes:
+    with path.open("rb") as f:
+        f.seek(offset)
+        return hashlib.sha256(f.read(nbytes)).digest()
+
+
+def _stat(paths: Sequence[Path]) -> list[tuple[str, int, int, int]]:
+    try:
+        return [(p.name, s.st_ino, s.st_size, s.st_mtime_ns) for p in paths for s in (os.stat(p),)]
+    except OSError as e:
+        raise SourceError(f"{e.filename}: {e.strerror}; the checkpoint was removed while it was being used.") from e
+
+
+def _digest(stats: Sequence[tuple[str, int, int, int]]) -> str:
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
+
+
+def _backend(directory: Path) -> str:
+    try:
+        version = json.loads((directory / "fsdp_config.json").read_text())["FSDP_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "fsdp"
+    return "fsdp" if version == 1 else f"fsdp{version}"
+
+
+def _brief(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:16])) + (f", … ({len(ranks)} in all)" if len(ranks) > 16 else "")
+
+
+@contextmanager
+def _quiet_device_mesh() -> Iterator[None]:
+    """Unpickling a mesh without process groups logs a warning per file; we use only its numbers."""
+    logger = logging.getLogger("torch.distributed.device_mesh")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
