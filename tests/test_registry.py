@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,7 @@ def test_target_that_appears_meanwhile_is_refused(registry, root, monkeypatch):
         registry.publish(staged, record(2))
     assert staged.path.is_dir()
     registry.discard(staged)
+    registry.discard(staged)
     assert not any((root / ".staging").iterdir())
     assert not any((root / "v0001-step2").iterdir())
 
@@ -181,8 +183,12 @@ def test_publish_takes_only_its_own_staging(registry, tmp_path):
     other = Registry.create(tmp_path / "other").stage("x")
     with pytest.raises(RegistryError, match="not a staging directory in"):
         registry.publish(other, record(2))
+    with pytest.raises(RegistryError, match="not a staging directory in"):
+        registry.discard(other)
     staged = registry.stage("x")
     registry.publish(staged, record(2))
+    registry.discard(staged)
+    assert names(registry) == ["v0001-step2"], "discarding what was published harms nothing"
     with pytest.raises(RegistryError, match="not a staging directory in"):
         registry.publish(staged, record(2))
 
@@ -719,15 +725,13 @@ def test_staging_is_kept_while_its_writer_lives(registry, root):
     assert not any((root / ".staging").iterdir())
 
 
-def test_staging_outlives_the_thread_that_made_it(registry, root):
-    made = []
-    thread = threading.Thread(target=lambda: made.append(registry.stage("x")))
-    thread.start()
-    thread.join()
-    assert Registry(root).recover() == []
-    assert registry.publish(made[0], record(2)).number == 1
-    open_files = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
-    assert not [name for name in open_files if ".staging" in name], "the lock was not let go"
+def test_one_thread_may_stage_and_another_publish(registry, root):
+    with ThreadPoolExecutor(1) as pool:
+        staged = pool.submit(registry.stage, "x").result()
+        assert Registry(root).recover() == []
+        assert registry.publish(staged, record(2)).number == 1
+        open_files = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+        assert not [name for name in open_files if ".staging" in name], "the lock was not let go"
 
 
 def test_processes_and_threads_get_numbers_of_their_own(registry, root):

@@ -141,8 +141,8 @@ class Registry:
             return staging.create(self._staging, label)
 
     def discard(self, staged: Staging) -> None:
-        """Deletes a staging directory and gives it up."""
-        self._check_own(staged)
+        """Deletes a staging directory and gives it up; nothing is left to do where it was published or discarded."""
+        self._check_own(staged, there=False)
         try:
             staged.remove()
         except OSError as e:
@@ -249,8 +249,8 @@ class Registry:
         if not self.root.is_dir():
             raise RegistryError(f"{self.root}: no such directory; expected the output_dir of a run")
 
-    def _check_own(self, staged: Staging) -> None:
-        if staged.path.parent != self._staging or not staged.path.is_dir():
+    def _check_own(self, staged: Staging, there: bool = True) -> None:
+        if staged.path.parent != self._staging or (there and not staged.path.is_dir()):
             raise RegistryError(f"{staged.path}: not a staging directory in {self._staging}")
 
     def _versions(self, state: State) -> list[Version]:

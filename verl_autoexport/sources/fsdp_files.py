@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
@@ -128,23 +127,22 @@ def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
     """Metadata of one rank file, without reading any weight.
 
     Two loads of the pickle, each milliseconds: one memory-mapped for the device meshes,
-    one under FakeTensorMode, which records every storage's offset in the file.
+    one onto the meta device, where torch notes every storage's offset in the file.
     """
     if path.stat().st_size == 0:
         raise SourceError(f"{path} (rank {rank}): the file is empty (0 bytes); the save was interrupted.")
     with _quiet_device_mesh():
         real = _load(path, rank, mmap=True)
-        with FakeTensorMode():
-            fake = _load(path, rank, mmap=False)
+        meta = _load(path, rank, map_location="meta")
     if not isinstance(real, dict) or not all(isinstance(v, torch.Tensor) for v in real.values()):
         raise SourceError(f"{path} (rank {rank}): expected a dict of tensors, found {type(real).__name__}.")
     size = path.stat().st_size
-    return {fqn: _piece(fqn, real[fqn], fake[fqn], path, rank, size) for fqn in real}
+    return {fqn: _piece(fqn, real[fqn], meta[fqn], path, rank, size) for fqn in real}
 
 
-def _load(path: Path, rank: int, mmap: bool) -> Any:
+def _load(path: Path, rank: int, map_location: str = "cpu", mmap: bool = False) -> Any:
     try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
+        return torch.load(path, weights_only=True, map_location=map_location, mmap=mmap)
     except Exception as e:
         detail = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise SourceError(
@@ -153,15 +151,18 @@ def _load(path: Path, rank: int, mmap: bool) -> Any:
         ) from e
 
 
-def _piece(fqn: str, real: torch.Tensor, fake: torch.Tensor, path: Path, rank: int, size: int) -> Piece:
-    local, fake_local = (t._local_tensor if isinstance(t, DTensor) else t for t in (real, fake))
+def _piece(fqn: str, real: torch.Tensor, meta: torch.Tensor, path: Path, rank: int, size: int) -> Piece:
+    local, meta_local = (t._local_tensor if isinstance(t, DTensor) else t for t in (real, meta))
     dtype = str(local.dtype).removeprefix("torch.")
     where = f"{fqn} in {path} (rank {rank})"
     if dtype not in ITEMSIZE:
         raise SourceError(f"{where}: dtype {dtype} cannot be stored in safetensors.")
     if not local.is_contiguous() or local.layout != torch.strided:
         raise SourceError(f"{where}: the local tensor is not contiguous (strides {local.stride()}); not supported.")
-    begin = fake_local.untyped_storage()._checkpoint_offset + fake_local.storage_offset() * ITEMSIZE[dtype]
+    storage_begin = getattr(meta_local.untyped_storage(), "_checkpoint_offset", None)
+    if storage_begin is None:
+        raise SourceError(f"{where}: torch {torch.__version__} does not tell where in the file it is; upgrade torch.")
+    begin = storage_begin + meta_local.storage_offset() * ITEMSIZE[dtype]
     if begin + local.numel() * ITEMSIZE[dtype] > size:
         raise SourceError(f"{where}: its bytes end beyond the file's {size} bytes; the file is truncated.")
     offsets = None
