@@ -254,20 +254,20 @@ class _Reader:
 
 
 class _Writer:
-    """Writes and hashes blocks in order, one block behind the caller."""
+    """Writes and hashes blocks in order, in two threads, one block behind the caller."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.hash = hashlib.sha256()
         self.size = 0
-        self.pending: Future[None] | None = None
+        self.pending: list[Future[None]] = []
 
     def __enter__(self) -> _Writer:
         try:
-            self.file = open(self.path, "xb", buffering=0)
+            self.file = open(self.path, "xb", buffering=0)  # noqa: SIM115 - closed in __exit__
         except OSError as e:
             raise MergeError(f"{self.path}: cannot be created: {e.strerror}.") from e
-        self.pool = ThreadPoolExecutor(1)
+        self.pool = ThreadPoolExecutor(2)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -277,7 +277,7 @@ class _Writer:
     def write(self, data: bytes | memoryview) -> None:
         """Hand over a block; `data` must not change until the next call returns."""
         self._wait()
-        self.pending = self.pool.submit(self._write, data)
+        self.pending = [self.pool.submit(self.hash.update, data), self.pool.submit(self._write, data)]
 
     def finish(self) -> tuple[str, int]:
         self._wait()
@@ -288,11 +288,10 @@ class _Writer:
         return self.hash.hexdigest(), self.size
 
     def _wait(self) -> None:
-        if self.pending is not None:
-            self.pending.result()
+        for future in self.pending:
+            future.result()
 
     def _write(self, data: bytes | memoryview) -> None:
-        self.hash.update(data)
         rest = memoryview(data)
         try:
             while rest:

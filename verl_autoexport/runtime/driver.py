@@ -67,7 +67,7 @@ class ExportDriver:
         self.pins: dict[int, Pin] = {}
         self.held: tuple[StepEvent, Pin] | None = None
         self.logged_step = 0
-        self.metrics_checked = not (settings.trigger.best or settings.trigger.threshold)
+        self.metrics_checked = not settings.trigger.metrics
         self.problems: list[str] = []
         self.stall_s = 0.0
 
@@ -178,7 +178,7 @@ class ExportDriver:
         """At the first log that has the metrics in question: the first validation, for others the first step after."""
         validation = any(str(k).startswith("val-") for k in data)
         trained = step > self.start.step
-        wanted = [t.metric for t in (*self.settings.trigger.best, *self.settings.trigger.threshold)]
+        wanted = [metric for _, metric in self.settings.trigger.metrics]
         if all(m.startswith("val-") for m in wanted):
             ready = validation
         else:

@@ -34,12 +34,13 @@ class StartupGuard(Callback):
             if not settings.enabled:
                 return
             check_hook(config)
+            check_entry_point()
             check_verl()
             for warning in check_run(config, settings):
                 print(f"verl_autoexport: {warning}", file=sys.stderr)
             # With a remote cluster the directory is the TaskRunner's; it is checked there.
-            remote = os.environ.get("RAY_ADDRESS") or OmegaConf.select(config, "ray_kwargs.ray_init.address")
-            self.registry = Registry(settings.output_dir) if remote else Registry.create(settings.output_dir)
+            address = OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS", "local")
+            self.registry = (Registry.create if address == "local" else Registry)(settings.output_dir)
         except AutoExportError as e:
             raise SystemExit(f"verl_autoexport: {e}") from e
         except Exception as e:
@@ -52,6 +53,16 @@ class StartupGuard(Callback):
         lines = [e["line"] for e in entries if e["event"] == "report" and e["time"] >= self.started]
         root = self.registry.root
         print(lines[-1] if lines else f"verl_autoexport: the run ended before a report; `verl-autoexport ls {root}`")
+
+
+def check_entry_point() -> None:
+    """Raises ConfigError for verl's other programs, some of which read the same configuration."""
+    name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
+    if name.startswith("verl.") and name != "verl.trainer.main_ppo":
+        raise ConfigError(
+            f"{name} never calls checkpoint callbacks, nothing would be exported: remove +autoexport=default; "
+            "verl.trainer.main_ppo is what it works with."
+        )
 
 
 def check_verl() -> None:

@@ -94,13 +94,15 @@ class AutoExportCallback(CheckpointCallback):
             raise ExportFailed(f"step {failed[0]['step']}: {failed[0]['reason']}")
 
     def _guarded(self, step: int, call: Callable[..., Any], *args: Any) -> None:
-        """Training goes on whatever fails in `call`; configuration errors always stop it, others if asked to."""
+        """Training goes on whatever fails in `call`, unless `on_error=raise`.
+
+        Only configuration errors up to the first validation (an unknown metric) always stop it.
+        """
+        early = not self.driver.metrics_checked
         try:
             call(*args)
-        except ConfigError:
-            raise
         except Exception as e:
-            if self.settings.on_error == "raise":
+            if self.settings.on_error == "raise" or (early and isinstance(e, ConfigError)):
                 raise
             logger.warning(
                 "verl_autoexport: %s at step %s failed; training goes on", call.__name__, step, exc_info=True
