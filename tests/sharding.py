@@ -1,4 +1,4 @@
-"""Real sharded checkpoints without a training run: FSDP or FSDP2 over gloo, saved as verl saves them.
+"""Real sharded checkpoints without a training run: FSDP, FSDP2 or chosen placements over gloo, saved as verl does.
 
 `python tests/sharding.py OUT --world-size 4 --strategy fsdp2 …` writes `OUT/actor/…` in
 verl's layout and, with `--reference`, `OUT/reference`: the same model, unsharded, through
@@ -29,19 +29,21 @@ QWEN3_MOE = {
     "num_key_value_heads": 2, "head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
     "max_position_embeddings": 128, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+LARGE_INT = 2**16 + 3  # float16 holds no such number, bfloat16 would round it
 
 
-def make_checkpoint(
-    out: Path, config: dict[str, Any], *, world_size: int = 2, strategy: str = "fsdp2", dtype: str = "float32",
-    mesh: tuple[int, ...] = (), reference: bool = True,
-) -> Path:  # fmt: skip
-    """A checkpoint of a randomly initialised model under `out`; returns `out`. `mesh` (ddp, fsdp) makes it HSDP."""
+def make_checkpoint(out: Path, config: dict[str, Any], *, world_size: int = 2, **options: Any) -> Path:
+    """A checkpoint of a randomly initialised model under `out`; returns `out`. For `options` see `_make`."""
+    make_checkpoints({out: {"config": config, **options}}, world_size)
+    return out
+
+
+def make_checkpoints(cases: dict[Path, dict[str, Any]], world_size: int) -> None:
+    """One for each of `cases`, where to → arguments of `_make`, all by the same processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    args = (str(out), config, world_size, strategy, dtype, mesh, reference, port)
-    mp.start_processes(_rank, args=args, nprocs=world_size, start_method="spawn")
-    return out
+    mp.start_processes(_rank, args=(cases, world_size, port), nprocs=world_size, start_method="spawn")
 
 
 def build(config: dict[str, Any], dtype: str) -> Any:
@@ -56,15 +58,30 @@ def build(config: dict[str, Any], dtype: str) -> Any:
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p, dtype=torch.float32) * 0.05)  # norms too: no value may be a default
+        for b in (b for name, b in model.named_buffers() if name in model.state_dict()):
+            b.fill_(LARGE_INT) if b.dtype == torch.int64 else b.uniform_(0.5, 1.5)
     return model
 
 
-def _rank(rank: int, out: str, config: dict, world: int, strategy: str, dtype: str, mesh: tuple, ref: bool, port: int):
+def _rank(rank: int, cases: dict[Path, dict[str, Any]], world: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
+    for out, case in cases.items():
+        _make(rank, world, out, **case)
+    dist.destroy_process_group()
+
+
+def _make(
+    rank: int, world: int, out: Path, *, config: dict[str, Any], strategy: str = "fsdp2", dtype: str = "float32",
+    mesh: tuple[int, ...] = (), reference: bool = True,
+) -> None:  # fmt: skip
+    """`strategy`: `fsdp`, `fsdp2`, or `placed`: matrices sharded on their inner dimensions, vectors plain.
+
+    A two-dimensional `mesh` makes FSDP into HSDP and shards `placed` twice.
+    """
     model = build(config, dtype)
-    actor = Path(out) / "actor"
+    actor = out / "actor"
     if rank == 0:
         (actor / "huggingface").mkdir(parents=True)
         model.config.save_pretrained(actor / "huggingface")
@@ -73,22 +90,23 @@ def _rank(rank: int, out: str, config: dict, world: int, strategy: str, dtype: s
         (actor / "fsdp_config.json").write_text(
             json.dumps({"FSDP_version": 1 if strategy == "fsdp" else 2, "world_size": world})
         )
-        if ref:
-            model.save_pretrained(Path(out) / "reference")
+        if reference:
+            model.save_pretrained(out / "reference")
     dist.barrier()
     torch.save(_shard(model, strategy, mesh or (world,)), actor / f"model_world_size_{world}_rank_{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def _shard(model: Any, strategy: str, mesh: tuple[int, ...]) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
 
     device_mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("fsdp",) if len(mesh) == 1 else ("ddp", "fsdp"))
+    if strategy == "placed":
+        return {name: _place(tensor, device_mesh) for name, tensor in model.state_dict().items()}
     if strategy == "fsdp2":
         from torch.distributed.fsdp import fully_shard
 
-        for layer in model.model.layers:
+        for layer in getattr(getattr(model, "model", None), "layers", ()):
             fully_shard(layer, mesh=device_mesh)
         return fully_shard(model, mesh=device_mesh).state_dict()
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, ShardingStrategy, StateDictType
@@ -101,12 +119,29 @@ def _shard(model: Any, strategy: str, mesh: tuple[int, ...]) -> dict[str, Any]:
     return model.state_dict()
 
 
+def _place(tensor: torch.Tensor, mesh: Any) -> torch.Tensor:
+    """Sharded on dimension 1, or, over a two-dimensional mesh, on the last two."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    if tensor.ndim < 2:
+        return tensor
+    dims = [1] if mesh.ndim == 1 else [tensor.ndim - 2, tensor.ndim - 1]
+    local = tensor
+    for i, dim in enumerate(dims):
+        chunks = local.chunk(mesh.size(i), dim)
+        mine = mesh.get_local_rank(i)
+        local = chunks[mine] if mine < len(chunks) else local.narrow(dim, 0, 0)
+    return DTensor.from_local(
+        local.contiguous(), mesh, [Shard(d) for d in dims], run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--config", type=json.loads, default=QWEN2, help="JSON of a transformers config")
     parser.add_argument("--world-size", type=int, default=2)
-    parser.add_argument("--strategy", default="fsdp2", choices=("fsdp", "fsdp2"))
+    parser.add_argument("--strategy", default="fsdp2", choices=("fsdp", "fsdp2", "placed"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--reference", action="store_true")
     args = parser.parse_args()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,14 +53,17 @@ def _export_once(args: argparse.Namespace) -> int:
         lora=args.lora, memory_budget=args.memory_budget, verify=not args.no_verify,
     )  # fmt: skip
     if args.output is not None:
-        pipeline.export_to_directory(spec, args.output, _runner(args), _Bar())
+        with _Bar() as bar:
+            pipeline.export_to_directory(spec, args.output, _runner(args), bar)
         print(args.output)
         return 0
     registry = Registry.create(args.registry)
     if not args.again and (there := _published(registry, spec)):
         print(f"step {spec.step} is published already as {there.path}; --again exports it once more")
         return 0
-    print(pipeline.export_to_registry(spec, registry, _runner(args), _Bar()).path)
+    with _Bar() as bar:
+        version = pipeline.export_to_registry(spec, registry, _runner(args), bar)
+    print(version.path)
     return 0
 
 
@@ -89,18 +93,32 @@ class _Bar:
     def __init__(self) -> None:
         self.bar: Any = None
 
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
     def stage(self, name: str, total: int | None = None) -> None:
         from tqdm import tqdm
 
-        if self.bar is not None:
-            self.bar.close()
+        self.__exit__()
         form = None if total else "{desc}"
         self.bar = tqdm(
-            desc=name, total=total, unit="B", unit_scale=True, bar_format=form, leave=False, disable=None, delay=0
+            desc=name, total=total, unit="B", unit_scale=True, bar_format=form, leave=False, disable=None, ncols=_width()
         )
 
     def advance(self, nbytes: int) -> None:
         self.bar.update(nbytes)
+
+
+def _width() -> int:
+    """Columns; a terminal without a size (`script`, some of CI) says 0, and tqdm would then show nothing."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -112,7 +130,9 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         for name, check in checks.items():
             print(f"{name:<10} {check['status']:<8} {check['detail']}")
-    return 1 if any(c["status"] == "failed" for c in checks.values()) else 0
+    if failed := [name for name, check in checks.items() if check["status"] == "failed"]:
+        print(f"verl-autoexport: {args.directory}: failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _ls(args: argparse.Namespace) -> int:

@@ -16,10 +16,9 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "voc
 
 
 def write_config(skeleton: PreTrainedModel, dtype: str, target: Path) -> None:
-    """`config.json` as `save_pretrained` would write it for the model in `dtype` (`source`: as it was)."""
+    """`config.json` as `save_pretrained` would write it for the model in `dtype` (torch's name without `torch.`)."""
     config = skeleton.config
-    if dtype != "source":
-        config.dtype = dtype  # nested ones were set when the skeleton was built
+    config.dtype = dtype  # nested ones were set when the skeleton was built
     config.architectures = [architecture(config)]
     config.save_pretrained(target)
 

@@ -61,7 +61,9 @@ def merge_file(
         writer.write(planned.header)
         for group in planned.groups:
             entry = manifest.tensors[group.fqn]
-            blocks = _converted(group, entry, reader, convert) if group.convert else _cast(group, entry, reader, ring)
+            blocks = (
+                _converted(group, entry, reader, convert) if group.convert else _cast(group, entry, reader, ring, block)
+            )
             for data in blocks:
                 writer.write(data)
                 progress(len(data))
@@ -146,16 +148,17 @@ def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
             yield head, *tail
 
 
-def _cast(group: Group, entry: TensorEntry, reader: _Reader, ring: Iterator[torch.Tensor]) -> Iterator[memoryview]:
+def _cast(
+    group: Group, entry: TensorEntry, reader: _Reader, ring: Iterator[torch.Tensor], block: int
+) -> Iterator[memoryview]:
     (output,) = group.outputs
     size = ITEMSIZE[output.dtype]
-    buffer = next(ring)
-    for offsets, shape in boxes(entry.shape, len(buffer) // size):
+    for offsets, shape in boxes(entry.shape, block // size):
+        buffer = next(ring)  # once per block: the other one may still be being written
         out = buffer[: math.prod(shape) * size].view(getattr(torch, output.dtype)).view(shape)
         reader.fill(entry, offsets, shape, out)
         _check_finite(output, entry, out)
         yield _bytes(out)
-        buffer = next(ring)
 
 
 def _converted(group: Group, entry: TensorEntry, reader: _Reader, convert: Converter | None) -> Iterator[memoryview]:
@@ -264,7 +267,7 @@ class _Writer:
 
     def __enter__(self) -> _Writer:
         try:
-            self.file = open(self.path, "xb", buffering=0)  # noqa: SIM115 - closed in __exit__
+            self.file = open(self.path, "xb", buffering=0)
         except OSError as e:
             raise MergeError(f"{self.path}: cannot be created: {e.strerror}.") from e
         self.pool = ThreadPoolExecutor(2)

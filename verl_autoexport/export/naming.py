@@ -110,6 +110,12 @@ def names_on_disk(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {k: tuple(v.shape) for k, v in reverse(skeleton, metas).items()}
 
 
+def source_dtype(skeleton: PreTrainedModel, manifest: ShardManifest) -> str:
+    """What transformers calls the dtype of the model in the shards: that of its first floating parameter."""
+    held = (manifest.tensors[name].dtype for name, _ in skeleton.named_parameters() if name in manifest.tensors)
+    return next(dtype for dtype in held if dtype in FLOATING)
+
+
 def tied_aliases(skeleton: PreTrainedModel, manifest: ShardManifest) -> dict[str, str]:
     """{alias: name it is tied to} of the aliases that the shards hold too; only the latter is written."""
     tied = getattr(skeleton, "all_tied_weights_keys", None) or {}

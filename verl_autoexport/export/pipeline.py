@@ -161,7 +161,8 @@ def run_export(spec: ExportSpec, target: Path, runner: MergeRunner, progress: Pr
         written = runner.run(_jobs(spec, plan, manifest, target, model_dir), progress.advance)
         if plan.index is not None:
             (target / INDEX_NAME).write_text(json.dumps(plan.index, indent=2) + "\n")
-        assets.write_config(skeleton, spec.dtype, target)
+        dtype = naming.source_dtype(skeleton, manifest) if spec.dtype == "source" else spec.dtype
+        assets.write_config(skeleton, dtype, target)
         notes = assets.copy_assets(model_dir, target)
     with _timed(timings, "verify"):
         progress.stage("verifying")

@@ -71,6 +71,7 @@ def _structure(
         header.pop("__metadata__", None)
         if twice := found.keys() & header.keys():
             raise VerifyError(f"{file}: {sorted(twice)[0]} is in another file too.")
+        _check_length(file, header)
         found |= {name: (entry["dtype"], tuple(entry["shape"]), file.name) for name, entry in header.items()}
     if len(files) > 1:
         _check_index(directory, found)
@@ -89,6 +90,14 @@ def _structure(
     if bad := [k for k, v in found.items() if v[0] not in SAFETENSORS_DTYPE.values()]:
         raise VerifyError(f"{directory}: {bad[0]} has the unknown dtype {found[bad[0]][0]}.")
     return {"status": "passed", "detail": f"{len(found)} tensors of {type(skeleton).__name__}"}
+
+
+def _check_length(file: Path, header: dict[str, Any]) -> None:
+    with file.open("rb") as f:
+        begin = 8 + int.from_bytes(f.read(8), "little")
+    expected = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if (found := file.stat().st_size) != expected:
+        raise VerifyError(f"{file}: expected {expected} bytes by its header, found {found}: it was cut or written to.")
 
 
 def _check_index(directory: Path, found: dict[str, Any]) -> None:

@@ -107,6 +107,10 @@ class ExportDriver:
         if step > self.logged_step == self.start.step:
             self._first_trained_step()
         self.logged_step = max(step, self.logged_step)
+        if not self.pins:
+            return
+        for earlier in sorted(s for s in self.pins if s < step):  # a resumed step that is not logged again
+            self._decide(StepEvent(earlier, {}, time.time()), self.pins.pop(earlier))
         pin = self.pins.pop(step, None)
         if pin is None:
             return
@@ -125,9 +129,7 @@ class ExportDriver:
             self._decide(replace(event, last=succeeded and trained), pin)
         elif succeeded and trained and self.settings.trigger.on_train_end and not self._asked(self.logged_step):
             self._note(self.logged_step, "failed", "on_train_end: verl saved no checkpoint of the final step")
-        for pin in self.pins.values():
-            pins.release(pin.path)  # saved, never logged: training failed in between
-        self.pins.clear()
+        # A pin that is left was saved but never logged, since training failed in between: a resumed run decides it.
 
     def drain(self, timeout_s: float) -> str:
         """Wait at most `timeout_s` seconds for what is pending; returns the run's report in one line."""

@@ -18,6 +18,7 @@ from verl_autoexport.registry.store import Registry
 
 HOOK = "verl.trainer.ppo.checkpoint_callback"
 VERSIONS_WITH_HOOK = "0.9.1"
+_LOGS_S = 1.0  # Ray forwards the actors' last lines with a delay; the report is to come after them
 
 
 class StartupGuard(Callback):
@@ -49,6 +50,7 @@ class StartupGuard(Callback):
     def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:
         if self.registry is None:
             return
+        time.sleep(_LOGS_S)
         entries, _ = self.registry.journal_entries()
         lines = [e["line"] for e in entries if e["event"] == "report" and e["time"] >= self.started]
         root = self.registry.root

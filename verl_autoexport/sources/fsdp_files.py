@@ -167,6 +167,7 @@ def _piece(fqn: str, real: torch.Tensor, meta: torch.Tensor, path: Path, rank: i
         raise SourceError(f"{where}: its bytes end beyond the file's {size} bytes; the file is truncated.")
     offsets = None
     if isinstance(real, DTensor):
+        _check_writer(where, real, rank)
         expected, offsets = local_box(fqn, tuple(real.shape), real.device_mesh.mesh, real.placements, rank)
         if expected != tuple(local.shape):
             raise SourceError(
@@ -174,6 +175,15 @@ def _piece(fqn: str, real: torch.Tensor, meta: torch.Tensor, path: Path, rank: i
                 f"{real.placements} this rank should hold {list(expected)}, found {list(local.shape)}."
             )
     return Piece(dtype, tuple(real.shape), tuple(local.shape), offsets, begin)
+
+
+def _check_writer(where: str, tensor: DTensor, rank: int) -> None:
+    """Shards of equal size do not tell whose they are, but the mesh does: a renamed or copied file is found."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is not None and (writer := int(tensor.device_mesh.mesh[tuple(coordinate)])) != rank:
+        raise SourceError(
+            f"{where}: it was written by rank {writer}, so the file has a wrong name. Copy the ranks' files again."
+        )
 
 
 def local_box(

@@ -1,0 +1,123 @@
+"""Start real verl runs on the CPU and read what they left."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "examples" / "cpu_grpo" / "train.sh"
+CHAIN = "autoexport.chain_callback=archive_callback.Archive"
+METRIC = "val-core/tiny/acc/mean@1"
+TIMEOUT_S = 400
+
+
+@dataclass
+class Run:
+    """One run directory; several runs in it resume one another."""
+
+    out: Path
+    code: int = -1
+    log: str = ""
+
+    @property
+    def exports(self) -> Path:
+        return self.out / "checkpoints" / "exports"
+
+    @property
+    def last_line(self) -> str:
+        return self.log.strip().splitlines()[-1]
+
+    def train(self, *overrides: str, raise_at: int = -1, kill_at: str | None = None, flag: bool = True) -> Run:
+        """Train until it ends, or until `kill_at` (a regular expression) is printed: then SIGKILL everything."""
+        env = os.environ | {
+            "PYTHON": sys.executable,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))),
+            "ARCHIVE_DIR": str(self.out / "archive"),
+            "ARCHIVE_RAISE_AT": str(raise_at),
+        }
+        command = ["bash", str(TRAIN), str(self.out), *(["+autoexport=default"] if flag else []), *overrides]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        watchdog = time.monotonic() + TIMEOUT_S
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if (kill_at and re.search(kill_at, line)) or time.monotonic() > watchdog:
+                _kill_tree(process.pid)
+        self.code, self.log = process.wait(), "".join(lines)
+        (self.out / f"log-{time.time():.0f}.txt").write_text(self.log)
+        return self
+
+    def logged(self) -> dict[int, dict[str, Any]]:
+        """{step: metrics} as verl's own `file` logger wrote them in the last run."""
+        lines = (self.out / "metrics.jsonl").read_text().splitlines()
+        return {entry["step"]: entry["data"] for entry in map(json.loads, lines)}
+
+    def versions(self) -> list[dict[str, Any]]:
+        """The `export.json` of every version, by number, plus `dir`."""
+        found = []
+        for path in sorted(self.exports.glob("v*-step*")):
+            found.append(json.loads((path / "export.json").read_text()) | {"dir": path})
+        return found
+
+    def superseded(self) -> set[str]:
+        return set(json.loads((self.exports / "registry.json").read_text())["superseded"])
+
+    def pointer(self, name: str) -> str:
+        return os.readlink(self.exports / name)
+
+    def step_weights(self, step: int) -> dict[str, torch.Tensor]:
+        """The archived checkpoint of `step`, joined by plain concatenation and cast to bfloat16: the oracle."""
+        import torch.distributed.tensor
+
+        folder = self.out / "archive" / f"global_step_{step}" / "actor"
+        files = sorted(folder.glob("model_world_size_*.pt"), key=lambda p: int(p.stem.rpartition("_")[2]))
+        ranks = [torch.load(f, weights_only=False, map_location="cpu") for f in files]
+        joined = {k: torch.cat([r[k].to_local() for r in ranks]) for k in ranks[0]}
+        return {k: v.to(torch.bfloat16) for k, v in joined.items()}
+
+
+def assert_equal_weights(run: Run, version: dict[str, Any]) -> None:
+    """Tensor for tensor, bit for bit, and no other tensor."""
+    expected, found = run.step_weights(version["step"]), {}
+    for file in version["dir"].glob("*.safetensors"):
+        found |= load_file(file)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), f"{version['dir']}: {name}"
+
+
+def reasons(version: dict[str, Any]) -> set[str]:
+    return {t["policy"] for t in version["triggers"]}
+
+
+def improvements(logged: dict[int, dict[str, Any]], metric: str, best: float = float("-inf")) -> list[int]:
+    """Steps after 0 whose metric is strictly better than all before: written again, to check the product's."""
+    steps = []
+    for step in sorted(s for s in logged if s > 0 and metric in logged[s]):
+        if logged[step][metric] > best:
+            best = logged[step][metric]
+            steps.append(step)
+    return steps
+
+
+def _kill_tree(pid: int) -> None:
+    parent = psutil.Process(pid)
+    for process in [*parent.children(recursive=True), parent]:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue

@@ -1,0 +1,200 @@
+"""Real, unmodified verl on the CPU, with the flag on. Each run proves several things; see the comments."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+from runs import CHAIN, METRIC, Run, assert_equal_weights, improvements, reasons
+
+pytestmark = pytest.mark.run
+BEST = f"autoexport.trigger.best={{metric:{METRIC.replace('/acc/', '/*/')},mode:max}}"
+CONSTANT = "val-aux/num_turns/mean"
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory) -> Run:
+    """FSDP2; verl holds every CPU and deletes each checkpoint at the next save; many triggers at once."""
+    return Run(tmp_path_factory.mktemp("busy")).train(
+        "ray_kwargs.ray_init.num_cpus=8", "trainer.max_actor_ckpt_to_keep=1",
+        "trainer.save_freq=1", "trainer.test_freq=1", "trainer.total_training_steps=5",
+        "autoexport.trigger.every_n_steps=2", "autoexport.trigger.at_steps=[3]", BEST,
+        f"autoexport.trigger.threshold={{metric:{METRIC},above:0}}",
+        "autoexport.merge.schedule_timeout_s=2", "autoexport.queue.overflow=wait", CHAIN,
+    )  # fmt: skip
+
+
+def test_several_triggers_make_one_version_per_step_with_all_reasons(busy):
+    assert busy.code == 0, busy.log[-3000:]
+    better = improvements(busy.logged(), METRIC)
+    expected = {2: {"every_n_steps"}, 3: {"at_steps"}, 4: {"every_n_steps"}, 5: {"on_train_end"}}
+    for step in better:
+        expected.setdefault(step, set()).add("best")
+    first_above = min(s for s, m in busy.logged().items() if s > 0 and m.get(METRIC, 0) > 0)
+    expected.setdefault(first_above, set()).add("threshold")
+    versions = busy.versions()
+    assert {v["step"]: reasons(v) for v in versions} == expected
+    assert [v["version"] for v in versions] == list(range(1, len(expected) + 1))
+    assert [v["step"] for v in versions] == sorted(expected)
+    assert busy.pointer("latest") == versions[-1]["dir"].name
+    assert busy.pointer("best").endswith(f"-step{better[-1]}")
+
+
+def test_every_version_equals_the_checkpoint_that_verl_has_deleted(busy):
+    left = {p.parent.parent.name for p in (busy.out / "checkpoints").glob("global_step_*/actor/model_*.pt")}
+    assert left == {"global_step_5"}, "verl was to delete the sources"
+    for version in busy.versions():
+        assert_equal_weights(busy, version)
+        assert version["verification"]["load"]["status"] == "passed"
+        assert version["verification"]["generate"]["status"] == "passed"
+
+
+def test_metrics_are_those_of_the_file_logger(busy):
+    logged = busy.logged()
+    for version in busy.versions():
+        expected = {k: v for k, v in logged[version["step"]].items() if isinstance(v, int | float)}
+        assert version["metrics"] == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+        if "best" in reasons(version):
+            assert version["measured_on"] == "these weights"
+
+
+def test_no_free_cpu_is_said_and_does_not_stop_the_merge(busy):
+    assert "going on with num_cpus=0" in busy.log
+
+
+def test_last_line_tells_what_was_exported(busy):
+    assert re.fullmatch(
+        rf"verl_autoexport: {len(busy.versions())} published \(v0001-.*\); in {re.escape(str(busy.exports))}",
+        busy.last_line,
+    )
+
+
+def test_nothing_is_left_behind(busy):
+    assert list((busy.out / "checkpoints" / ".autoexport").iterdir()) == []
+    assert list((busy.exports / ".staging").iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory) -> Run:
+    """FSDP1 and a metric that never changes; an interval between checkpoints; a request from outside."""
+    run = Run(tmp_path_factory.mktemp("tied"))
+    requests = run.exports / ".requests"
+    requests.mkdir(parents=True)
+    (requests / "early.json").write_text("{}")
+    return run.train(
+        "actor_rollout_ref.actor.strategy=fsdp", "trainer.total_training_steps=8",
+        "autoexport.trigger.every_n_steps=5", f"autoexport.trigger.best={{metric:{CONSTANT}}}", "autoexport.trigger.on_train_end=false",
+        "autoexport.queue.overflow=wait", CHAIN,
+    )  # fmt: skip
+
+
+def test_of_equals_the_earliest_is_best_and_a_crossed_interval_is_not_lost(tied):
+    assert tied.code == 0, tied.log[-3000:]
+    assert {m[CONSTANT] for m in tied.logged().values() if CONSTANT in m} == {2.0}
+    assert {v["step"]: reasons(v) for v in tied.versions()} == {2: {"best", "on_request"}, 6: {"every_n_steps"}}
+    assert tied.pointer("best") == "v0001-step2"
+    assert list((tied.exports / ".requests").iterdir()) == []
+
+
+def test_fsdp1_equals_its_checkpoint(tied):
+    for version in tied.versions():
+        assert version["source"]["backend"] == "fsdp"
+        assert_equal_weights(tied, version)
+
+
+def test_resume_after_failure_after_sigkill_and_from_an_earlier_step(tmp_path):
+    """One run directory through four starts."""
+    run = Run(tmp_path)
+    common = (
+        "trainer.save_freq=1", "trainer.test_freq=1", "trainer.total_training_steps=6",
+        "autoexport.trigger.every_n_steps=2", "autoexport.trigger.at_steps=[3]", BEST,
+        "autoexport.queue.overflow=wait", CHAIN,
+    )  # fmt: skip
+
+    run.train(*common, raise_at=3)  # step 3 is saved, but never logged
+    assert run.code != 0
+    assert "the user's own callback fails on purpose" in run.log
+    assert "on_train_end" not in set().union(*map(reasons, run.versions()))
+    logged = {1: run.logged()}
+    first = improvements(logged[1], METRIC)
+    assert [v["step"] for v in run.versions()] == sorted({2, *first})
+    assert "verl_autoexport:" in run.log
+    assert "published" in run.log
+
+    run.train(*common, kill_at=r"step 4 is a milestone")  # killed while step 4 is being exported
+    assert run.code != 0
+    before = run.versions()
+    interrupted = {3, 4} - {v["step"] for v in before}  # step 3 was decided by this run, which logged it again
+    assert 4 in interrupted
+    assert list((run.exports / ".staging").iterdir()), "killed too late: nothing was being written"
+
+    run.train(*common)
+    assert run.code == 0, run.log[-3000:]
+    for step in interrupted:
+        assert f"step {step} was interrupted; exporting it now" in run.log
+    third = run.versions()
+    assert third[: len(before)] == before, "what was there is neither exported again nor changed"
+    assert {3, 4, 6} <= {v["step"] for v in third}
+    assert len({v["step"] for v in third}) == len(third)
+    assert list((run.exports / ".staging").iterdir()) == []
+    for version in third:
+        assert_equal_weights(run, version)
+
+    run.train(
+        *common, "trainer.resume_mode=resume_path", f"trainer.resume_from_path={tmp_path}/checkpoints/global_step_4"
+    )
+    assert run.code == 0, run.log[-3000:]
+    fourth = run.versions()
+    old, new = fourth[: len(third)], fourth[len(third) :]
+    assert old == third
+    assert [v["version"] for v in fourth] == list(range(1, len(fourth) + 1))
+    assert run.superseded() == {v["dir"].name for v in old if v["step"] > 4}
+    assert 6 in {v["step"] for v in new}
+    assert all(v["step"] > 4 for v in new)
+    for version in new:
+        assert_equal_weights(run, version)
+    current = [v for v in fourth if v["dir"].name not in run.superseded() and "best" in reasons(v)]
+    best = max(current, key=lambda v: (v["metrics"][METRIC], -v["step"]))
+    assert run.pointer("best") == best["dir"].name
+    assert run.pointer("latest") == new[-1]["dir"].name
+
+
+def test_a_metric_that_no_step_logs_stops_the_run_at_the_first_validation(tmp_path):
+    run = Run(tmp_path).train("autoexport.trigger.best={metric:val-core/tiny/accuracy/mean@1}")
+    assert run.code != 0
+    assert "val-core/tiny/accuracy/mean@1" in run.log
+    assert METRIC in run.log, "near names are listed"
+    assert run.versions() == []
+    assert 1 not in run.logged()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.use_v1=False", "trainer.use_v1"),
+        ("trainer.checkpoint_callback_class=archive_callback.Archive", "autoexport.chain_callback="),
+        ("+autoexport.trigger.every_n_step=2", "every_n_steps"),
+        ("autoexport.output_dir=s3://bucket/x", "s3://bucket/x"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line_before_ray_starts(tmp_path, override, words):
+    run = Run(tmp_path).train(override)
+    assert run.code == 1
+    assert run.last_line.startswith("verl_autoexport: ")
+    assert words in run.last_line
+    assert "Traceback" not in run.log
+    assert "ray init kwargs" not in run.log
+
+
+def test_switched_off_it_does_nothing_but_call_the_users_callback(tmp_path):
+    run = Run(tmp_path).train(
+        "autoexport.enabled=false", "trainer.total_training_steps=1", "trainer.save_freq=1", CHAIN
+    )
+    assert run.code == 0, run.log[-3000:]
+    assert not run.exports.exists()
+    assert (tmp_path / "archive" / "global_step_1").is_dir()
+    assert "published" not in run.log
