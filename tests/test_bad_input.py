@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,16 @@ def refuses(request: pytest.FixtureRequest, tmp_path: Path) -> Refuses:
         checkpoint: Path, error: type[AutoExportError], *words: str, meanwhile=lambda: None,
         where: Path = tmp_path / "published", **options: Any,
     ) -> str:  # fmt: skip
-        where.mkdir(exist_ok=True)
-        with pytest.raises(error) as caught:
+        def export() -> None:
             spec = checkpoint_spec(checkpoint, verify=False, **options)
             if request.param == "directory":
                 export_to_directory(spec, where / "out", Meanwhile(meanwhile))
             else:
                 export_to_registry(spec, Registry.create(where), Meanwhile(meanwhile))
+
+        where.mkdir(exist_ok=True)
+        with pytest.raises(error) as caught:
+            export()
         message = str(caught.value)
         assert [w for w in words if w not in message] == [], message
         assert "\n" not in message
@@ -391,8 +395,8 @@ def test_disk_that_fills_up_meanwhile(checkpoint, small_disk, refuses):
     disk = small_disk("80m")
 
     def fill():
-        with (disk / "filler").open("wb", buffering=0) as f, pytest.raises(OSError, match="No space"):
-            while True:
-                assert f.write(b"x" * (1 << 20))
+        with suppress(OSError), (disk / "filler").open("wb", buffering=0) as f:
+            while f.write(b"x" * (1 << 20)):
+                pass
 
     refuses(checkpoint("even"), MergeError, "model.safetensors", "No space left", where=disk, meanwhile=fill)

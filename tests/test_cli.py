@@ -65,8 +65,9 @@ def root(published: Path, tmp_path: Path) -> Path:
 
 
 def test_export_to_a_directory(checkpoint, tmp_path):
-    done = cli("export", checkpoint("moe"), "--output", tmp_path / "out", "--dtype", "float16", "--workers", 1,
-               "--max-shard-size", "40KB", "--memory-budget", "1MiB", "--base-model", "org/base", "--no-verify")  # fmt: skip
+    options = ["--dtype", "float16", "--max-shard-size", "40KB", "--base-model", "org/base", "--no-verify"]
+    options += ["--workers", 1, "--memory-budget", "1MiB"]
+    done = cli("export", checkpoint("moe"), "--output", tmp_path / "out", *options)
     assert (done.stdout, done.stderr) == (f"{tmp_path / 'out'}\n", "")
     record = json.loads((tmp_path / "out/export.json").read_text())
     assert (record["dtype"], record["base_model"], record["step"]) == ("float16", "org/base", STEP)

@@ -87,7 +87,8 @@ def tied(tmp_path_factory) -> Run:
     (requests / "early.json").write_text("{}")
     return run.train(
         "actor_rollout_ref.actor.strategy=fsdp", "trainer.total_training_steps=8",
-        "autoexport.trigger.every_n_steps=5", f"autoexport.trigger.best={{metric:{CONSTANT}}}", "autoexport.trigger.on_train_end=false",
+        "autoexport.trigger.every_n_steps=5", f"autoexport.trigger.best={{metric:{CONSTANT}}}",
+        "autoexport.trigger.on_train_end=false",
         "autoexport.queue.overflow=wait", CHAIN,
     )  # fmt: skip
 
@@ -198,3 +199,12 @@ def test_switched_off_it_does_nothing_but_call_the_users_callback(tmp_path):
     assert not run.exports.exists()
     assert (tmp_path / "archive" / "global_step_1").is_dir()
     assert "published" not in run.log
+
+
+def test_training_goes_on_when_the_output_directory_is_taken_away(tmp_path):
+    run = Run(tmp_path).train("autoexport.trigger.on_save=true", CHAIN, break_at=4)
+    assert run.code == 0, run.log[-3000:]
+    assert 4 in run.logged()
+    report = re.search(r"verl_autoexport: (\d) published.*step 4: \w+Error: .*", run.log)
+    assert report, "the attempt is reported with its reason"
+    assert len(list(Path(f"{run.exports}.gone").glob("v*"))) == int(report[1])

@@ -106,8 +106,9 @@ class _Bar:
         self.__exit__()
         form = None if total else "{desc}"
         self.bar = tqdm(
-            desc=name, total=total, unit="B", unit_scale=True, bar_format=form, leave=False, disable=None, ncols=_width()
-        )
+            desc=name, total=total, unit="B", unit_scale=True, bar_format=form, leave=False, disable=None,
+            ncols=_width(), nrows=24,
+        )  # fmt: skip
 
     def advance(self, nbytes: int) -> None:
         self.bar.update(nbytes)

@@ -40,15 +40,22 @@ class Run:
     def last_line(self) -> str:
         return self.log.strip().splitlines()[-1]
 
-    def train(self, *overrides: str, raise_at: int = -1, kill_at: str | None = None, flag: bool = True) -> Run:
-        """Train until it ends, or until `kill_at` (a regular expression) is printed: then SIGKILL everything."""
+    def train(
+        self, *overrides: str, raise_at: int = -1, break_at: int = -1, kill_at: str | None = None, flag: bool = True
+    ) -> Run:
+        """Train until it ends, or until `kill_at` (a regular expression) is printed: then SIGKILL everything.
+
+        `raise_at` and `break_at` are steps at which the user's own callback fails, or takes the exports away.
+        """
         env = os.environ | {
             "PYTHON": sys.executable,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))),
             "ARCHIVE_DIR": str(self.out / "archive"),
             "ARCHIVE_RAISE_AT": str(raise_at),
+            "ARCHIVE_BREAK_AT": str(break_at),
+            "ARCHIVE_BREAK": str(self.exports),
         }
-        command = ["bash", str(TRAIN), str(self.out), *(["+autoexport=default"] if flag else []), *overrides]
+        command = ["bash", str(TRAIN), str(self.out), "+autoexport=default", *overrides]
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         watchdog = time.monotonic() + TIMEOUT_S
         lines = []

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from verl_autoexport.config import VerifyConfig, parse_size
-from verl_autoexport.errors import ConfigError, MergeError, PlanError, SourceError
+from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, PlanError, SourceError
 from verl_autoexport.events import ExportRecord, Trigger
 from verl_autoexport.export import assets, naming, verify
 from verl_autoexport.export.merge import MergeJob, WrittenFile, equal_values
@@ -107,7 +107,8 @@ def export_to_registry(
     try:
         return registry.publish(staging, run_export(spec, staging.path, runner, progress))
     except BaseException:
-        registry.discard(staging)
+        with suppress(AutoExportError):  # the reason to tell is the first one; `recover` removes what is left
+            registry.discard(staging)
         raise
 
 

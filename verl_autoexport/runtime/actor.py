@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +54,7 @@ class ExportActor:
             logger.warning("verl_autoexport: recovered: %s", line)
         merge = settings.merge
         self.runner = RayRunner(merge.workers, merge.num_cpus, merge.schedule_timeout_s)
-        self.waiting: deque[_Job] = deque()
+        self.waiting: list[_Job] = []
         self.changed = threading.Condition()
         self.loop: asyncio.AbstractEventLoop | None = None
         threading.Thread(target=self._work, name="autoexport", daemon=True).start()
@@ -66,10 +64,9 @@ class ExportActor:
         self.loop = asyncio.get_running_loop()
         job = _Job(request, self.loop.create_future())
         with self.changed:
-            self.registry.journal(
-                "asked", step=request["step"], time=request["time"], triggers=list(request["triggers"])
-            )
+            self._journal("asked", request, time=request["time"], triggers=list(request["triggers"]))
             self.waiting.append(job)
+            self.waiting.sort(key=lambda j: j.request["step"])  # Ray may start concurrent calls in any order
             surplus = self._surplus()
             if surplus is not None:
                 self.waiting.remove(surplus)
@@ -95,7 +92,7 @@ class ExportActor:
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting)
-                job = self.waiting.popleft()
+                job = self.waiting.pop(0)
             outcome = self._export(job.request)
             self.loop.call_soon_threadsafe(job.done.set_result, outcome)
 
@@ -126,10 +123,15 @@ class ExportActor:
 
     def _settle(self, request: Mapping[str, Any], status: str, reason: str) -> Outcome:
         logger.warning("verl_autoexport: step %s %s: %s", request["step"], status, reason)
-        with contextlib.suppress(AutoExportError, OSError):  # e.g. the disk that made it fail is full
-            self.registry.journal(status, step=request["step"], reason=reason)
+        self._journal(status, request, reason=reason)
         pins.release(Path(request["pin"]))
         return {"step": request["step"], "status": status, "reason": reason}
+
+    def _journal(self, event: str, request: Mapping[str, Any], **fields: Any) -> None:
+        try:
+            self.registry.journal(event, step=request["step"], **fields)
+        except (AutoExportError, OSError) as e:  # e.g. the full disk that made the export fail
+            logger.warning("verl_autoexport: step %s: %r could not be journaled: %s", request["step"], event, e)
 
 
 def make_spec(request: Mapping[str, Any], settings: AutoExportConfig) -> ExportSpec:

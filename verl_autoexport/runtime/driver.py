@@ -114,7 +114,7 @@ class ExportDriver:
         pin = self.pins.pop(step, None)
         if pin is None:
             return
-        event = StepEvent(step, _numbers(data), time.time(), requested=bool(self.registry.pending_requests()))
+        event = StepEvent(step, _numbers(data), time.time(), requested=self._requested())
         if self.last_step is not None and step >= self.last_step and step > self.start.step:
             self.held = event, pin  # `on_train_end` may become one more reason of this version
         else:
@@ -139,7 +139,7 @@ class ExportDriver:
             ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
         self.poll()
         line = self.report()
-        self.registry.journal("report", line=line)
+        self._journal("report", line=line)
         return line
 
     def poll(self) -> list[Outcome]:
@@ -151,9 +151,9 @@ class ExportDriver:
             try:
                 pending.outcome = ray.get(ref)
             except ray.exceptions.RayError as e:
-                reason = f"the export actor was lost: {type(e).__name__}"
+                reason = f"the export actor was lost: {type(e).__name__}: {e}".splitlines()[0]
                 pending.outcome = {"step": pending.decision.step, "status": "failed", "reason": reason}
-                self.registry.journal("failed", step=pending.decision.step, reason=reason)
+                self._journal("failed", step=pending.decision.step, reason=reason)
             if pending.outcome["status"] == "failed":
                 failures.append(pending.outcome)
             self._remember(pending.decision, pending.outcome["status"])
@@ -195,7 +195,9 @@ class ExportDriver:
             logger.warning("verl_autoexport: %s superseded: resumed at step %s", version.path, self.start.step)
 
     def _decide(self, event: StepEvent, pin: Pin) -> None:
-        self.poll()
+        failures = self.poll()
+        if failures and self.settings.on_error == "raise":
+            raise ExportFailed(f"step {failures[0]['step']}: {failures[0]['reason']}")
         decision = decide(self.policies, event, self.history, self.start, self.settings.trigger.min_steps_between)
         if decision is None:
             pins.release(pin.path)
@@ -265,11 +267,24 @@ class ExportDriver:
     def _asked(self, step: int) -> bool:
         return any(m.step == step and m.status in ("pending", "published") for m in self.history)
 
+    def _requested(self) -> bool:
+        try:
+            return bool(self.registry.pending_requests())
+        except (AutoExportError, OSError) as e:
+            logger.warning("verl_autoexport: %s", e)
+            return False
+
     def _note(self, step: int, status: str, reason: str) -> None:
         """A milestone that never reached the actor."""
         logger.warning("verl_autoexport: step %s %s: %s", step, status, reason)
         self.problems.append(f"step {step} {status}: {reason}")
-        self.registry.journal(status, step=step, reason=reason)
+        self._journal(status, step=step, reason=reason)
+
+    def _journal(self, event: str, **fields: Any) -> None:
+        try:
+            self.registry.journal(event, **fields)
+        except (AutoExportError, OSError) as e:  # the output directory may be what is broken
+            logger.warning("verl_autoexport: %r could not be journaled: %s", event, e)
 
 
 def _numbers(data: Mapping[str, Any]) -> dict[str, float]:
