@@ -35,8 +35,8 @@ ROOMS: Mapping[str, frozenset[str]] = {
     "preflight": JUDGES,
     "sources": BASICS,
     "registry": BASICS,
-    "export": JUDGES | {"sources", "registry"},
-    "runtime": JUDGES | {"policies", "preflight", "sources", "registry", "export"},
+    "export": JUDGES | {"sources", "registry", "__init__"},
+    "runtime": JUDGES | {"policies", "preflight", "sources", "registry", "export", "__init__"},
     "cli": JUDGES | {"sources", "registry", "export", "__init__"},
     "__init__": frozenset(),  # its public names are resolved on first use
     "__main__": frozenset({"cli"}),

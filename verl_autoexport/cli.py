@@ -249,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--no-load", action="store_true", help="names and hashes only; do not load the model")
     verify.add_argument("--trust-remote-code", action="store_true", help="let the directory's own code run")
     ls = _add(commands, "ls", _ls, "the versions in an output directory, and what was not exported and why")
-    show = _add(commands, "show", _show, "one version: reasons, metrics, checks, files")
+    show = _add(commands, "show", _show, "one version: reasons, checks, files; all its metrics with --json")
     request = _add(commands, "request", _request, "ask the run that exports to ROOT for a milestone")
     request.add_argument("--note", help="why, for the record")
     pin = _add(commands, "pin", _pin, "mark a version as one to keep")

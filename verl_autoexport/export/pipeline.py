@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
+from verl_autoexport import __version__
 from verl_autoexport.config import VerifyConfig, parse_size
 from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, PlanError, SourceError
 from verl_autoexport.events import ExportRecord, Trigger
@@ -285,6 +286,8 @@ def _file_entries(target: Path, written: Mapping[str, WrittenFile]) -> Iterator[
 
 
 def _installed(name: str) -> str | None:
+    if name == "verl_autoexport":
+        return __version__
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -154,13 +155,15 @@ class Registry:
         RegistryError means that nothing was published, and the staging directory is still the caller's.
         """
         self._check_own(staged)
+        started = time.monotonic()
         try:
             fsync_tree(staged.path)  # the long part, so not under the lock
         except OSError as e:
             raise RegistryError(f"{staged.path}: cannot be made durable: {e}") from e
         with self._locked():
             number = self._next_number(states.load(self.root)[0])
-            version = self._rename(staged, replace(record, version=number))
+            timings = {**record.timings_s, "publish": round(time.monotonic() - started, 4)}
+            version = self._rename(staged, replace(record, version=number, timings_s=timings))
             try:
                 self._book(version)
             except (OSError, RegistryError) as e:

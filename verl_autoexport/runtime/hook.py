@@ -8,6 +8,7 @@ with `global_steps` at the resumed step; `Tracking.finish` comes last, workers s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -140,7 +141,8 @@ def _wrap_verl() -> None:
         try:
             result = fit(self, *args, **kwargs)
         except BaseException:
-            _active.on_fit_end(False)
+            with contextlib.suppress(ExportFailed):  # training's own error is the one to raise
+                _active.on_fit_end(False)
             raise
         _active.on_fit_end(True)
         return result

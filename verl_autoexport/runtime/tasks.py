@@ -14,12 +14,13 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from verl_autoexport import __version__
 from verl_autoexport.errors import MergeError
 from verl_autoexport.export.merge import MergeJob, WrittenFile
 
 logger = logging.getLogger(__name__)
 _POLL_S = 1.0
-_PACKAGES = ("verl_autoexport", "torch", "transformers")
+_PACKAGES = ("torch", "transformers")
 
 
 class NotShared(Exception):
@@ -135,7 +136,7 @@ def merge_task(job: MergeJob, nonce: str, started: str, expected: dict[str, str 
 
 def versions() -> dict[str, str | None]:
     """Versions of the packages that decide what is written."""
-    found: dict[str, str | None] = {}
+    found: dict[str, str | None] = {"verl_autoexport": __version__}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
