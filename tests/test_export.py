@@ -107,6 +107,12 @@ def test_architecture_as_fsdp2_renames_it(own_checkpoint, tmp_path):
     assert_same_model(tmp_path / "ours", oracle(made / "reference", "bfloat16", tmp_path / "theirs"))
 
 
+VISION = {
+    "depth": 2, "num_hidden_layers": 2, "hidden_size": 32, "embed_dim": 32, "intermediate_size": 40, "num_heads": 4,
+    "num_attention_heads": 4, "out_hidden_size": 32, "patch_size": 4, "image_size": 16,
+}  # fmt: skip
+TEXT = {k: v for k, v in QWEN3_MOE.items() if k not in ("architectures", "model_type")}
+SEEING = {"text_config": TEXT, "vision_config": VISION}
 FAMILIES = {
     "llama": LLAMA,
     "mistral": LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
@@ -132,6 +138,18 @@ FAMILIES = {
         "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
         "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
     },
+    "t5": {  # `wo` stays float32 in float16
+        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 32, "d_kv": 8, "d_ff": 64,
+        "num_layers": 2, "num_heads": 4, "vocab_size": 131,
+    },
+    "ernie4_5_moe": QWEN3_MOE  # its router's correction stays float32
+    | {"model_type": "ernie4_5_moe", "architectures": ["Ernie4_5_MoeForCausalLM"], "moe_num_experts": 4},
+    "qwen3_next": QWEN3_MOE
+    | {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "shared_expert_intermediate_size": 40},
+    "gemma3": SEEING | {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
+    "qwen2_5_vl": SEEING | {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]},
+    "qwen3_vl": SEEING | {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]},
+    "qwen3_vl_moe": SEEING | {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"]},
 }  # fmt: skip
 
 

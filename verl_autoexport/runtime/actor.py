@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from verl_autoexport.sources import pins
 logger = logging.getLogger(__name__)
 MAX_WAITING = 2
 """Exports that may wait behind the one that runs before `queue.overflow` applies."""
+_THREADS = 64  # calls of `export` that Ray lets in at a time; each only waits
 
 Outcome = dict[str, Any]
 """`{"step", "status": published | failed | dropped, "version" | "reason"}`."""
@@ -32,7 +33,7 @@ Outcome = dict[str, Any]
 @dataclass
 class _Job:
     request: Mapping[str, Any]
-    done: asyncio.Future[Outcome]
+    done: Future[Outcome]
 
     @property
     def droppable(self) -> bool:
@@ -56,13 +57,11 @@ class ExportActor:
         self.runner = RayRunner(merge.workers, merge.num_cpus, merge.schedule_timeout_s)
         self.waiting: list[_Job] = []
         self.changed = threading.Condition()
-        self.loop: asyncio.AbstractEventLoop | None = None
         threading.Thread(target=self._work, name="autoexport", daemon=True).start()
 
-    async def export(self, request: Mapping[str, Any]) -> Outcome:
+    def export(self, request: Mapping[str, Any]) -> Outcome:
         """Queue one chosen step and wait for its outcome; `request` is what `driver` wrote into the pin."""
-        self.loop = asyncio.get_running_loop()
-        job = _Job(request, self.loop.create_future())
+        job = _Job(request, Future())
         with self.changed:
             self._journal("asked", request, time=request["time"], triggers=list(request["triggers"]))
             self.waiting.append(job)
@@ -74,7 +73,7 @@ class ExportActor:
         if surplus is not None:
             newest = self.waiting[-1].request["step"] if self.waiting else request["step"]
             surplus.done.set_result(self._drop(surplus.request, newest))
-        return await job.done
+        return job.done.result()
 
     def _surplus(self) -> _Job | None:
         """The milestone that back pressure drops: never one of `best`, `at_steps`, `threshold`, `on_train_end`."""
@@ -93,8 +92,7 @@ class ExportActor:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting)
                 job = self.waiting.pop(0)
-            outcome = self._export(job.request)
-            self.loop.call_soon_threadsafe(job.done.set_result, outcome)
+            job.done.set_result(self._export(job.request))
 
     def _export(self, request: Mapping[str, Any]) -> Outcome:
         step = request["step"]
@@ -160,6 +158,6 @@ def start_actor(settings: AutoExportConfig) -> Any:
     """A handle to a new actor on this node; returns at once, before the actor's process is up."""
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = ray.remote(ExportActor).options(
-        num_cpus=0, num_gpus=0, max_restarts=3, max_task_retries=3, scheduling_strategy=node
+        num_cpus=0, num_gpus=0, max_concurrency=_THREADS, max_restarts=3, max_task_retries=3, scheduling_strategy=node
     )
     return options.remote(settings)
