@@ -285,7 +285,7 @@ def test_memory_stays_within_the_budget(tmp_path):
             time.sleep(0.002)
     assert child.returncode == 0
     assert (tmp_path / "out/model.safetensors").stat().st_size > 200e6
-    assert peak - before < 100 << 20
+    assert peak - before < 48 << 20  # the budget, and half as much again for everything else
     assert_same_as_shards(tmp_path / "out", made / "actor")
 
 

@@ -51,6 +51,7 @@ def _export_once(args: argparse.Namespace) -> int:
     spec = pipeline.checkpoint_spec(
         args.checkpoint, dtype=args.dtype, max_shard_size=args.max_shard_size, base_model=args.base_model,
         lora=args.lora, memory_budget=args.memory_budget, verify=not args.no_verify,
+        trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     if args.output is not None:
         with _Bar() as bar:
@@ -243,11 +244,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="verl-autoexport", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_export(commands)
+    export = _add_export(commands)
     verify = _add(commands, "verify", _verify, "check a published or exported directory: hashes, names, loading")
     verify.add_argument("directory", type=Path, metavar="DIR")
     verify.add_argument("--no-load", action="store_true", help="names and hashes only; do not load the model")
-    verify.add_argument("--trust-remote-code", action="store_true", help="let the directory's own code run")
+    for command in (export, verify):
+        command.add_argument("--trust-remote-code", action="store_true", help="let the model's own code run")
     ls = _add(commands, "ls", _ls, "the versions in an output directory, and what was not exported and why")
     show = _add(commands, "show", _show, "one version: reasons, checks, files; all its metrics with --json")
     request = _add(commands, "request", _request, "ask the run that exports to ROOT for a milestone")
@@ -263,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_export(commands: Any) -> None:
+def _add_export(commands: Any) -> argparse.ArgumentParser:
     export = _add(commands, "export", _export, "export one verl FSDP checkpoint")
     export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a global_step_N, or its actor/")
     where = export.add_mutually_exclusive_group(required=True)
@@ -280,6 +282,7 @@ def _add_export(commands: Any) -> None:
     export.add_argument("--no-verify", action="store_true", help="skip loading and generating; structure is checked")
     export.add_argument("--again", action="store_true", help="export a step that ROOT has already")
     export.add_argument("--ray-address", metavar="A", help="merge in the Ray cluster at A; no Ray without this")
+    return export
 
 
 def _add(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:

@@ -22,6 +22,8 @@ from verl_autoexport.sources.base import FLOATING, ShardManifest, TensorEntry
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+_TRUST = " Its code is in the checkpoint: set trust_remote_code (`--trust-remote-code`) if you trust it."
+
 
 def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's config from `directory/config.json`; raises PlanError naming the file."""
@@ -33,7 +35,8 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as e:
         detail = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise PlanError(f"{directory / 'config.json'}: transformers cannot read it: {detail}") from e
+        hint = _TRUST if "custom code" in detail else ""
+        raise PlanError(f"{directory / 'config.json'}: transformers cannot read it: {detail}{hint}") from e
     if not config.architectures:
         raise PlanError(f"{directory / 'config.json'}: `architectures` is missing; expected the model class's name.")
     return config
@@ -50,9 +53,10 @@ def model_class(config: PretrainedConfig, directory: Path, trust_remote_code: bo
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         return get_class_from_dynamic_module(remote, str(directory))
-    if cls := getattr(transformers, name, None):
+    cls = getattr(transformers, name, None)
+    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
         return cls
-    hint = " Its code is in the checkpoint: set trust_remote_code if you trust it." if remote else ""
+    hint = _TRUST if remote else ""
     raise PlanError(
         f"{directory / 'config.json'}: architecture {name} is unknown to transformers {transformers.__version__}.{hint}"
     )

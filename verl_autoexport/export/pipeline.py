@@ -312,6 +312,7 @@ def export_checkpoint(
     workers: int | None = None,
     memory_budget: str = "1GiB",
     verify: bool = True,
+    trust_remote_code: bool = False,
 ) -> ExportRecord:
     """Export one verl checkpoint (`global_step_N` or its `actor/`) to the new directory `output`.
 
@@ -320,7 +321,7 @@ def export_checkpoint(
     """
     spec = checkpoint_spec(
         Path(checkpoint), dtype=dtype, max_shard_size=max_shard_size, base_model=base_model, lora=lora,
-        memory_budget=memory_budget, verify=verify,
+        memory_budget=memory_budget, verify=verify, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     return export_to_directory(spec, Path(output), LocalRunner(workers))
 
@@ -334,6 +335,7 @@ def checkpoint_spec(
     lora: str = "fused",
     memory_budget: str = "1GiB",
     verify: bool = True,
+    trust_remote_code: bool = False,
 ) -> ExportSpec:
     """The spec of an export by hand; the step is read from the path. Raises ConfigError or SourceError."""
     if dtype not in ("bfloat16", "float16", "float32", "source"):
@@ -348,6 +350,7 @@ def checkpoint_spec(
         max_shard_size=parse_size(max_shard_size, "max_shard_size"),
         memory_budget=parse_size(memory_budget, "memory_budget"),
         verify=VerifyConfig() if verify else VerifyConfig(load=False, generate=False),
+        trust_remote_code=trust_remote_code,
         base_model=base_model,
         origin=str(directory.absolute()),
         triggers=(Trigger("command", "exported by hand"),),

@@ -68,24 +68,25 @@ class ExportActor:
             self.waiting.sort(key=lambda j: j.request["step"])  # Ray may start concurrent calls in any order
             surplus = self._surplus()
             if surplus is not None:
-                self.waiting.remove(surplus)
+                self.waiting.remove(surplus[0])
             self.changed.notify()
         if surplus is not None:
-            newest = self.waiting[-1].request["step"] if self.waiting else request["step"]
-            surplus.done.set_result(self._drop(surplus.request, newest))
+            dropped, reason = surplus
+            dropped.done.set_result(self._settle(dropped.request, "dropped", reason))
         return job.done.result()
 
-    def _surplus(self) -> _Job | None:
-        """The milestone that back pressure drops: never one of `best`, `at_steps`, `threshold`, `on_train_end`."""
-        if len(self.waiting) <= MAX_WAITING or self.settings.queue.overflow == "wait":
+    def _surplus(self) -> tuple[_Job, str] | None:
+        """The milestone that back pressure drops, and why: never `best`, `at_steps`, `threshold`, `on_train_end`."""
+        droppable = [job for job in self.waiting if job.droppable]
+        overflow = self.settings.queue.overflow
+        if len(self.waiting) <= MAX_WAITING or overflow == "wait" or not droppable:
             return None
-        order = self.waiting if self.settings.queue.overflow == "coalesce" else reversed(self.waiting)
-        return next((job for job in order if job.droppable), None)
-
-    def _drop(self, request: Mapping[str, Any], newest: int) -> Outcome:
-        word = "coalesced into a later milestone" if newest > request["step"] else "skipped"
-        reason = f"{word}: {MAX_WAITING} exports were waiting already (queue.overflow)"
-        return self._settle(request, "dropped", reason)
+        full = f"{MAX_WAITING} exports were waiting already"
+        if overflow == "skip":
+            return droppable[-1], f"skipped: {full}"
+        if len(droppable) == 1:
+            return None  # nothing later to coalesce into
+        return droppable[0], f"coalesced into step {droppable[-1].request['step']}: {full}"
 
     def _work(self) -> None:
         while True:

@@ -1,0 +1,148 @@
+"""The export actor and its merge tasks in a real Ray: no free CPU, killed processes, nodes that see nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from sharding import QWEN2, make_checkpoint
+
+from verl_autoexport.config import load_config
+from verl_autoexport.registry.store import Registry
+from verl_autoexport.runtime.driver import ExportDriver, RunInfo
+from verl_autoexport.runtime.tasks import NotShared, merge_task, versions
+from verl_autoexport.sources.pins import find_pins, make_pin
+
+WIDE = QWEN2 | {"vocab_size": 60_000, "hidden_size": 512}  # long enough to be killed in
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("wide"), WIDE, reference=False)
+
+
+def driver(tmp_path: Path, **settings) -> ExportDriver:
+    defaults = {
+        "output_dir": str(tmp_path / "exports"),
+        "verify": {"load": False},
+        "trigger": {"on_save": True},
+        "merge": {"schedule_timeout_s": 1},
+    }
+    made = ExportDriver(load_config(defaults | settings), RunInfo(tmp_path, run={}))
+    made.begin(0, None)
+    return made
+
+
+def save_and_log(made: ExportDriver, source: Path, step: int) -> None:
+    made.saved(step, Path(shutil.copytree(source, made.info.checkpoints / f"global_step_{step}")))
+    made.logged(step, {"training/x": 1.0})
+
+
+def process_named(title: str, timeout_s: float = 60) -> psutil.Process:
+    """The Ray process that shows `title`; Ray sets it while it runs that actor or task."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if title in " ".join(process.cmdline()):
+                    return process
+            except psutil.NoSuchProcess:
+                continue
+        time.sleep(0.01)
+    raise AssertionError(f"no process {title}")
+
+
+def test_no_free_cpu_slot_does_not_stop_an_export(cluster, source, tmp_path):
+    @ray.remote(num_cpus=1)
+    class Holder:
+        def ready(self):
+            return True
+
+    holder = Holder.remote()
+    ray.get(holder.ready.remote())
+    assert ray.available_resources().get("CPU", 0) == 0
+    made = driver(tmp_path)
+    save_and_log(made, source, 2)
+    assert "1 published (v0001-step2)" in made.drain(120)
+    ray.kill(holder)
+
+
+def test_a_killed_merge_task_is_run_again(cluster, source, tmp_path):
+    made = driver(tmp_path)
+    save_and_log(made, source, 2)
+    process_named("ray::merge_task").send_signal(signal.SIGKILL)
+    assert "1 published (v0001-step2)" in made.drain(120)
+    assert sorted(p.name for p in (tmp_path / "exports" / "v0001-step2").glob("*model*")) == ["model.safetensors"]
+
+
+def test_a_killed_actor_restarts_and_exports_each_step_once(cluster, source, tmp_path):
+    made = driver(tmp_path)
+    save_and_log(made, source, 2)
+    save_and_log(made, source, 4)
+    process_named("ray::merge_task")
+    process_named("ray::ExportActor").send_signal(signal.SIGKILL)
+    report = made.drain(180)
+    assert "2 published" in report
+    assert sorted(v.step for v in Registry(tmp_path / "exports").versions()) == [2, 4]
+    assert list((tmp_path / "exports" / ".staging").iterdir()) == []
+    assert find_pins(tmp_path) == []
+
+
+def test_too_little_time_to_drain_is_reported_and_the_next_start_finishes(cluster, source, tmp_path):
+    made = driver(tmp_path)
+    save_and_log(made, source, 2)
+    assert "not finished in time: step 2" in made.drain(0)
+    ray.kill(made.actor)
+    assert [p.step for p in find_pins(tmp_path)] == [2]
+    again = ExportDriver(made.settings, made.info)
+    again.begin(2, None)
+    assert "1 published (v0001-step2)" in again.drain(120)
+
+
+def test_overflow_drops_only_what_may_be_dropped(cluster, source, tmp_path):
+    made = driver(tmp_path, trigger={"on_save": True, "at_steps": [3, 4, 5]})
+    for step in range(1, 9):
+        save_and_log(made, source, step)
+    made.drain(300)
+    registry = Registry(tmp_path / "exports")
+    published = {v.step for v in registry.versions()}
+    dropped = {o["step"] for o in registry.outcomes()}
+    assert {3, 4, 5, 8} <= published
+    assert published | dropped == set(range(1, 9))
+    assert not published & dropped
+    assert dropped
+    assert find_pins(tmp_path) == []
+
+
+def test_a_node_that_does_not_see_the_staging_directory_says_so(tmp_path):
+    with pytest.raises(NotShared):
+        merge_task(None, str(tmp_path / "nonce"), str(tmp_path / "started"), versions())
+
+
+def test_where_links_are_impossible_the_pin_reads_the_original(source, tmp_path):
+    checkpoint = Path(shutil.copytree(source, tmp_path / "global_step_2"))
+    shard = next((checkpoint / "actor").glob("model_*_rank_1.pt"))
+    if subprocess.run(["chattr", "+i", shard], capture_output=True).returncode:
+        pytest.skip("chattr +i, which makes link() fail, is not permitted here")
+    try:
+        with pytest.raises(PermissionError):
+            os.link(shard, tmp_path / "link")
+        pin = make_pin(checkpoint, 2, "actor")
+        assert not pin.linked
+        assert pin.directory == checkpoint / "actor"
+    finally:
+        subprocess.run(["chattr", "-i", shard], check=True)
