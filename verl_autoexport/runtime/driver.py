@@ -86,6 +86,10 @@ class ExportDriver:
                 if pin.request is not None:
                     self._note(pin.step, "dropped", f"the run went back to step {step} before it was exported")
                 pins.release(pin.path)
+        resumed = {p.decision.step for p in self.pending}
+        for lost in [m for m in self.history if m.status == "pending" and m.step not in resumed]:
+            self._note(lost.step, "failed", "interrupted, and its checkpoint was not kept")
+            self._remember(Decision(lost.step, lost.time, lost.triggers), "failed")
 
     def saved(self, step: int, checkpoint_dir: Path) -> None:
         """verl has written the checkpoint of `step`; raises SourceError when its shards are not all there."""
@@ -109,6 +113,7 @@ class ExportDriver:
         self.logged_step = max(step, self.logged_step)
         if not self.pins:
             return
+        self._decide_held(last=False)  # it was not the last step after all
         for earlier in sorted(s for s in self.pins if s < step):  # a resumed step that is not logged again
             self._decide(StepEvent(earlier, {}, time.time()), self.pins.pop(earlier))
         pin = self.pins.pop(step, None)
@@ -123,11 +128,8 @@ class ExportDriver:
     def end(self, succeeded: bool) -> None:
         """`fit` is over."""
         trained = self.logged_step > self.start.step
-        if self.held is not None:
-            event, pin = self.held
-            self.held = None
-            self._decide(replace(event, last=succeeded and trained), pin)
-        elif succeeded and trained and self.settings.trigger.on_train_end and not self._asked(self.logged_step):
+        self._decide_held(last=succeeded and trained)
+        if succeeded and trained and self.settings.trigger.on_train_end and not self._asked(self.logged_step):
             self._note(self.logged_step, "failed", "on_train_end: verl saved no checkpoint of the final step")
         # A pin that is left was saved but never logged, since training failed in between: a resumed run decides it.
 
@@ -194,6 +196,11 @@ class ExportDriver:
         for version in self.registry.supersede_after(self.start.step):
             logger.warning("verl_autoexport: %s superseded: resumed at step %s", version.path, self.start.step)
 
+    def _decide_held(self, last: bool) -> None:
+        if self.held is not None:
+            (event, pin), self.held = self.held, None
+            self._decide(replace(event, last=last and event.step == self.logged_step), pin)
+
     def _decide(self, event: StepEvent, pin: Pin) -> None:
         failures = self.poll()
         if failures and self.settings.on_error == "raise":
@@ -205,7 +212,9 @@ class ExportDriver:
         if not self._make_room(decision):
             pins.release(pin.path)
             return
-        self._submit(decision, pins.choose(pin, self._request(decision, event, pin)))
+        request = self._request(decision, event, pin)
+        pins.choose(pin, request)
+        self._submit(decision, request)
         if event.requested:
             self.registry.clear_requests(self.registry.pending_requests())
 
@@ -246,18 +255,19 @@ class ExportDriver:
             "external_lib": info.external_lib,
         }
 
-    def _submit(self, decision: Decision, pin: Pin) -> None:
+    def _submit(self, decision: Decision, request: Mapping[str, Any]) -> None:
         self._remember(decision, "pending")
-        self.pending.append(_Pending(decision, self.actor.export.remote(dict(pin.request or {}))))
+        self.pending.append(_Pending(decision, self.actor.export.remote(request)))
         logger.warning(
             "verl_autoexport: step %s is a milestone: %s", decision.step, ", ".join(t.reason for t in decision.triggers)
         )
 
     def _resubmit(self, pin: Pin) -> None:
-        request = dict(pin.request or {})
+        # The run directory may have been moved since.
+        request = {**(pin.request or {}), "pin": str(pin.path), "directory": str(pin.directory)}
         triggers = tuple(map(Trigger.from_dict, request["triggers"]))
         logger.warning("verl_autoexport: step %s was interrupted; exporting it now", pin.step)
-        self._submit(Decision(pin.step, request["time"], triggers), pin)
+        self._submit(Decision(pin.step, request["time"], triggers), request)
 
     def _remember(self, decision: Decision, status: str) -> None:
         self.history = [m for m in self.history if m.step != decision.step]

@@ -70,7 +70,7 @@ class AutoExportCallback(CheckpointCallback):
         self.trainer = trainer
         last_step = min(trainer.total_training_steps, trainer.steps_per_epoch * self.config.trainer.total_epochs)
         check_length(self.settings, self.config, last_step)
-        self._guarded(trainer.global_steps, self.driver.begin, trainer.global_steps, last_step)
+        self.driver.begin(trainer.global_steps, last_step)
 
     def on_log(self, tracking: Tracking, data: dict[str, Any], step: int) -> None:
         if self.trainer is not None and tracking is getattr(self.trainer, "logger", None):

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,9 @@ def make_pin(checkpoint_dir: Path, step: int, role: str) -> Pin:
     return pin
 
 
-def choose(pin: Pin, request: Mapping[str, Any]) -> Pin:
+def choose(pin: Pin, request: Mapping[str, Any]) -> None:
     """Record durably that the pinned step is to be exported as `request` (JSON) says."""
-    chosen = Pin(pin.path, pin.step, pin.origin, pin.fingerprint, pin.linked, request)
-    _write(chosen)
-    return chosen
+    _write(replace(pin, request=request))
 
 
 def release(path: Path) -> None:
