@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ WIDE = QWEN2 | {"vocab_size": 60_000, "hidden_size": 512}  # long enough to be k
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -126,6 +127,17 @@ def test_overflow_drops_only_what_may_be_dropped(cluster, source, tmp_path):
     assert not published & dropped
     assert dropped
     assert find_pins(tmp_path) == []
+
+
+def test_the_command_line_merges_in_a_cluster_if_asked(cluster, source, tmp_path):
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "verl_autoexport", "export", source, "--no-verify", "--max-shard-size", "50MB"]
+    for name, more in {"here": [], "there": ["--ray-address", address]}.items():
+        subprocess.run([*command, "--output", tmp_path / name, *more], check=True)
+    files = sorted(p.name for p in (tmp_path / "here").glob("*.safetensors"))
+    assert len(files) > 1
+    for name in files:
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
 
 
 def test_a_node_that_does_not_see_the_staging_directory_says_so(tmp_path):

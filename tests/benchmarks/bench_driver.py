@@ -30,7 +30,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as tmp:
         checkpoints = Path(tmp)
         source = make_checkpoint(checkpoints / "source", QWEN2, world_size=8, reference=False)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         trigger = {"on_save": True, "best": {"metric": "val-core/*/acc/mean@1"}}
         settings = load_config(
             {"output_dir": str(checkpoints / "exports"), "trigger": trigger, "verify": {"load": False}}
