@@ -56,7 +56,7 @@ def test_values_arrive_typed():
             "threshold": [{"metric": "m", "above": 0.8}, {"metric": "m", "below": -1, "once": False}],
         },
         weights={"dtype": "source", "max_shard_size": "100MiB"},
-        verify={"load": False, "generate": True},
+        verify={"load": True, "generate": False},
         chain_callback="my.own.Callback",
     )
     t = config.trigger
@@ -67,7 +67,7 @@ def test_values_arrive_typed():
         ("m<-1", None, -1.0, False),
     ]
     assert config.weights.max_shard_size == 100 * 2**20
-    assert (config.verify.load, config.verify.generate) == (False, True)
+    assert (config.verify.load, config.verify.generate) == (True, False)
     assert config.chain_callback == "my.own.Callback"
     assert config.export_source == "checkpoint"
     assert t.metrics == (
@@ -183,11 +183,11 @@ REFUSED = [  # the message goes on after `autoexport.`
     ),
     (
         trigger(best={"metric": "a", "name": "a/b"}),
-        "trigger.best.name: expected letters, digits, '_', '.' and '-' only, found",
+        "trigger.best.name: expected at most 100 letters, digits, '_', '.' and '-', found",
     ),
     (
         trigger(best={"metric": "a", "name": ".."}),
-        "trigger.best.name: expected letters, digits, '_', '.' and '-' only, found",
+        "trigger.best.name: expected at most 100 letters, digits, '_', '.' and '-', found",
     ),
     (
         trigger(threshold={"metric": "a"}),

@@ -205,9 +205,13 @@ def test_resolve_metric(pattern, expected):
 def test_a_pattern_of_several_metrics_is_refused():
     both = "val-core/gsm8k/acc/mean@1, val-core/math/acc/mean@1"
     with pytest.raises(ConfigError, match=re.escape(f"metric 'val-core/*' matches several: {both}. Name one of them.")):
-        Best("best", "val-core/*").decide(event(1, metrics=dict.fromkeys(NAMES, 0.5)), [], START)
+        resolve_metric("val-core/*", NAMES)
     with pytest.raises(ConfigError, match=r"^metric '\*' matches several: m00, .*, m07 and 12 more\. Name one"):
         resolve_metric("*", [f"m{i:02}" for i in range(20)])
+
+
+def test_a_pattern_that_means_several_metrics_later_in_the_run_does_not_fire():
+    assert Best("best", "val-core/*").decide(event(1, metrics=dict.fromkeys(NAMES, 0.5)), [], START) is None
 
 
 def trigger_config(**keys):

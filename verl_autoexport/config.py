@@ -29,8 +29,14 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+def may_be_val(metric: str) -> bool:
+    """Whether a metric's name or glob can match a `val-*` metric, the only ones that measure the exported weights."""
+    literal = re.split(r"[*?[]", metric)[0]
+    return metric.startswith("val-") or (literal != metric and "val-".startswith(literal))
 
 
 def parse_size(value: Any, key: str) -> int:
@@ -216,6 +222,8 @@ def load_config(node: DictConfig | Mapping[str, Any]) -> AutoExportConfig:
     config = _read(AutoExportConfig, _plain(node), ROOT)
     _check_best(config.trigger.best)
     _check_threshold(config.trigger.threshold)
+    if config.verify.load is False and config.verify.generate is True:
+        raise ConfigError(f"{ROOT}.verify.generate=true needs {ROOT}.verify.load=true or auto; found load=false.")
     for key, available, instead in _NOT_YET:
         value = config
         for part in key.split("."):
@@ -327,7 +335,7 @@ def _check_best(best: Iterable[BestConfig]) -> None:
     for b in best:
         key = f"{ROOT}.trigger.best.name"
         if not _NAME.fullmatch(b.name) or b.name.strip(".") == "":
-            raise _refused(key, b.name, "letters, digits, '_', '.' and '-' only", "It becomes a file name.")
+            raise _refused(key, b.name, "at most 100 letters, digits, '_', '.' and '-'", "It becomes a file name.")
         if b.name in seen:
             raise _refused(key, b.name, "a different name for each entry", "Two have this one.")
         seen.add(b.name)

@@ -253,7 +253,10 @@ def _fired(history: Iterable[Milestone], policy: str, name: str | None = None) -
 
 def _measure(pattern: str, metrics: Mapping[str, Any]) -> tuple[str | None, float | None]:
     """Name and value of a metric; no value if it is not a finite number, which is no measurement."""
-    name = resolve_metric(pattern, metrics)
+    try:
+        name = resolve_metric(pattern, metrics)
+    except ConfigError:  # matched once at the first validation, several now: no measurement either
+        return None, None
     try:
         value = float(metrics[name]) if name is not None else math.nan
     except (TypeError, ValueError):

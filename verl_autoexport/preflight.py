@@ -7,7 +7,6 @@ cannot be resolved is not judged; verl itself complains about those that it need
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_autoexport.config import AutoExportConfig
+from verl_autoexport.config import AutoExportConfig, may_be_val
 from verl_autoexport.errors import ConfigError
 
 CALLBACK = "verl_autoexport.AutoExportCallback"
@@ -29,6 +28,7 @@ class _Run:
     cfg: DictConfig
     settings: AutoExportConfig
     last_step: int | None
+    last_saved: bool = True
 
     def get(self, key: str) -> Any:
         return _get(self.cfg, key)
@@ -57,10 +57,14 @@ def check_run(cfg: DictConfig, settings: AutoExportConfig) -> list[str]:
     return list(_earlier_weights(run))
 
 
-def check_length(settings: AutoExportConfig, cfg: DictConfig, last_step: int) -> None:
-    """The checks of `check_run` that need the number of the run's last step, once it is known."""
+def check_length(settings: AutoExportConfig, cfg: DictConfig, last_step: int, last_saved: bool = True) -> None:
+    """The checks of `check_run` that need the number of the run's last step, once it is known.
+
+    `last_saved`: verl saves at that step whatever `save_freq` is; not so if the epochs end
+    before `total_training_steps`.
+    """
     if settings.enabled and not _get(cfg, "trainer.val_only"):
-        _raise([line for rule in _LENGTH_RULES for line in rule(_Run(cfg, settings, last_step))])
+        _raise([line for rule in _LENGTH_RULES for line in rule(_Run(cfg, settings, last_step, last_saved))])
 
 
 def check_hook(cfg: DictConfig) -> None:
@@ -162,7 +166,7 @@ def _at_steps_saved(run: _Run) -> Iterator[str]:
     freq, last = _positive(run.get("trainer.save_freq")), run.last_step
     if freq is None or last is None:
         return
-    missed = [s for s in run.settings.trigger.at_steps if s > last or (s % freq and s != last)]
+    missed = [s for s in run.settings.trigger.at_steps if s > last or (s % freq and not (s == last and run.last_saved))]
     if missed:
         yield (
             f"autoexport.trigger.at_steps: no checkpoint at {missed}; trainer.save_freq={freq} saves at its multiples "
@@ -198,9 +202,7 @@ _LENGTH_RULES = (_at_steps_saved, _saves_meet_validations)
 
 def _earlier_weights(run: _Run) -> Iterator[str]:
     for key, metric in run.settings.trigger.metrics:
-        literal = re.split(r"[*?[]", metric)[0]
-        may_be_val = literal != metric and "val-".startswith(literal)
-        if not metric.startswith("val-") and not may_be_val:
+        if not may_be_val(metric):
             yield (
                 f"{key} {metric!r} is measured on earlier weights: verl samples before it updates. "
                 "Only val-* metrics measure the weights that are exported."

@@ -55,17 +55,18 @@ log = logging.getLogger(__name__)
 class Registry:
     """The versions in one output directory. Building it touches nothing; reading never writes or locks."""
 
-    def __init__(self, root: Path | str) -> None:
+    def __init__(self, root: Path | str, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
         self.root = Path(os.path.abspath(root))
         self._staging = self.root / staging.NAME
         self._requests = self.root / requests.NAME
         self._journal = self.root / journal.NAME
         self._lock = FileLock(self.root / ".lock")
+        self._lock_timeout_s = lock_timeout_s
 
     @classmethod
-    def create(cls, root: Path | str) -> Registry:
+    def create(cls, root: Path | str, lock_timeout_s: float = LOCK_TIMEOUT_S) -> Registry:
         """The registry in `root`, made if need be; RegistryError if it cannot be written to and locked."""
-        registry = cls(root)
+        registry = cls(root, lock_timeout_s)
         try:
             for folder in (registry.root, registry._staging, registry._requests):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -120,11 +121,11 @@ class Registry:
         """
         fates, versions = self._fates()
         by_step = {step: fate.milestone() for step, fate in fates.items()}
-        for version in versions:
-            fate = fates.get(version.step)
-            triggers = tuple(map(Trigger.from_dict, version.record.triggers))
-            time = fate.time if fate else created_at(version.record)
-            by_step[version.step] = Milestone(version.step, time, triggers, "published")
+        for version in versions:  # a step exported by hand as well keeps the reasons of both
+            known = by_step.get(version.step) or Milestone(version.step, created_at(version.record), ())
+            asked = known.triggers if known.status != "failed" else ()
+            triggers = dict.fromkeys((*asked, *map(Trigger.from_dict, version.record.triggers)))
+            by_step[version.step] = replace(known, triggers=tuple(triggers), status="published")
         return [by_step[step] for step in sorted(by_step) if up_to_step is None or step <= up_to_step]
 
     def outcomes(self) -> list[dict[str, Any]]:
@@ -235,9 +236,9 @@ class Registry:
     def _locked(self) -> Iterator[None]:
         self._check_root()
         try:
-            self._lock.acquire(timeout=LOCK_TIMEOUT_S, poll_interval=0.01)
+            self._lock.acquire(timeout=self._lock_timeout_s, poll_interval=0.01)
         except Timeout:
-            held = f"{self._lock.lock_file}: held by another process for more than {LOCK_TIMEOUT_S} s"
+            held = f"{self._lock.lock_file}: held by another process for more than {self._lock_timeout_s:g} s"
             raise RegistryError(f"{held}; find it (`fuser` names it) and end it if it hangs") from None
         except OSError as e:
             raise RegistryError(f"{self._lock.lock_file}: cannot be locked: {e}") from e

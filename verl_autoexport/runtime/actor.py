@@ -56,6 +56,7 @@ class ExportActor:
         merge = settings.merge
         self.runner = RayRunner(merge.workers, merge.num_cpus, merge.schedule_timeout_s)
         self.waiting: list[_Job] = []
+        self.running = 0
         self.changed = threading.Condition()
         threading.Thread(target=self._work, name="autoexport", daemon=True).start()
 
@@ -79,7 +80,7 @@ class ExportActor:
         """The milestone that back pressure drops, and why: never `best`, `at_steps`, `threshold`, `on_train_end`."""
         droppable = [job for job in self.waiting if job.droppable]
         overflow = self.settings.queue.overflow
-        if len(self.waiting) <= MAX_WAITING or overflow == "wait" or not droppable:
+        if len(self.waiting) + self.running <= MAX_WAITING + 1 or overflow == "wait" or not droppable:
             return None
         full = f"{MAX_WAITING} exports were waiting already"
         if overflow == "skip":
@@ -93,7 +94,11 @@ class ExportActor:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting)
                 job = self.waiting.pop(0)
-            job.done.set_result(self._export(job.request))
+                self.running = 1
+            outcome = self._export(job.request)
+            with self.changed:
+                self.running = 0
+            job.done.set_result(outcome)
 
     def _export(self, request: Mapping[str, Any]) -> Outcome:
         step = request["step"]
@@ -114,9 +119,12 @@ class ExportActor:
         return {"step": step, "status": "published", "version": version.name}
 
     def _published(self, request: Mapping[str, Any]) -> str | None:
+        """The version that is this very milestone; one made by hand of the same step lacks its reasons."""
+        wanted = {(t["policy"], t.get("name")) for t in request["triggers"]}
         for version in self.registry.versions():
             same = version.record.source.get("fingerprint") == request["fingerprint"]
-            if version.step == request["step"] and same and not version.superseded:
+            has = {(t.get("policy"), t.get("name")) for t in version.record.triggers}
+            if version.step == request["step"] and same and not version.superseded and wanted <= has:
                 return version.name
         return None
 
@@ -159,6 +167,6 @@ def start_actor(settings: AutoExportConfig) -> Any:
     """A handle to a new actor on this node; returns at once, before the actor's process is up."""
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = ray.remote(ExportActor).options(
-        num_cpus=0, num_gpus=0, max_concurrency=_THREADS, max_restarts=3, max_task_retries=3, scheduling_strategy=node
+        num_cpus=0, num_gpus=0, max_concurrency=_THREADS, max_restarts=-1, max_task_retries=3, scheduling_strategy=node
     )
     return options.remote(settings)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from verl_autoexport.config import AutoExportConfig
+from verl_autoexport.config import AutoExportConfig, may_be_val
 from verl_autoexport.errors import AutoExportError
 from verl_autoexport.events import Decision, Milestone, StepEvent, Trigger
 from verl_autoexport.policies import RunStart, build_policies, check_metrics, decide, measured_on
@@ -22,6 +22,7 @@ from verl_autoexport.sources import pins
 from verl_autoexport.sources.pins import Pin
 
 logger = logging.getLogger(__name__)
+_LOCK_S = 2.0  # training waits at most this long for another process at work in the output directory
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ExportDriver:
     def __init__(self, settings: AutoExportConfig, info: RunInfo) -> None:
         self.settings = settings
         self.info = info
-        self.registry = Registry.create(settings.output_dir)
+        self.registry = Registry.create(settings.output_dir, _LOCK_S)
         self.policies = build_policies(settings.trigger)
         self.actor = start_actor(settings)
         self.start = RunStart(0, time.time())
@@ -65,7 +66,11 @@ class ExportDriver:
         self.history: list[Milestone] = []
         self.pending: list[_Pending] = []
         self.pins: dict[int, Pin] = {}
+        self.undecided: list[tuple[StepEvent, Pin]] = []
         self.held: tuple[StepEvent, Pin] | None = None
+        self.beyond: list[Pin] = []
+        self.requests: Sequence[Path] = ()
+        self.past_cut = False
         self.logged_step = 0
         self.metrics_checked = not settings.trigger.metrics
         self.problems: list[str] = []
@@ -83,9 +88,7 @@ class ExportDriver:
             elif pin.request is not None and pin.step <= step:
                 self._resubmit(pin)
             else:
-                if pin.request is not None:
-                    self._note(pin.step, "dropped", f"the run went back to step {step} before it was exported")
-                pins.release(pin.path)
+                self.beyond.append(pin)
         resumed = {p.decision.step for p in self.pending}
         for lost in [m for m in self.history if m.status == "pending" and m.step not in resumed]:
             self._note(lost.step, "failed", "interrupted, and its checkpoint was not kept")
@@ -102,36 +105,37 @@ class ExportDriver:
                 step,
             )
         self.pins[step] = pin
+        if step > self.start.step:
+            self._cut_past()  # before its validation, which the run may not survive
         self.stall_s = time.monotonic() - started
 
     def logged(self, step: int, data: Mapping[str, Any]) -> None:
         """verl logs `step`: all its metrics exist, and the workers still hold its weights."""
         if not self.metrics_checked:
             self._check_metrics(step, data)
-        if step > self.logged_step == self.start.step:
-            self._first_trained_step()
         self.logged_step = max(step, self.logged_step)
-        if not self.pins:
-            return
-        self._decide_held(last=False)  # it was not the last step after all
-        for earlier in sorted(s for s in self.pins if s < step):  # a resumed step that is not logged again
-            self._decide(StepEvent(earlier, {}, time.time()), self.pins.pop(earlier))
-        pin = self.pins.pop(step, None)
-        if pin is None:
-            return
-        event = StepEvent(step, _numbers(data), time.time(), requested=self._requested())
-        if self.last_step is not None and step >= self.last_step and step > self.start.step:
-            self.held = event, pin  # `on_train_end` may become one more reason of this version
-        else:
-            self._decide(event, pin)
+        for saved in sorted(s for s in self.pins if s <= step):
+            # An earlier one is the resumed step, which not every run logs again.
+            metrics, requested = (_numbers(data), self._requests()) if saved == step else ({}, ())
+            event = StepEvent(saved, metrics, time.time(), requested=bool(requested))
+            self.undecided.append((event, self.pins.pop(saved)))
+        self._decide_all(hold_last=True)
 
     def end(self, succeeded: bool) -> None:
-        """`fit` is over."""
+        """`fit` is over. A pin that is left was never logged, since training failed: a resumed run decides it."""
         trained = self.logged_step > self.start.step
-        self._decide_held(last=succeeded and trained)
+        if succeeded and (pin := self.pins.pop(self.start.step, None)):
+            event = StepEvent(self.start.step, {}, time.time(), last=self.start.step == self.last_step)
+            self.undecided.append((event, pin))
+        if self.held is not None:
+            event, pin = self.held
+            # Trained by this process, or by one that died before it could decide on its last step.
+            finished = event.step == self.logged_step and (trained or event.step == self.last_step)
+            self.undecided.append((replace(event, last=succeeded and finished), pin))
+            self.held = None
+        self._decide_all(hold_last=False)
         if succeeded and trained and self.settings.trigger.on_train_end and not self._asked(self.logged_step):
             self._note(self.logged_step, "failed", "on_train_end: verl saved no checkpoint of the final step")
-        # A pin that is left was saved but never logged, since training failed in between: a resumed run decides it.
 
     def drain(self, timeout_s: float) -> str:
         """Wait at most `timeout_s` seconds for what is pending; returns the run's report in one line."""
@@ -182,41 +186,54 @@ class ExportDriver:
         """At the first log that has the metrics in question: the first validation, for others the first step after."""
         validation = any(str(k).startswith("val-") for k in data)
         trained = step > self.start.step
-        wanted = [metric for _, metric in self.settings.trigger.metrics]
-        if all(m.startswith("val-") for m in wanted):
-            ready = validation
-        else:
-            ready = trained and (validation or not any(m.startswith("val-") for m in wanted))
+        val = [may_be_val(metric) for _, metric in self.settings.trigger.metrics]
+        ready = validation if all(val) else trained and (validation or not any(val))
         if ready:
             check_metrics(self.settings.trigger, [str(k) for k in data])
             self.metrics_checked = True
 
-    def _first_trained_step(self) -> None:
-        """From here on this run has a past of its own: what lies beyond the resumed step is another's."""
+    def _cut_past(self) -> None:
+        """From its first trained step on the run has a past of its own: what lies beyond the resumed step goes."""
+        if self.past_cut:
+            return
         for version in self.registry.supersede_after(self.start.step):
             logger.warning("verl_autoexport: %s superseded: resumed at step %s", version.path, self.start.step)
+        for pin in self.beyond:
+            if pin.request is not None:
+                self._note(pin.step, "dropped", f"the run went back to step {self.start.step} before it was exported")
+            pins.release(pin.path)
+        self.past_cut = True
 
-    def _decide_held(self, last: bool) -> None:
-        if self.held is not None:
-            (event, pin), self.held = self.held, None
-            self._decide(replace(event, last=last and event.step == self.logged_step), pin)
+    def _decide_all(self, hold_last: bool) -> None:
+        """Decide what is waiting for it; what an unreachable output directory prevents is tried again next time."""
+        while self.undecided:
+            event, pin = self.undecided[0]
+            if event.step > self.start.step:
+                self._cut_past()
+            if hold_last and self.last_step is not None and event.step >= self.last_step:
+                if self.held is not None:  # it was not the last step after all
+                    self._decide(*self.held)
+                self.held = event, pin  # `on_train_end` may become one more reason of this version
+            else:
+                self._decide(event, pin)
+            self.undecided.pop(0)
 
     def _decide(self, event: StepEvent, pin: Pin) -> None:
         failures = self.poll()
         if failures and self.settings.on_error == "raise":
             raise ExportFailed(f"step {failures[0]['step']}: {failures[0]['reason']}")
         decision = decide(self.policies, event, self.history, self.start, self.settings.trigger.min_steps_between)
-        if decision is None:
-            pins.release(pin.path)
-            return
-        if not self._make_room(decision):
+        if decision is None or not self._make_room(decision):
             pins.release(pin.path)
             return
         request = self._request(decision, event, pin)
-        pins.choose(pin, request)
+        try:
+            pins.choose(pin, request)
+        except OSError as e:
+            logger.warning("verl_autoexport: %s: %s; step %s would not survive a kill", pin.path, e, pin.step)
         self._submit(decision, request)
         if event.requested:
-            self.registry.clear_requests(self.registry.pending_requests())
+            self._clear_requests()
 
     def _make_room(self, decision: Decision) -> bool:
         """With `queue.overflow=wait`: hold training until an export has finished, or the time is up."""
@@ -265,9 +282,14 @@ class ExportDriver:
     def _resubmit(self, pin: Pin) -> None:
         # The run directory may have been moved since.
         request = {**(pin.request or {}), "pin": str(pin.path), "directory": str(pin.directory)}
-        triggers = tuple(map(Trigger.from_dict, request["triggers"]))
+        try:
+            decision = Decision(pin.step, request["time"], tuple(map(Trigger.from_dict, request["triggers"])))
+        except (KeyError, TypeError, AttributeError) as e:
+            self._note(pin.step, "failed", f"its request in {pin.path} cannot be read: {e!r}")
+            pins.release(pin.path)
+            return
         logger.warning("verl_autoexport: step %s was interrupted; exporting it now", pin.step)
-        self._submit(Decision(pin.step, request["time"], triggers), request)
+        self._submit(decision, request)
 
     def _remember(self, decision: Decision, status: str) -> None:
         self.history = [m for m in self.history if m.step != decision.step]
@@ -277,12 +299,22 @@ class ExportDriver:
     def _asked(self, step: int) -> bool:
         return any(m.step == step and m.status in ("pending", "published") for m in self.history)
 
-    def _requested(self) -> bool:
+    def _requests(self) -> Sequence[Path]:
+        if not self.settings.trigger.on_request:
+            return ()
         try:
-            return bool(self.registry.pending_requests())
+            self.requests = self.registry.pending_requests()
         except (AutoExportError, OSError) as e:
             logger.warning("verl_autoexport: %s", e)
-            return False
+            return ()
+        return self.requests
+
+    def _clear_requests(self) -> None:
+        """Only those that were there when the step was judged."""
+        try:
+            self.registry.clear_requests(self.requests)
+        except (AutoExportError, OSError) as e:
+            logger.warning("verl_autoexport: %s", e)
 
     def _note(self, step: int, status: str, reason: str) -> None:
         """A milestone that never reached the actor."""

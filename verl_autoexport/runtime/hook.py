@@ -67,9 +67,12 @@ class AutoExportCallback(CheckpointCallback):
 
     def on_fit_begin(self, trainer: PPOTrainer) -> None:
         """Workers are up, nothing is trained yet: the last moment to refuse."""
+        if self.config.trainer.get("val_only", False):
+            return  # nothing is trained, so nothing is exported and no past is judged
         self.trainer = trainer
         last_step = min(trainer.total_training_steps, trainer.steps_per_epoch * self.config.trainer.total_epochs)
-        check_length(self.settings, self.config, last_step)
+        last_saved = last_step == trainer.total_training_steps  # if the epochs end before, verl stops without a save
+        check_length(self.settings, self.config, last_step, last_saved)
         self.driver.begin(trainer.global_steps, last_step)
 
     def on_log(self, tracking: Tracking, data: dict[str, Any], step: int) -> None:
@@ -77,6 +80,8 @@ class AutoExportCallback(CheckpointCallback):
             self._guarded(step, self.driver.logged, step, data)
 
     def on_fit_end(self, succeeded: bool) -> None:
+        if self.trainer is None:
+            return
         self._guarded(self.driver.logged_step, self.driver.end, succeeded)
 
     def on_finish(self, tracking: Tracking, exit_code: int) -> None:

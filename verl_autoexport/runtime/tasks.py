@@ -20,6 +20,8 @@ from verl_autoexport.export.merge import MergeJob, WrittenFile
 
 logger = logging.getLogger(__name__)
 _POLL_S = 1.0
+_CANCEL_S = 10.0
+_RETRIES = 3
 _PACKAGES = ("torch", "transformers")
 
 
@@ -36,6 +38,7 @@ class _Attempt:
     started: Path
     cpus: float
     here: bool
+    losses: int
 
 
 class RayRunner:
@@ -51,7 +54,9 @@ class RayRunner:
         self.num_cpus = num_cpus
         self.schedule_timeout_s = schedule_timeout_s
         self.node = ray.get_runtime_context().get_node_id()
-        self.task = ray.remote(num_gpus=0, max_retries=3)(merge_task)
+        # Retried here and not by Ray: each attempt needs its own marker and file, and its own time-out.
+        self.task = ray.remote(num_gpus=0, max_retries=0)(merge_task)
+        self.refs: list[Any] = []
 
     def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]:
         """Write all files; raises what a job raised, MergeError when a worker was lost for good."""
@@ -59,6 +64,7 @@ class RayRunner:
         nonce = folder / f".nonce-{uuid.uuid4().hex}"
         nonce.touch()
         waiting, running, written = list(jobs)[::-1], [], {}
+        self.refs = []
         try:
             while waiting or running:
                 while waiting and len(running) < self.workers:
@@ -68,20 +74,27 @@ class RayRunner:
                     progress(file.nbytes)
                     written[file.name] = file
         finally:
-            for attempt in running:
-                ray.cancel(attempt.ref, force=False)
+            self._stop()
             for path in (nonce, *folder.glob(".started-*"), *folder.glob("*.part*")):
                 path.unlink(missing_ok=True)
         return [written[job.planned.name] for job in jobs]
 
-    def _submit(self, job: MergeJob, nonce: Path, number: int, here: bool = False) -> _Attempt:
+    def _stop(self) -> None:
+        """No attempt of this run may write into the staging directory any more."""
+        for ref in self.refs:
+            ray.cancel(ref, force=False)
+        if self.refs:
+            ray.wait(self.refs, num_returns=len(self.refs), timeout=_CANCEL_S)
+
+    def _submit(self, job: MergeJob, nonce: Path, number: int, here: bool = False, losses: int = 0) -> _Attempt:
         part = job.path.with_name(f"{job.path.name}.part{number}")
         started = nonce.with_name(f".started-{job.path.name}-{number}")
         options: dict[str, Any] = {"num_cpus": self.num_cpus}
         if here:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self.node, soft=False)
         ref = self.task.options(**options).remote(replace(job, path=part), str(nonce), str(started), versions())
-        return _Attempt(job, ref, number, time.monotonic(), started, self.num_cpus, here)
+        self.refs.append(ref)
+        return _Attempt(job, ref, number, time.monotonic(), started, self.num_cpus, here, losses)
 
     def _collect(self, running: Iterable[_Attempt], nonce: Path) -> tuple[list[_Attempt], list[WrittenFile]]:
         by_ref = {a.ref: a for a in running}
@@ -97,12 +110,21 @@ class RayRunner:
                 if attempt.here:
                     raise MergeError(f"{nonce.parent}: not visible to a task on the export actor's own node.") from None
                 logger.warning("a node does not see %s; merging on the export actor's node", nonce.parent)
-                left.append(self._submit(attempt.job, nonce, attempt.number + 1, here=True))
+                left.append(self._submit(attempt.job, nonce, attempt.number + 1, True, attempt.losses))
             except ray.exceptions.RayTaskError as e:
                 raise e.cause from e
             except ray.exceptions.RayError as e:
-                raise MergeError(f"{attempt.job.path.name}: the merge task was lost: {e}") from e
+                left.append(self._again(attempt, nonce, e))
         return left, done
+
+    def _again(self, attempt: _Attempt, nonce: Path, error: Exception) -> _Attempt:
+        reason = str(error).strip().splitlines()[0]
+        if attempt.losses == _RETRIES:
+            raise MergeError(
+                f"{attempt.job.path.name}: the merge task was lost {_RETRIES + 1} times: {reason}"
+            ) from error
+        logger.warning("the merge task of %s was lost and is run again: %s", attempt.job.path.name, reason)
+        return self._submit(attempt.job, nonce, attempt.number + 1, attempt.here, attempt.losses + 1)
 
     def _impatient(self, attempt: _Attempt, nonce: Path) -> _Attempt:
         waited = time.monotonic() - attempt.submitted
@@ -115,7 +137,7 @@ class RayRunner:
         )
         ray.cancel(attempt.ref, force=False)
         self.num_cpus = 0
-        return self._submit(attempt.job, nonce, attempt.number + 1, attempt.here)
+        return self._submit(attempt.job, nonce, attempt.number + 1, attempt.here, attempt.losses)
 
 
 def _finish(attempt: _Attempt, written: WrittenFile) -> WrittenFile:
@@ -130,7 +152,6 @@ def merge_task(job: MergeJob, nonce: str, started: str, expected: dict[str, str 
     if (found := versions()) != expected:
         raise MergeError(f"this node has {found}, the export actor's has {expected}; install the same everywhere.")
     Path(started).touch()
-    job.path.unlink(missing_ok=True)  # what a killed attempt of this very task left
     return job.run()
 
 

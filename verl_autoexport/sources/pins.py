@@ -58,10 +58,11 @@ def make_pin(checkpoint_dir: Path, step: int, role: str) -> Pin:
         path.mkdir(parents=True)
         for file in files:
             linked = linked and _link(file, path / file.relative_to(source))
+        pin = Pin(path, step, origin, mark, linked)
+        _write(pin)
     except OSError as e:
+        release(path)  # links left behind would keep the space that verl frees
         raise SourceError(f"{path}: step {step} cannot be pinned: {e}") from e
-    pin = Pin(path, step, origin, mark, linked)
-    _write(pin)
     return pin
 
 

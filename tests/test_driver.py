@@ -1,0 +1,168 @@
+"""The driver over several starts of a run, with a real Ray, actor and checkpoints; only the trainer is missing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import ray
+from sharding import QWEN2, make_checkpoint
+
+from verl_autoexport.config import load_config
+from verl_autoexport.errors import AutoExportError, ConfigError
+from verl_autoexport.export.pipeline import LocalRunner, checkpoint_spec, export_to_registry
+from verl_autoexport.registry.store import Registry
+from verl_autoexport.runtime.driver import ExportDriver, RunInfo
+from verl_autoexport.sources.pins import find_pins
+
+METRIC = "val-core/x/acc/mean@1"
+BEST = {"metric": METRIC}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("small"), QWEN2, reference=False)
+
+
+@pytest.fixture
+def run(cluster, source, tmp_path):
+    return Script(source, tmp_path)
+
+
+class Script:
+    """A run directory, and the calls that verl would make."""
+
+    def __init__(self, source: Path, root: Path) -> None:
+        self.source, self.root, self.driver = source, root, None
+
+    @property
+    def registry(self) -> Registry:
+        return Registry(self.root / "exports")
+
+    def start(self, step: int = 0, last_step: int | None = None, **trigger) -> ExportDriver:
+        if self.driver is not None:
+            ray.kill(self.driver.actor)
+        node = {"output_dir": str(self.root / "exports"), "verify": {"load": False}, "trigger": trigger}
+        self.driver = ExportDriver(load_config(node), RunInfo(self.root, run={}))
+        self.driver.begin(step, last_step)
+        return self.driver
+
+    def save(self, step: int) -> None:
+        target = self.root / f"global_step_{step}"
+        shutil.rmtree(target, ignore_errors=True)
+        self.driver.saved(step, Path(shutil.copytree(self.source, target)))
+
+    def step(self, step: int, value: float | None = None) -> None:
+        self.save(step)
+        self.driver.logged(step, {} if value is None else {METRIC: value})
+
+    def finish(self, succeeded: bool = True) -> str:
+        self.driver.end(succeeded)
+        return self.driver.drain(120)
+
+    def live(self) -> dict[int, set[str]]:
+        return {v.step: {t["policy"] for t in v.record.triggers} for v in self.registry.versions() if not v.superseded}
+
+
+def test_what_an_unreachable_output_directory_held_up_is_decided_with_its_own_metrics(run):
+    run.start(best=BEST, on_train_end=False)
+    exports, away = run.root / "exports", run.root / "away"
+    exports.rename(away)
+    exports.touch()
+    for step, value in ((1, 0.9), (2, 0.2)):
+        with pytest.raises(AutoExportError):
+            run.save(step)
+        with pytest.raises(AutoExportError):
+            run.driver.logged(step, {METRIC: value})
+    exports.unlink()
+    away.rename(exports)
+    run.step(3, 0.3)
+    run.finish()
+    assert run.live() == {1: {"best"}}
+    assert run.registry.find("best").record.metrics == {METRIC: 0.9}
+
+
+def test_a_step_saved_anew_supersedes_before_its_validation(run):
+    run.start(best=BEST, on_train_end=False)
+    for step, value in ((1, 0.5), (2, 0.9)):
+        run.step(step, value)
+    run.finish(False)
+    run.start(1, best=BEST, on_train_end=False)
+    run.save(2)  # and dies while it validates step 2
+    run.start(2, best=BEST, on_train_end=False)
+    run.driver.logged(2, {METRIC: 0.6})
+    run.finish(False)
+    assert run.registry.find("best").record.metrics[METRIC] == 0.6
+    assert len([v for v in run.registry.versions() if v.step == 2]) == 2
+
+
+def test_a_start_at_a_wrong_step_that_never_trains_takes_nothing(run):
+    run.start(at_steps=[4], on_train_end=False)
+    run.step(4)
+    ray.kill(run.driver.actor)
+    run.start(0, at_steps=[4], on_train_end=False)
+    run.finish(False)
+    run.start(4, at_steps=[4], on_train_end=False)
+    run.finish(False)
+    assert run.live() == {4: {"at_steps"}}
+    assert find_pins(run.root) == []
+
+
+@pytest.mark.parametrize("logs_again", [True, False])
+def test_a_run_that_died_validating_its_last_step_exports_it_at_the_next_start(run, logs_again):
+    run.start(0, 4)
+    run.save(4)
+    run.start(4, 4)
+    if logs_again:
+        run.driver.logged(4, {METRIC: 0.5})
+    run.finish()
+    assert run.live() == {4: {"on_train_end"}}
+    assert find_pins(run.root) == []
+
+
+def test_a_glob_that_may_mean_a_validation_metric_waits_for_the_validation(run):
+    run.start(best={"metric": "*/acc/mean@1"}, on_train_end=False)
+    run.driver.logged(1, {"training/loss": 1.0})
+    run.driver.logged(2, {METRIC: 0.5})
+    run.start(best={"metric": "*/accuracy"}, on_train_end=False)
+    with pytest.raises(ConfigError, match="no logged metric"):
+        run.driver.logged(2, {METRIC: 0.5})
+
+
+def test_a_hand_export_of_the_same_step_does_not_swallow_best(run):
+    run.start(best=BEST, on_train_end=False)
+    run.save(1)
+    spec = checkpoint_spec(run.root / "global_step_1", verify=False)
+    export_to_registry(spec, run.registry, LocalRunner(1))
+    run.driver.logged(1, {METRIC: 0.5})
+    run.finish()
+    assert run.registry.find("best").record.triggers[0]["policy"] == "best"
+
+
+def test_a_few_milestones_wait_for_an_actor_that_is_not_up_yet(run):
+    run.start(on_save=True, on_train_end=False)
+    for step in (1, 2, 3):
+        run.step(step)
+    run.finish()
+    assert sorted(run.live()) == [1, 2, 3]
+
+
+def test_a_request_is_kept_where_requests_are_off_and_used_where_they_are_on(run):
+    run.start(on_save=True, on_request=False, on_train_end=False)
+    run.registry.request()
+    run.step(1)
+    run.finish(False)
+    assert len(run.registry.pending_requests()) == 1
+    run.start(1, on_train_end=False)
+    run.step(2)
+    run.finish(False)
+    assert run.live()[2] == {"on_request"}
+    assert run.registry.pending_requests() == []
