@@ -74,17 +74,20 @@ def _rank(rank: int, cases: dict[Path, dict[str, Any]], world: int, port: int) -
 
 def _make(
     rank: int, world: int, out: Path, *, config: dict[str, Any], strategy: str = "fsdp2", dtype: str = "float32",
-    mesh: tuple[int, ...] = (), reference: bool = True,
+    mesh: tuple[int, ...] = (), reference: bool = True, role: str = "actor", saved: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """`strategy`: `fsdp`, `fsdp2`, or `placed`: matrices sharded on their inner dimensions, vectors plain.
 
-    A two-dimensional `mesh` makes FSDP into HSDP and shards `placed` twice.
+    A two-dimensional `mesh` makes FSDP into HSDP and shards `placed` twice. `saved` overrides
+    keys of the config.json beside the shards.
     """
     model = build(config, dtype)
-    actor = out / "actor"
+    actor = out / role
     if rank == 0:
         (actor / "huggingface").mkdir(parents=True)
         model.config.save_pretrained(actor / "huggingface")
+        saved_config = actor / "huggingface/config.json"
+        saved_config.write_text(json.dumps(json.loads(saved_config.read_text()) | (saved or {}), indent=2))
         if model.can_generate():
             model.generation_config.save_pretrained(actor / "huggingface")
         (actor / "fsdp_config.json").write_text(

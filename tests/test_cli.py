@@ -72,12 +72,19 @@ def test_export_to_a_directory(checkpoint, tmp_path):
     record = json.loads((tmp_path / "out/export.json").read_text())
     assert (record["dtype"], record["base_model"], record["step"]) == ("float16", "org/base", STEP)
     assert record["verification"]["load"]["status"] == "skipped"
+    contract = {"status": "skipped", "detail": "the base model org/base is no local directory"}
+    assert record["verification"]["contract"] == contract
     assert len(list(tmp_path.glob("out/model-*-of-*.safetensors"))) > 2
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
     line = refused("export", checkpoint("moe"), "--output", tmp_path / "out")
     assert str(tmp_path / "out") in line
     assert "exists and is not empty" in line
+
+    line = refused("export", checkpoint("moe"), "--output", tmp_path / "none", "--dtype", "base")
+    assert "dtype base" in line
+    assert "--base-model" in line
+    assert not (tmp_path / "none").exists()
     assert json.loads((tmp_path / "out/export.json").read_text()) == record
 
 

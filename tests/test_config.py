@@ -97,6 +97,11 @@ def test_output_dir_becomes_absolute(tmp_path, monkeypatch):
     assert load(output_dir="~/z").output_dir == Path.home() / "z"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "base", "source"])
+def test_every_dtype_is_available(dtype):
+    assert load(weights={"dtype": dtype}).weights.dtype == dtype
+
+
 def test_interpolations_resolve_in_the_whole_configuration():
     cfg = OmegaConf.create(
         {"trainer": {"dir": "/ckpt", "n": 4}, "autoexport": {"output_dir": "${trainer.dir}/exports"}}
@@ -200,7 +205,6 @@ REFUSED = [  # the message goes on after `autoexport.`
     (trigger(threshold=[{"metric": "a", "above": 1}] * 2), "trigger.threshold: expected each threshold once"),
     # not in this release
     ({"source": "live"}, 'source="live" is not available in this release: use autoexport.source=checkpoint or auto.'),
-    ({"weights": {"dtype": "base"}}, 'weights.dtype="base" is not available in this release: name the dtype'),
     (
         {"weights": {"lora": "both"}},
         'weights.lora="both" is not available in this release: use autoexport.weights.lora=fused',

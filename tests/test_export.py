@@ -171,6 +171,18 @@ def test_families(family, source, dtype, families, tmp_path):
     assert_same_model(tmp_path / "ours", oracle(made / "reference", dtype, tmp_path / "theirs"))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["bfloat16", "base"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_with_their_base_model(family, dtype, families, tmp_path):
+    made = families[family, "float32"]
+    base = oracle(made / "reference", "bfloat16", tmp_path / "base")
+    record = export(made, tmp_path / "ours", dtype=dtype, base_model=str(base))
+    assert record.verification["contract"].keys() == {"status", "detail"}
+    assert not any("config.json" in note for note in record.notes)
+    assert_same_model(tmp_path / "ours", base)
+
+
 # -- files, record, memory ------------------------------------------------------------------
 
 

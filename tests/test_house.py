@@ -49,7 +49,9 @@ ROOMS_LAZY: Mapping[str, frozenset[str]] = {"cli": frozenset({"runtime"})}
 LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "verl": ("runtime/hook.py", "sources/live.py"),
     "ray": ("runtime/",),
-    "transformers": ("export/naming.py", "export/assets.py", "export/verify.py", "export/load_check.py"),
+    "transformers": (
+        "export/naming.py", "export/heads.py", "export/assets.py", "export/verify.py", "export/load_check.py",
+    ),
     "torch": (
         "sources/fsdp_files.py", "sources/live.py",
         "export/merge.py", "export/naming.py", "export/verify.py", "export/load_check.py",

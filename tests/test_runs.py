@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
-from runs import CHAIN, METRIC, Run, assert_equal_weights, improvements, reasons
+from runs import CHAIN, METRIC, ROOT, Run, assert_equal_weights, improvements, reasons
 
 pytestmark = pytest.mark.run
 BEST = f"autoexport.trigger.best={{metric:{METRIC.replace('/acc/', '/*/')},mode:max}}"
@@ -51,6 +55,14 @@ def test_every_version_equals_the_checkpoint_that_verl_has_deleted(busy):
         assert_equal_weights(busy, version)
         assert version["verification"]["load"]["status"] == "passed"
         assert version["verification"]["generate"]["status"] == "passed"
+
+
+def test_every_version_has_the_names_and_the_config_of_the_model_it_started_from(busy):
+    base = json.loads((busy.out / "assets/model/config.json").read_text())
+    key = "dtype" if "dtype" in base else "torch_dtype"
+    for version in busy.versions():
+        assert version["verification"]["contract"]["status"] == "passed"
+        assert json.loads((version["dir"] / "config.json").read_text()) == base | {key: "bfloat16"}
 
 
 def test_metrics_are_those_of_the_file_logger(busy):
@@ -171,6 +183,19 @@ def test_a_metric_that_no_step_logs_stops_the_run_at_the_first_validation(tmp_pa
     assert METRIC in run.log, "near names are listed"
     assert run.versions() == []
     assert 1 not in run.logged()
+
+
+def test_a_base_model_that_exports_could_not_match_stops_the_run_before_its_first_step(tmp_path):
+    assets = ROOT / "examples/cpu_grpo/make_assets.py"
+    subprocess.run([sys.executable, str(assets), str(tmp_path / "assets")], check=True)
+    weights = tmp_path / "assets/model/model.safetensors"
+    save_file(load_file(weights) | {"model.stray.weight": torch.ones(2)}, weights, {"format": "pt"})
+    run = Run(tmp_path).train()
+    assert run.code != 0
+    assert "PlanError" in run.log
+    assert "missing: model.stray.weight" in run.log
+    assert not (tmp_path / "metrics.jsonl").exists(), "no step was logged, not even step 0"
+    assert run.versions() == []
 
 
 @pytest.mark.parametrize(

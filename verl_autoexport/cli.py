@@ -267,13 +267,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_export(commands: Any) -> argparse.ArgumentParser:
     export = _add(commands, "export", _export, "export one verl FSDP checkpoint")
-    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a global_step_N, or its actor/")
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a global_step_N, its actor/ or critic/")
     where = export.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", type=Path, metavar="DIR", help="a new directory; must not exist, or be empty")
     where.add_argument("--registry", type=Path, metavar="ROOT", help="publish as the next version in ROOT")
-    export.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "source"))
+    export.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "source", "base"))
     export.add_argument("--max-shard-size", default="5GB", metavar="S", help="split larger models (default 5GB)")
-    export.add_argument("--base-model", metavar="DIR", help="recorded as the model that was trained")
+    export.add_argument("--base-model", metavar="DIR", help="the model that was trained; its files are compared")
     export.add_argument("--lora", default="fused", choices=("fused",), help="LoRA checkpoints are refused for now")
     export.add_argument(
         "--workers", type=int, metavar="N", help="files merged at a time (default: by cores, at most 4)"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from verl_autoexport.export.base import BaseModel
+from verl_autoexport.export.configs import write_base_config
 from verl_autoexport.export.naming import architecture
 
 if TYPE_CHECKING:
@@ -14,13 +17,43 @@ if TYPE_CHECKING:
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 
+_BASE_ASSETS = (
+    "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "*processor*_config.json", "processor_config.json", "spiece.model", "*.tiktoken", "tekken.json",
+    "sentencepiece*.model", "*.py",
+)  # fmt: skip
 
-def write_config(skeleton: PreTrainedModel, dtype: str, target: Path) -> None:
-    """`config.json` as `save_pretrained` would write it for the model in `dtype` (torch's name without `torch.`)."""
+
+def write_config(
+    skeleton: PreTrainedModel,
+    dtype: str | None,
+    target: Path,
+    base: BaseModel | None = None,
+    trust_remote_code: bool = False,
+) -> list[str]:
+    """`config.json` for the model in `dtype` (torch's name without `torch.`); returns notes.
+
+    With a `base` it is the base's own file with what changed, else as `save_pretrained`
+    would write it. `dtype` None: each tensor has that of the base, and so has the file.
+    """
     config = skeleton.config
-    config.dtype = dtype  # nested ones were set when the skeleton was built
+    config.dtype = dtype or base.usual_dtype  # nested ones were set when the skeleton was built
     config.architectures = [architecture(config)]
     config.save_pretrained(target)
+    if base is None:
+        return []
+    key = write_base_config(config, architecture(config), dtype, base, target, trust_remote_code)
+    style = "config.json is written as this transformers writes it, not as the base model's file"
+    return [f"{style}: that one cannot say {key} as trained"] if key else []
+
+
+def copy_base_assets(base: BaseModel, target: Path, generates: bool) -> None:
+    """Copy the base's tokenizer, processor, generation config and code: what the run did not save over it."""
+    for path in sorted(p for p in base.directory.iterdir() if p.is_file()):
+        if path.name == "generation_config.json" and not generates:
+            continue
+        if any(fnmatch.fnmatch(path.name, pattern) for pattern in _BASE_ASSETS):
+            shutil.copyfile(path, target / path.name)
 
 
 def copy_assets(source: Path, target: Path) -> list[str]:

@@ -77,8 +77,8 @@ def merge_file(
 class MergeJob:
     """All that a worker in another process needs to write one file.
 
-    `model_dir`, `dtype` and `trust_remote_code` rebuild the skeleton there, only when a
-    group needs transformers' reverse conversion.
+    `model_dir`, `dtype`, `trust_remote_code` and `architecture` rebuild the skeleton there,
+    only when a group needs transformers' reverse conversion.
     """
 
     planned: PlannedFile
@@ -89,12 +89,17 @@ class MergeJob:
     dtype: str
     trust_remote_code: bool = False
     external_lib: str | None = None
+    architecture: str | None = None
 
     def run(self, progress: Progress = lambda nbytes: None) -> WrittenFile:
         convert = None
         if any(g.convert for g in self.planned.groups):
             skeleton = naming.build_skeleton(
-                self.model_dir, self.dtype, trust_remote_code=self.trust_remote_code, external_lib=self.external_lib
+                self.model_dir,
+                self.dtype,
+                trust_remote_code=self.trust_remote_code,
+                external_lib=self.external_lib,
+                architecture=self.architecture,
             )
             convert = partial(naming.reverse, skeleton)
         return merge_file(
@@ -164,14 +169,16 @@ def _cast(
 def _converted(group: Group, entry: TensorEntry, reader: _Reader, convert: Converter | None) -> Iterator[memoryview]:
     if convert is None:
         raise MergeError(f"{group.fqn}: needs transformers' reverse conversion, but none was given.")
-    whole = torch.empty(entry.shape, dtype=getattr(torch, group.outputs[0].dtype))
+    dtypes = {o.dtype for o in group.outputs}
+    whole = torch.empty(entry.shape, dtype=getattr(torch, dtypes.pop() if len(dtypes) == 1 else entry.dtype))
     for offsets, shape in boxes(entry.shape, MAX_BLOCK // ITEMSIZE[entry.dtype]):
         part = whole[tuple(slice(o, o + n) for o, n in zip(offsets, shape, strict=True))]
         reader.fill(entry, offsets, shape, part)
     made = convert({group.fqn: whole})
     for output in group.outputs:
-        tensor = made.pop(output.name)
-        if tuple(tensor.shape) != output.shape or str(tensor.dtype) != f"torch.{output.dtype}":
+        tensor = made.pop(output.name).to(getattr(torch, output.dtype))
+        tensor = tensor.transpose(-1, -2) if output.swapped else tensor
+        if tuple(tensor.shape) != output.shape:
             raise MergeError(f"{output.name}: planned {output.dtype} {list(output.shape)}, converted to {tensor.shape}")
         _check_finite(output, entry, tensor)
         yield _bytes(tensor.contiguous())

@@ -22,6 +22,8 @@ from verl_autoexport.sources.base import FLOATING, ShardManifest, TensorEntry
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+OWN_DTYPES = ("source", "base")
+"""Export dtypes that name no dtype: each tensor has its own."""
 _TRUST = " Its code is in the checkpoint: set trust_remote_code (`--trust-remote-code`) if you trust it."
 
 
@@ -68,20 +70,31 @@ def architecture(config: PretrainedConfig) -> str:
 
 
 def build_skeleton(
-    directory: Path, dtype: str, *, trust_remote_code: bool = False, external_lib: str | None = None
+    directory: Path,
+    dtype: str,
+    *,
+    trust_remote_code: bool = False,
+    external_lib: str | None = None,
+    architecture: str | None = None,
+    num_labels: int | None = None,
 ) -> PreTrainedModel:
     """The model on the meta device: names, shapes and conversion rules without memory for weights.
 
-    `dtype` is the export dtype (`source` leaves the config's own). Raises PlanError where
-    the model cannot be built.
+    `dtype` is the export dtype (`source` and `base` leave the config's own). `architecture`
+    and `num_labels` override those of `config.json`. Raises PlanError where the model cannot
+    be built.
     """
     if external_lib:
         for module in external_lib.split(","):
             importlib.import_module(module.strip())
     config = load_config(directory, trust_remote_code)
+    if architecture is not None:
+        config.architectures = [architecture]
+    if num_labels is not None:
+        config.num_labels = num_labels
     cls = model_class(config, directory, trust_remote_code)
     kwargs: dict[str, Any] = {"attn_implementation": "eager"}
-    if dtype != "source":
+    if dtype not in OWN_DTYPES:
         kwargs["dtype"] = getattr(torch, dtype)
     try:
         with torch.device("meta"):
@@ -156,13 +169,13 @@ class _DtypeRule:
     def __init__(self, skeleton: PreTrainedModel, dtype: str) -> None:
         self.dtype = dtype
         self.fp32: re.Pattern[str] | None = None
-        if dtype != "source" and (plan := skeleton._get_dtype_plan(getattr(torch, dtype))):
+        if dtype not in OWN_DTYPES and (plan := skeleton._get_dtype_plan(getattr(torch, dtype))):
             from transformers.core_model_loading import build_glob_alternation
 
             self.fp32 = build_glob_alternation(list(plan))[0]
 
     def __call__(self, fqn: str, source: str) -> str:
-        if source not in FLOATING or self.dtype == "source":
+        if source not in FLOATING or self.dtype in OWN_DTYPES:
             return source
         return "float32" if self.fp32 and self.fp32.search(fqn) else self.dtype
 

@@ -23,6 +23,9 @@ from verl_autoexport.config import VerifyConfig, parse_size
 from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, PlanError, SourceError
 from verl_autoexport.events import ExportRecord, Trigger
 from verl_autoexport.export import assets, naming, verify
+from verl_autoexport.export.base import BaseModel
+from verl_autoexport.export.contract import Contract, apply_base, check_contract
+from verl_autoexport.export.heads import Head, find_head
 from verl_autoexport.export.merge import MergeJob, WrittenFile, equal_values
 from verl_autoexport.export.plan import INDEX_NAME, MergePlan, make_plan
 from verl_autoexport.registry.store import Registry, Version
@@ -156,29 +159,28 @@ def run_export(spec: ExportSpec, target: Path, runner: MergeRunner, progress: Pr
             )
         manifest = source.manifest()
         model_dir = spec.checkpoint / "huggingface"
-        skeleton, plan = plan_model(spec, manifest, model_dir)
+        skeleton, plan, contract = plan_model(spec, manifest, model_dir)
         _check_space(target, plan)
     with _timed(timings, "merge"):
         progress.stage("merging", plan.nbytes)
-        written = runner.run(_jobs(spec, plan, manifest, target, model_dir), progress.advance)
+        architecture = naming.architecture(skeleton.config)
+        written = runner.run(_jobs(spec, plan, manifest, target, model_dir, architecture), progress.advance)
         if plan.index is not None:
             (target / INDEX_NAME).write_text(json.dumps(plan.index, indent=2) + "\n")
-        dtype = naming.source_dtype(skeleton, manifest) if spec.dtype == "source" else spec.dtype
-        assets.write_config(skeleton, dtype, target)
-        notes = assets.copy_assets(model_dir, target)
+        notes = _write_assets(spec, skeleton, manifest, contract.base, model_dir, target)
     with _timed(timings, "verify"):
         progress.stage("verifying")
-        checks = _verify(spec, target, plan)
+        checks = _verify(spec, target, plan, contract)
         source.check_unchanged()
-    architectures = (naming.architecture(skeleton.config),)
-    return _record(spec, target, manifest, plan, written, checks, timings, architectures, notes)
+    return _record(spec, target, manifest, plan, written, checks, timings, (architecture,), notes)
 
 
-def plan_model(spec: ExportSpec, manifest: ShardManifest, model_dir: Path) -> tuple[Any, MergePlan]:
-    """The skeleton and the plan of what will be written; raises PlanError unless the shards are the whole model."""
-    skeleton = naming.build_skeleton(
-        model_dir, spec.dtype, trust_remote_code=spec.trust_remote_code, external_lib=spec.external_lib
-    )
+def plan_model(spec: ExportSpec, manifest: ShardManifest, model_dir: Path) -> tuple[Any, MergePlan, Contract]:
+    """The skeleton, the plan of what will be written, and how that differs from the base model.
+
+    Raises PlanError unless the shards are the whole model, and the base's kind of model.
+    """
+    skeleton, head = _skeleton(spec, manifest, model_dir)
     groups = naming.name_outputs(skeleton, manifest, spec.dtype)
     for alias, name in naming.tied_aliases(skeleton, manifest).items():
         if not equal_values(manifest, alias, name):
@@ -186,10 +188,26 @@ def plan_model(spec: ExportSpec, manifest: ShardManifest, model_dir: Path) -> tu
                 f"{alias} and {name} are tied according to config.json, but their values differ: writing one of them "
                 "would lose the other. Set tie_word_embeddings=false in the model's config if it was trained untied."
             )
-    return skeleton, make_plan(manifest, groups, spec.max_shard_size)
+    contract = check_contract(skeleton, head, groups, spec.base_model, spec.trust_remote_code)
+    groups = apply_base(groups, contract, spec.dtype)
+    return skeleton, make_plan(manifest, groups, spec.max_shard_size), contract
 
 
-def _jobs(spec: ExportSpec, plan: MergePlan, manifest: ShardManifest, target: Path, model_dir: Path) -> list[MergeJob]:
+def _skeleton(spec: ExportSpec, manifest: ShardManifest, model_dir: Path) -> tuple[Any, Head | None]:
+    """The model of the shards: that of `config.json`, or the value model that was made of it."""
+    options = {"trust_remote_code": spec.trust_remote_code, "external_lib": spec.external_lib}
+    skeleton = naming.build_skeleton(model_dir, spec.dtype, **options)
+    shapes = {fqn: t.shape for fqn, t in manifest.tensors.items()}
+    head = find_head(skeleton, model_dir, shapes, spec.trust_remote_code)
+    if head is not None:
+        options |= {"architecture": head.architecture, "num_labels": head.num_labels}
+        skeleton = naming.build_skeleton(model_dir, spec.dtype, **options)
+    return skeleton, head
+
+
+def _jobs(
+    spec: ExportSpec, plan: MergePlan, manifest: ShardManifest, target: Path, model_dir: Path, architecture: str
+) -> list[MergeJob]:
     jobs = []
     for file in plan.files:
         needed = {g.fqn: manifest.tensors[g.fqn] for g in file.groups}
@@ -203,9 +221,23 @@ def _jobs(spec: ExportSpec, plan: MergePlan, manifest: ShardManifest, target: Pa
                 dtype=spec.dtype,
                 trust_remote_code=spec.trust_remote_code,
                 external_lib=spec.external_lib,
+                architecture=architecture,
             )
         )
     return jobs
+
+
+def _write_assets(
+    spec: ExportSpec, skeleton: Any, manifest: ShardManifest, base: BaseModel | None, model_dir: Path, target: Path
+) -> list[str]:
+    """Everything but the weights: the trained run's own files, over those of the base where there is one."""
+    dtype = None if spec.dtype == "base" else spec.dtype
+    if dtype == "source":
+        dtype = naming.source_dtype(skeleton, manifest)
+    if base is not None:
+        assets.copy_base_assets(base, target, skeleton.can_generate())
+    notes = assets.copy_assets(model_dir, target)
+    return notes + assets.write_config(skeleton, dtype, target, base, spec.trust_remote_code)
 
 
 def _check_space(target: Path, plan: MergePlan) -> None:
@@ -217,14 +249,8 @@ def _check_space(target: Path, plan: MergePlan) -> None:
         )
 
 
-def _verify(spec: ExportSpec, target: Path, plan: MergePlan) -> dict[str, Any]:
-    checks: dict[str, Any] = {
-        "structure": verify.check_structure(target, plan),
-        "contract": {
-            "status": "skipped",
-            "detail": "comparison with the base model's files is not available in this release",
-        },
-    }
+def _verify(spec: ExportSpec, target: Path, plan: MergePlan, contract: Contract) -> dict[str, Any]:
+    checks: dict[str, Any] = {"structure": verify.check_structure(target, plan), "contract": contract.to_check()}
     options = spec.verify
     return checks | verify.check_loading(
         target,
@@ -338,8 +364,8 @@ def checkpoint_spec(
     trust_remote_code: bool = False,
 ) -> ExportSpec:
     """The spec of an export by hand; the step is read from the path. Raises ConfigError or SourceError."""
-    if dtype not in ("bfloat16", "float16", "float32", "source"):
-        raise ConfigError(f"dtype {dtype!r}: expected bfloat16, float16, float32 or source.")
+    if dtype not in ("bfloat16", "float16", "float32", "source", "base"):
+        raise ConfigError(f"dtype {dtype!r}: expected bfloat16, float16, float32, source or base.")
     if lora != "fused":
         raise ConfigError(f"lora {lora!r}: not available in this release, which refuses LoRA checkpoints.")
     directory = find_checkpoint(checkpoint)

@@ -27,11 +27,15 @@ INDEX_NAME = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor on disk: its name, shape and dtype (torch's name without `torch.`)."""
+    """A tensor on disk: its name, shape and dtype (torch's name without `torch.`).
+
+    `swapped`: the last two dimensions are the other way round than transformers would write them.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    swapped: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from verl.utils.tracking import Tracking
 
 from verl_autoexport.config import AutoExportConfig, load_config
 from verl_autoexport.errors import ConfigError
+from verl_autoexport.export.contract import check_start
 from verl_autoexport.preflight import check_length, check_run
 from verl_autoexport.runtime.driver import ExportDriver, ExportFailed, RunInfo
 
@@ -73,7 +74,16 @@ class AutoExportCallback(CheckpointCallback):
         last_step = min(trainer.total_training_steps, trainer.steps_per_epoch * self.config.trainer.total_epochs)
         last_saved = last_step == trainer.total_training_steps  # if the epochs end before, verl stops without a save
         check_length(self.settings, self.config, last_step, last_saved)
+        self._check_base()
         self.driver.begin(trainer.global_steps, last_step)
+
+    def _check_base(self) -> None:
+        """Raises PlanError or ConfigError, at any `on_error`: exports of this base model could not be right."""
+        info = self.driver.info
+        found = check_start(
+            info.base_model, self.settings.weights.dtype, info.trust_remote_code, info.external_lib
+        ).to_check()
+        logger.warning("verl_autoexport: comparison with the base model %s: %s", found["status"], found["detail"])
 
     def on_log(self, tracking: Tracking, data: dict[str, Any], step: int) -> None:
         if self.trainer is not None and tracking is getattr(self.trainer, "logger", None):
@@ -126,10 +136,15 @@ def _run_info(config: DictConfig, role: str) -> RunInfo:
     return RunInfo(
         checkpoints=Path(trainer.default_local_dir).absolute(),
         run={"project": trainer.project_name, "experiment": trainer.experiment_name},
-        base_model=model.get("path"),
+        base_model=_local(model.get("path")),
         trust_remote_code=bool(model.get("trust_remote_code", False)),
         external_lib=OmegaConf.to_container(model).get("external_lib"),
     )
+
+
+def _local(path: str | None) -> str | None:
+    """Absolute where it is a directory here: exports run in processes with another working directory."""
+    return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().is_dir() else path
 
 
 def _wrap_verl() -> None:

@@ -1,0 +1,102 @@
+"""The base model's own `config.json`, with only what training or the export changed.
+
+transformers rewrites a configuration in the style of its own version, which engines with
+an older one may misread. The base's file is one that they read; whether the changed file
+still means the trained model is proven by reading it back.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from verl_autoexport.export import naming
+from verl_autoexport.export.base import BaseModel
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_NOT_THE_MODEL = frozenset({
+    *_DTYPE_KEYS, "transformers_version", "_name_or_path", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id",  # verl writes the tokenizer's over the model's
+    "classifier_dropout", "hidden_dropout", "summary_dropout_prob",  # verl sets them to zero for a value model
+})  # fmt: skip
+"""Keys that say nothing about the weights: the base's own stay."""
+_CONFIG_NAME = "config.json"
+
+
+def write_base_config(
+    config: Any, architecture: str, dtype: str | None, base: BaseModel, target: Path, trust_remote_code: bool = False
+) -> str | None:
+    """Write the base's `config.json` for the trained model into `target`, over the one that is there.
+
+    `config` is the trained model's, `dtype` torch's name, or None to leave the base's own.
+    Where the base's file cannot say what the trained model is, the one in `target` stays as
+    it was, and the key in question is returned.
+    """
+    path = target / _CONFIG_NAME
+    before = path.read_text(encoding="utf-8")
+    wanted = _plain(config.to_dict()) | {"architectures": [architecture]}
+    known = _plain(naming.load_config(base.directory, trust_remote_code).to_dict())
+    changed = overlay(base.config, known, wanted)
+    if dtype is not None:
+        set_dtype(changed, dtype)
+    path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    differ = list(differences(_plain(naming.load_config(target, trust_remote_code).to_dict()), wanted))
+    if differ:
+        path.write_text(before, encoding="utf-8")
+        return differ[0]
+    return None
+
+
+def overlay(file: Mapping[str, Any], known: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """`file` with what differs between `known`, as transformers reads it, and `wanted`. Pure."""
+    changed = copy.deepcopy(dict(file))
+    for key in (known.keys() | wanted.keys()) - _NOT_THE_MODEL:
+        before, after = known.get(key), wanted.get(key)
+        if before == after:
+            continue
+        if key not in wanted:
+            changed.pop(key, None)
+        elif isinstance(before, Mapping) and isinstance(after, Mapping) and isinstance(file.get(key), Mapping):
+            changed[key] = overlay(file[key], before, after)
+        elif key == "text_config" and key not in file:  # older files have the text model's keys beside the others
+            changed |= overlay({}, before or {}, after)
+        else:
+            changed[key] = after
+    return changed
+
+
+def set_dtype(file: dict[str, Any], dtype: str) -> None:
+    """Every dtype in `file`, nested ones too, spelled as it spells them; one at the top if there was none. In place."""
+    spelled = [key for node in _nodes(file) for key in _DTYPE_KEYS if key in node]
+    new = str(file.get("transformers_version", "")).startswith("5")
+    file.setdefault(spelled[0] if spelled else _DTYPE_KEYS[0 if new else 1], dtype)
+    for node in _nodes(file):
+        for key in _DTYPE_KEYS:
+            if key in node:
+                node[key] = dtype
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Dotted keys, of those that describe the model, in which two configurations differ."""
+    for key in sorted((found.keys() | wanted.keys()) - _NOT_THE_MODEL):
+        a, b = found.get(key), wanted.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from differences(a, b, f"{path}{key}.")
+        elif a != b:
+            yield f"{path}{key}"
+
+
+def _nodes(file: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """`file` and every configuration nested in it."""
+    yield file
+    for key, value in file.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            yield from _nodes(value)
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """As JSON has it: keys are texts, tuples are lists."""
+    return json.loads(json.dumps(config, default=str))
