@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,13 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
-from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
-from verl_autoexport import __version__
 from verl_autoexport.config import VerifyConfig, parse_size
 from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, PlanError, SourceError
 from verl_autoexport.events import ExportRecord, Trigger
@@ -28,6 +24,7 @@ from verl_autoexport.export.contract import Contract, apply_base, check_contract
 from verl_autoexport.export.heads import Head, find_head
 from verl_autoexport.export.merge import MergeJob, WrittenFile, equal_values
 from verl_autoexport.export.plan import INDEX_NAME, MergePlan, make_plan
+from verl_autoexport.export.record import make_record
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.sources.base import ShardManifest
 from verl_autoexport.sources.fsdp_files import FsdpFiles, find_checkpoint
@@ -172,7 +169,7 @@ def run_export(spec: ExportSpec, target: Path, runner: MergeRunner, progress: Pr
         progress.stage("verifying")
         checks = _verify(spec, target, plan, contract)
         source.check_unchanged()
-    return _record(spec, target, manifest, plan, written, checks, timings, (architecture,), notes)
+    return make_record(spec, target, manifest, plan, written, checks, timings, (architecture,), notes)
 
 
 def plan_model(spec: ExportSpec, manifest: ShardManifest, model_dir: Path) -> tuple[Any, MergePlan, Contract]:
@@ -262,62 +259,6 @@ def _verify(spec: ExportSpec, target: Path, plan: MergePlan, contract: Contract)
         trust_remote_code=spec.trust_remote_code,
         external_lib=spec.external_lib,
     )
-
-
-def _record(
-    spec: ExportSpec,
-    target: Path,
-    manifest: ShardManifest,
-    plan: MergePlan,
-    written: Sequence[WrittenFile],
-    checks: Mapping[str, Any],
-    timings: Mapping[str, float],
-    architectures: tuple[str, ...],
-    notes: Sequence[str],
-) -> ExportRecord:
-    return ExportRecord(
-        version=0,
-        step=spec.step,
-        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        run=dict(spec.run),
-        triggers=tuple(t.to_dict() for t in spec.triggers),
-        metrics=dict(spec.metrics),
-        measured_on=spec.measured_on,
-        source={
-            "kind": "checkpoint",
-            "path": spec.origin or str(spec.checkpoint),
-            "world_size": manifest.world_size,
-            "backend": manifest.backend,
-            "fingerprint": manifest.fingerprint,
-        },
-        base_model=spec.base_model,
-        architectures=architectures,
-        dtype=spec.dtype,
-        num_parameters=plan.num_parameters,
-        files=tuple(_file_entries(target, {w.name: w for w in written})),
-        verification=dict(checks),
-        timings_s={k: round(v, 4) for k, v in timings.items()},
-        versions={name: _installed(name) for name in ("verl_autoexport", "verl", "torch", "transformers")},
-        notes=tuple(notes),
-    )
-
-
-def _file_entries(target: Path, written: Mapping[str, WrittenFile]) -> Iterator[dict[str, Any]]:
-    for path in sorted(p for p in target.rglob("*") if p.is_file()):
-        name = path.relative_to(target).as_posix()
-        if file := written.get(name):
-            yield {"name": name, "bytes": file.nbytes, "sha256": file.sha256}
-        else:
-            yield {"name": name, "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
-def _installed(name: str) -> str | None:
-    if name == "verl_autoexport":
-        return __version__
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 @contextmanager

@@ -1,0 +1,76 @@
+"""The record of one export: what `export.json` will hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from verl_autoexport import __version__
+from verl_autoexport.events import ExportRecord
+from verl_autoexport.export.merge import WrittenFile
+from verl_autoexport.export.plan import MergePlan
+from verl_autoexport.sources.base import ShardManifest
+
+if TYPE_CHECKING:
+    from verl_autoexport.export.pipeline import ExportSpec
+
+
+def make_record(
+    spec: ExportSpec,
+    target: Path,
+    manifest: ShardManifest,
+    plan: MergePlan,
+    written: Sequence[WrittenFile],
+    checks: Mapping[str, Any],
+    timings: Mapping[str, float],
+    architectures: tuple[str, ...],
+    notes: Sequence[str],
+) -> ExportRecord:
+    """What is known of the files in `target`; `version` is the registry's to set."""
+    return ExportRecord(
+        version=0,
+        step=spec.step,
+        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        run=dict(spec.run),
+        triggers=tuple(t.to_dict() for t in spec.triggers),
+        metrics=dict(spec.metrics),
+        measured_on=spec.measured_on,
+        source={
+            "kind": "checkpoint",
+            "path": spec.origin or str(spec.checkpoint),
+            "world_size": manifest.world_size,
+            "backend": manifest.backend,
+            "fingerprint": manifest.fingerprint,
+        },
+        base_model=spec.base_model,
+        architectures=architectures,
+        dtype=spec.dtype,
+        num_parameters=plan.num_parameters,
+        files=tuple(_file_entries(target, {w.name: w for w in written})),
+        verification=dict(checks),
+        timings_s={k: round(v, 4) for k, v in timings.items()},
+        versions={name: _installed(name) for name in ("verl_autoexport", "verl", "torch", "transformers")},
+        notes=tuple(notes),
+    )
+
+
+def _file_entries(target: Path, written: Mapping[str, WrittenFile]) -> Iterator[dict[str, Any]]:
+    for path in sorted(p for p in target.rglob("*") if p.is_file()):
+        name = path.relative_to(target).as_posix()
+        if file := written.get(name):
+            yield {"name": name, "bytes": file.nbytes, "sha256": file.sha256}
+        else:
+            yield {"name": name, "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _installed(name: str) -> str | None:
+    if name == "verl_autoexport":
+        return __version__
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
