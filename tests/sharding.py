@@ -2,7 +2,8 @@
 
 `python tests/sharding.py OUT --world-size 4 --strategy fsdp2 …` writes `OUT/actor/…` in
 verl's layout and, with `--reference`, `OUT/reference`: the same model, unsharded, through
-transformers' own `save_pretrained`.
+transformers' own `save_pretrained`. With `lora` it is a PEFT model, and `reference` what
+PEFT's own `merge_and_unload` makes of it; `OUT/base` and `OUT/adapter` are its two parts.
 """
 
 from __future__ import annotations
@@ -75,14 +76,18 @@ def _rank(rank: int, cases: dict[Path, dict[str, Any]], world: int, port: int) -
 def _make(
     rank: int, world: int, out: Path, *, config: dict[str, Any], strategy: str = "fsdp2", dtype: str = "float32",
     mesh: tuple[int, ...] = (), reference: bool = True, role: str = "actor", saved: dict[str, Any] | None = None,
+    lora: dict[str, Any] | None = None, lora_only: bool = False, zero: bool = False,
 ) -> None:  # fmt: skip
     """`strategy`: `fsdp`, `fsdp2`, or `placed`: matrices sharded on their inner dimensions, vectors plain.
 
     A two-dimensional `mesh` makes FSDP into HSDP and shards `placed` twice. `saved` overrides
-    keys of the config.json beside the shards.
+    keys of the config.json beside the shards. `lora`: arguments of PEFT's `LoraConfig`; `lora_only`
+    saves as verl's `save_lora_only`, `zero` leaves lora_B as it begins.
     """
     model = build(config, dtype)
     actor = out / role
+    if lora is not None:
+        model = _add_lora(model, lora, zero, out if rank == 0 else None)
     if rank == 0:
         (actor / "huggingface").mkdir(parents=True)
         model.config.save_pretrained(actor / "huggingface")
@@ -93,11 +98,39 @@ def _make(
         (actor / "fsdp_config.json").write_text(
             json.dumps({"FSDP_version": 1 if strategy == "fsdp" else 2, "world_size": world})
         )
-        if reference:
+        if lora is not None:
+            meta = {"r": lora["r"], "lora_alpha": int(lora["lora_alpha"]), "task_type": "CAUSAL_LM"}
+            (actor / "lora_train_meta.json").write_text(json.dumps(meta, indent=4))
+        elif reference:
             model.save_pretrained(out / "reference")
     dist.barrier()
-    torch.save(_shard(model, strategy, mesh or (world,)), actor / f"model_world_size_{world}_rank_{rank}.pt")
+    shards = _shard(model, strategy, mesh or (world,))
+    if lora_only:
+        shards = {k: v for k, v in shards.items() if "lora_" in k or ".adapter_" in k}
+    torch.save(shards, actor / f"model_world_size_{world}_rank_{rank}.pt")
     dist.barrier()
+
+
+def _add_lora(model: Any, lora: dict[str, Any], zero: bool, out: Path | None) -> Any:
+    """The PEFT model, its adapter random; with `out` its parts and what PEFT merges them to are written there."""
+    from copy import deepcopy
+
+    from peft import LoraConfig, get_peft_model
+
+    if out is not None:
+        model.save_pretrained(out / "base")
+    dtype = model.dtype
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), autocast_adapter_dtype=False)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and not (zero and "lora_B" in name):
+                p.copy_((p if "magnitude" in name else 0) + torch.randn(p.shape) * 0.1)
+            assert p.dtype == dtype, name  # as verl casts them
+    if out is not None:
+        model.save_pretrained(out / "adapter")
+        deepcopy(model).merge_and_unload().save_pretrained(out / "reference")
+    return model
 
 
 def _shard(model: Any, strategy: str, mesh: tuple[int, ...]) -> dict[str, Any]:
@@ -109,17 +142,25 @@ def _shard(model: Any, strategy: str, mesh: tuple[int, ...]) -> dict[str, Any]:
     if strategy == "fsdp2":
         from torch.distributed.fsdp import fully_shard
 
-        for layer in getattr(getattr(model, "model", None), "layers", ()):
+        bare = model.get_base_model() if hasattr(model, "peft_config") else model
+        for layer in getattr(getattr(bare, "model", None), "layers", ()):
             fully_shard(layer, mesh=device_mesh)
         return fully_shard(model, mesh=device_mesh).state_dict()
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, ShardingStrategy, StateDictType
 
     kind = ShardingStrategy.FULL_SHARD if len(mesh) == 1 else ShardingStrategy.HYBRID_SHARD
     model = FullyShardedDataParallel(
-        model, device_mesh=device_mesh, sharding_strategy=kind, device_id=torch.device("cpu"), use_orig_params=False
-    )
+        model, device_mesh=device_mesh, sharding_strategy=kind, device_id=torch.device("cpu"), use_orig_params=False,
+        auto_wrap_policy=_lora_units if hasattr(model, "peft_config") else None,
+    )  # fmt: skip
     FullyShardedDataParallel.set_state_dict_type(model, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig())
     return model.state_dict()
+
+
+def _lora_units(module: Any, recurse: bool, nonwrapped_numel: int) -> bool:
+    """verl's policy for LoRA: every trained leaf is a unit of its own, apart from the frozen weights."""
+    weight = getattr(module, "weight", None)
+    return recurse or (not list(module.named_children()) and weight is not None and weight.requires_grad)
 
 
 def _place(tensor: torch.Tensor, mesh: Any) -> torch.Tensor:

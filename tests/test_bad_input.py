@@ -18,7 +18,8 @@ from conftest import STEP
 from torch.distributed.tensor.placement_types import Partial
 
 from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, PlanError, RegistryError, SourceError
-from verl_autoexport.export.pipeline import LocalRunner, checkpoint_spec, export_to_directory, export_to_registry
+from verl_autoexport.export.pipeline import LocalRunner, export_to_directory, export_to_registry
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry.store import Registry
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -321,7 +322,7 @@ def test_tied_tensors_with_different_values(own_checkpoint, refuses):
 
 
 @pytest.mark.parametrize(
-    "option", [{"dtype": "int8"}, {"max_shard_size": "five"}, {"memory_budget": "-1"}, {"lora": "adapter"}]
+    "option", [{"dtype": "int8"}, {"max_shard_size": "five"}, {"memory_budget": "-1"}, {"lora": "merged"}]
 )
 def test_option_that_cannot_be(option, checkpoint, refuses):
     refuses(checkpoint("even"), ConfigError, next(iter(option)), next(iter(option.values())), **option)

@@ -206,10 +206,6 @@ REFUSED = [  # the message goes on after `autoexport.`
     # not in this release
     ({"source": "live"}, 'source="live" is not available in this release: use autoexport.source=checkpoint or auto.'),
     (
-        {"weights": {"lora": "both"}},
-        'weights.lora="both" is not available in this release: use autoexport.weights.lora=fused',
-    ),
-    (
         {"keep": {"last": 3}},
         "keep.last=3 is not available in this release: versions are never removed; remove them by hand.",
     ),
@@ -295,10 +291,18 @@ IMPOSSIBLE = [
         "actor_rollout_ref.actor.strategy=megatron: exports need one of fsdp, fsdp2 in this release.",
     ),
     (["autoexport.role=critic", "critic.strategy=veomni"], "critic.strategy=veomni: exports need one of fsdp, fsdp2"),
-    ([f"{MODEL}.lora_rank=8"], f"{MODEL}.lora_rank=8: exports of LoRA runs are not available in this release"),
-    ([f"{MODEL}.lora.rank=8"], f"{MODEL}.lora.rank=8: exports of LoRA runs"),
-    ([f"{MODEL}.lora_adapter_path=/a"], f"{MODEL}.lora_adapter_path=/a: exports of LoRA runs"),
-    (["autoexport.role=critic", "critic.model.lora_rank=4"], "critic.model.lora_rank=4: exports of LoRA runs"),
+    (
+        ["autoexport.weights.lora=both"],
+        f"autoexport.weights.lora=both: this run trains no LoRA ({MODEL}.lora_rank=0); use fused, or set",
+    ),
+    (
+        ["autoexport.role=critic", "critic.enable=True", f"{MODEL}.lora_rank=4", "autoexport.weights.lora=adapter"],
+        "autoexport.weights.lora=adapter: this run trains no LoRA (critic.model.lora_rank=0)",
+    ),
+    (
+        [f"{MODEL}.lora_rank=8", f"{MODEL}.lora_adapter_path=hdfs://a"],
+        f"{MODEL}.lora_adapter_path=hdfs://a: exports need the adapter_config.json in it",
+    ),
     (
         ["autoexport.role=critic", GRPO],
         "autoexport.role=critic: this run trains no critic (critic.enable=null, algorithm.adv_estimator=grpo)",
@@ -337,8 +341,11 @@ POSSIBLE = [
     [],
     ["actor_rollout_ref.actor.strategy=fsdp2"],
     # the other role's keys do not matter
-    [f"critic.{SAVE_CONTENTS}", "critic.strategy=veomni", "critic.model.lora_rank=4"],
-    ["autoexport.role=critic", f"actor_rollout_ref.actor.{SAVE_CONTENTS}", f"{MODEL}.lora_rank=4"],
+    [f"critic.{SAVE_CONTENTS}", "critic.strategy=veomni"],
+    ["autoexport.role=critic", f"actor_rollout_ref.actor.{SAVE_CONTENTS}"],
+    [f"{MODEL}.lora_rank=8", "autoexport.weights.lora=adapter"],
+    [f"{MODEL}.lora_rank=8", f"{MODEL}.lora_adapter_path=/a"],
+    [f"{MODEL}.lora_adapter_path=hdfs://a"],  # without a rank verl does not look at it
     ["autoexport.role=critic", GRPO, "critic.enable=True"],
     [NO_TRIGGER[0]],
     ["autoexport.trigger.at_steps=[2,3,12]"],  # step 3 may be the last: judged when that is known
@@ -361,10 +368,10 @@ def test_possible_runs(verl_config, overrides):
 
 def test_every_problem_of_a_run_is_told_at_once(verl_config):
     with pytest.raises(ConfigError) as e:
-        judge(verl_config("trainer.save_freq=-1", f"{MODEL}.lora_rank=8", VAL))
+        judge(verl_config("trainer.save_freq=-1", "autoexport.weights.lora=both", VAL))
     assert [line.split(":")[0] for line in str(e.value).splitlines()][:2] == [
         "trainer.save_freq=-1",
-        f"{MODEL}.lora_rank=8",
+        "autoexport.weights.lora=both",
     ]
     assert len(str(e.value).splitlines()) == 3
 

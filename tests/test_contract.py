@@ -293,6 +293,24 @@ def test_fsdp_checkpoints_have_the_files_that_are_read() -> None:
     assert list(manager.FSDPConfig.__dataclass_fields__) == ["FSDP_version", "world_size"]
 
 
+def test_lora_checkpoints_have_what_is_read_of_them() -> None:
+    from verl.utils.checkpoint import fsdp_checkpoint_manager as manager
+
+    found = {}
+    for name in ("_get_lora_train_meta", "_save_lora_train_meta", "save_checkpoint"):
+        found[name] = inspect.getsource(getattr(manager.FSDPCheckpointManager, name))
+    assert '{"r": lora_rank, "lora_alpha": lora_alpha, "task_type": str(task_type)}' in found["_get_lora_train_meta"]
+    assert '"lora_train_meta.json"' in found["_save_lora_train_meta"]
+    assert 'if "lora_" in k or ".adapter_" in k' in found["save_checkpoint"], "what save_lora_only keeps"
+
+
+def test_lora_is_added_by_rank_and_in_the_base_dtype() -> None:
+    source = (VERL / "workers/engine/fsdp/transformer_impl.py").read_text()
+    assert "self._is_lora = self.model_config.lora_rank > 0" in source, "lora_adapter_path alone adds none"
+    assert '"bias": "none",' in source
+    assert "param.data = param.data.to(base_dtype)" in source, "lora_B tells the dtype that training loaded the base in"
+
+
 ROLES = ("actor_rollout_ref.actor", "critic")
 KEYS = {
     "trainer.use_v1": True, "trainer.checkpoint_callback_class": None, "trainer.val_only": False,
@@ -306,7 +324,7 @@ KEYS = {
         f"{model}.{key}": value
         for model in ("actor_rollout_ref.model", "critic.model")
         for key, value in {
-            "lora_rank": 0, "lora.rank": 0, "lora_adapter_path": None, "trust_remote_code": False, "external_lib": None,
+            "lora_rank": 0, "lora_adapter_path": None, "trust_remote_code": False, "external_lib": None,
             "path": "~/models/deepseek-llm-7b-chat",
         }.items()
     },

@@ -15,8 +15,9 @@ from sharding import QWEN2, QWEN3_MOE, build, make_checkpoints
 from test_export import assert_same_model, export, oracle
 
 from verl_autoexport.errors import PlanError
-from verl_autoexport.export.pipeline import checkpoint_spec, plan_model
+from verl_autoexport.export.model import plan_model
 from verl_autoexport.export.recheck import check_directory
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.sources.fsdp_files import FsdpFiles
 
 # What verl 0.9.1 sets on the configuration before it builds the value model.
@@ -99,7 +100,7 @@ def refused(made: Path, change: Callable[[dict[str, Any]], Any], tmp_path: Path)
     torch.save(state, tmp_path / "critic/model_world_size_1_rank_0.pt")
     spec = checkpoint_spec(tmp_path / "critic")
     with pytest.raises(PlanError) as caught:
-        plan_model(spec, FsdpFiles(spec.checkpoint).manifest(), spec.checkpoint / "huggingface")
+        plan_model(spec, FsdpFiles(spec.checkpoint).manifest())
     return str(caught.value)
 
 

@@ -11,7 +11,8 @@ from sharding import QWEN2, make_checkpoint
 
 from verl_autoexport.config import load_config
 from verl_autoexport.errors import AutoExportError, ConfigError
-from verl_autoexport.export.pipeline import LocalRunner, checkpoint_spec, export_to_registry
+from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.driver import ExportDriver, RunInfo
 from verl_autoexport.sources.pins import find_pins

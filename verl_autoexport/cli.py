@@ -16,7 +16,8 @@ from verl_autoexport.errors import AutoExportError, RegistryError
 from verl_autoexport.registry.store import Registry
 
 if TYPE_CHECKING:
-    from verl_autoexport.export.pipeline import ExportSpec, MergeRunner
+    from verl_autoexport.export.pipeline import MergeRunner
+    from verl_autoexport.export.spec import ExportSpec
     from verl_autoexport.registry.store import Version
 
 
@@ -51,7 +52,7 @@ def _export_once(args: argparse.Namespace) -> int:
     spec = pipeline.checkpoint_spec(
         args.checkpoint, dtype=args.dtype, max_shard_size=args.max_shard_size, base_model=args.base_model,
         lora=args.lora, memory_budget=args.memory_budget, verify=not args.no_verify,
-        trust_remote_code=args.trust_remote_code,
+        trust_remote_code=args.trust_remote_code, lora_config=args.lora_config,
     )  # fmt: skip
     if args.output is not None:
         with _Bar() as bar:
@@ -273,8 +274,15 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:
     where.add_argument("--registry", type=Path, metavar="ROOT", help="publish as the next version in ROOT")
     export.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "source", "base"))
     export.add_argument("--max-shard-size", default="5GB", metavar="S", help="split larger models (default 5GB)")
-    export.add_argument("--base-model", metavar="DIR", help="the model that was trained; its files are compared")
-    export.add_argument("--lora", default="fused", choices=("fused",), help="LoRA checkpoints are refused for now")
+    export.add_argument(
+        "--base-model", metavar="DIR", help="the model that was trained; compared, and read if only LoRA was saved"
+    )
+    export.add_argument(
+        "--lora", default="fused", choices=("fused", "adapter", "both"), help="what to make of a LoRA checkpoint"
+    )
+    export.add_argument(
+        "--lora-config", metavar="FILE", type=Path, help="adapter_config.json of the adapter that training began with"
+    )
     export.add_argument(
         "--workers", type=int, metavar="N", help="files merged at a time (default: by cores, at most 4)"
     )

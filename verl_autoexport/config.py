@@ -207,7 +207,6 @@ _KEEP = "versions are never removed; remove them by hand"
 _NOT_YET: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     # key, values that are available, what to do instead
     ("source", ("auto", "checkpoint"), "use autoexport.source=checkpoint or auto"),
-    ("weights.lora", ("fused",), "use autoexport.weights.lora=fused"),
     *((f"keep.{f.name}", (None,), _KEEP) for f in dataclasses.fields(KeepConfig)),
     ("queue.inflight_bytes", (None,), "it belongs to the live source; leave it null"),
 )

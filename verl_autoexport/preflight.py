@@ -128,14 +128,21 @@ def _strategy(run: _Run) -> Iterator[str]:
         yield f"{key}={strategy}: exports need one of {', '.join(STRATEGIES)} in this release."
 
 
-def _no_lora(run: _Run) -> Iterator[str]:
-    for name in ("lora_rank", "lora.rank", "lora_adapter_path"):
-        value = run.get(f"{run.model_key}.{name}")
-        if value and (isinstance(value, str) or value > 0):
-            yield (
-                f"{run.model_key}.{name}={value}: exports of LoRA runs are not available in this release; "
-                "set autoexport.enabled=false."
-            )
+def _trains_lora(run: _Run) -> Iterator[str]:
+    key, lora = f"{run.model_key}.lora_rank", run.settings.weights.lora
+    rank = run.get(key)
+    if lora != "fused" and isinstance(rank, int) and rank <= 0:
+        yield f"autoexport.weights.lora={lora}: this run trains no LoRA ({key}={rank}); use fused, or set {key}."
+
+
+def _adapter_is_local(run: _Run) -> Iterator[str]:
+    key = f"{run.model_key}.lora_adapter_path"
+    path = run.get(key)
+    if path and run.get(f"{run.model_key}.lora_rank") and "://" in str(path):
+        yield (
+            f"{key}={path}: exports need the adapter_config.json in it (alpha, rsLoRA, patterns), and a URL is not "
+            "read: copy the adapter to a directory."
+        )
 
 
 def _has_critic(run: _Run) -> Iterator[str]:
@@ -193,7 +200,8 @@ _RULES: tuple[Callable[[_Run], Iterator[str]], ...] = (
     _saves,
     _saves_model,
     _strategy,
-    _no_lora,
+    _trains_lora,
+    _adapter_is_local,
     _has_critic,
     _validates,
 )

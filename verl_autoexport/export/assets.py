@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from verl_autoexport.export.base import BaseModel
 from verl_autoexport.export.configs import write_base_config
 from verl_autoexport.export.naming import architecture
+from verl_autoexport.export.peft_config import CONFIG_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +64,8 @@ def copy_assets(source: Path, target: Path) -> list[str]:
     """
     for path in sorted(p for p in source.rglob("*") if p.is_file() and not p.is_symlink()):
         relative = path.relative_to(source)
-        if path.name.endswith(_WEIGHTS) or relative == Path("config.json") or relative.parts[0] == ".cache":
+        ours = path.name.endswith(_WEIGHTS) or relative in (Path("config.json"), Path(CONFIG_NAME))
+        if ours or relative.parts[0] == ".cache":
             continue
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target / relative)

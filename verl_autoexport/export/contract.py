@@ -16,7 +16,7 @@ from verl_autoexport.errors import ConfigError, PlanError
 from verl_autoexport.export import naming
 from verl_autoexport.export.base import BaseModel, BaseTensor, brief, find_base
 from verl_autoexport.export.heads import Head
-from verl_autoexport.export.plan import Group, Output
+from verl_autoexport.export.plan import Output
 from verl_autoexport.sources.base import FLOATING
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -70,16 +70,16 @@ class Excuses:
 
 
 def check_contract(
-    skeleton: Any, head: Head | None, groups: Iterable[Group], base_model: str | None, trust_remote_code: bool = False
+    skeleton: Any, head: Head | None, outputs: Iterable[Output], base_model: str | None, trust_remote_code: bool = False
 ) -> Contract:
-    """Compare what `groups` will write with the base model at `base_model`, where there is one at hand.
+    """Compare what `outputs` will be with the base model at `base_model`, where there is one at hand.
 
     Raises PlanError listing the names that differ without a reason.
     """
     base, reason = find_base(base_model)
     if base is None:
         return Contract(reason=reason)
-    ours = {o.name: o.shape for g in groups for o in g.outputs}
+    ours = {o.name: o.shape for o in outputs}
     return compare(ours, base, _excuses(skeleton, head, base, trust_remote_code))
 
 
@@ -144,23 +144,12 @@ def compare(ours: Shapes, base: BaseModel, excuses: Excuses) -> Contract:
     return Contract(base, explained=listed, transposed=frozenset(transposed))
 
 
-def apply_base(groups: Iterable[Group], contract: Contract, dtype: str) -> list[Group]:
-    """`groups` in the base's layout and, if `dtype` is `base`, in its dtypes."""
+def apply_base(outputs: Iterable[Output], contract: Contract, dtype: str) -> list[Output]:
+    """`outputs` in the base's layout and, if `dtype` is `base`, in its dtypes."""
     check_dtype(dtype, contract.base, contract.reason)
-    if contract.base is None:
-        return list(groups)
-    return [_in_base(group, contract.base, contract.transposed, dtype) for group in groups]
-
-
-def _in_base(group: Group, base: BaseModel, transposed: frozenset[str], dtype: str) -> Group:
-    outputs, convert = [], group.convert
-    for output in group.outputs:
-        if dtype == "base":
-            output = replace(output, dtype=_base_dtype(output, base))
-        if output.name in transposed:
-            output, convert = replace(output, shape=_swapped(output.shape), swapped=True), True
-        outputs.append(output)
-    return replace(group, outputs=tuple(outputs), convert=convert)
+    if dtype == "base":
+        outputs = [replace(o, dtype=_base_dtype(o, contract.base)) for o in outputs]
+    return [o.swapped if o.name in contract.transposed else o for o in outputs]
 
 
 def _base_dtype(output: Output, base: BaseModel) -> str:

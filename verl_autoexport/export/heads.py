@@ -45,7 +45,7 @@ def find_head(
     """
     expected = named.state_dict().keys()
     surplus = shapes.keys() - expected
-    if not surplus or any(".lora_" in name for name in surplus):
+    if not surplus:
         return None
     if wrapped := sorted(name for name in surplus if name.startswith(("v_head.", "pretrained_model."))):
         raise PlanError(

@@ -8,7 +8,7 @@ exit means that the process itself did not get that far.
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,14 @@ def main() -> None:
     parser.add_argument("--no-generate", action="store_true")
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--external-lib")
+    parser.add_argument("--adapter-of", type=Path, help="DIR is a PEFT adapter of the model whose config is there")
     args = parser.parse_args()
     if args.external_lib:
         for module in args.external_lib.split(","):
             importlib.import_module(module.strip())
+    if args.adapter_of:
+        print(json.dumps(_check_adapter(args.directory, args.adapter_of, args.trust_remote_code)))
+        return
     result: dict[str, Any] = {}
     try:
         model = _load(args.directory, args.trust_remote_code)
@@ -51,6 +55,34 @@ def _load(directory: Path, trust_remote_code: bool) -> Any:
     if problems:
         raise ValueError(f"transformers loads it, but reports {problems}")
     return model.eval()
+
+
+def _check_adapter(directory: Path, base: Path, trust_remote_code: bool) -> dict[str, dict[str, str]]:
+    """Put the adapter on the base model: every tensor must find its place and arrive unchanged.
+
+    The base's own weights are not needed, so its memory is allocated and never touched.
+    """
+    generate = {"status": "skipped", "detail": "an adapter alone does not generate"}
+    if importlib.util.find_spec("peft") is None:
+        return {"load": {"status": "skipped", "detail": "peft is not installed"}, "generate": generate}
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from verl_autoexport.export.naming import build_skeleton
+
+    try:
+        skeleton = build_skeleton(base, "source", trust_remote_code=trust_remote_code).to_empty(device="cpu")
+        model = PeftModel.from_pretrained(skeleton, str(directory))
+        found = get_peft_model_state_dict(model, save_embedding_layers=False)
+        written = load_file(directory / "adapter_model.safetensors")
+        if differ := sorted(found.keys() ^ written.keys()):
+            raise ValueError(f"PEFT expects other tensors than the file holds: {differ[:8]}")
+        if differ := [k for k, v in written.items() if not found[k].to(v.dtype).equal(v)]:
+            raise ValueError(f"PEFT did not load {differ[:8]}")
+    except Exception as e:  # noqa: BLE001 - see main
+        return {"load": {"status": "failed", "detail": f"{type(e).__name__}: {e}"}}
+    detail = f"PeftModel of {type(skeleton).__name__}, {len(written)} tensors in place"
+    return {"load": {"status": "passed", "detail": detail}, "generate": generate}
 
 
 def _generate(model: Any) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 The output is produced front to back in blocks that are contiguous on disk, so that it can
 be hashed as it is written; of each shard the part that falls into the block is read by
-position. Whatever the sharded dimension, such a part is contiguous in the shard's file too.
+position.
 """
 
 from __future__ import annotations
@@ -10,257 +10,159 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 
 import torch
 
-from verl_autoexport.errors import MergeError, SourceError
-from verl_autoexport.export import naming
-from verl_autoexport.export.plan import Group, Output, PlannedFile
-from verl_autoexport.sources.base import FLOATING, ITEMSIZE, Shard, ShardManifest, TensorEntry
+from verl_autoexport.errors import MergeError
+from verl_autoexport.export import lora
+from verl_autoexport.export.plan import Output, Piece, PlannedFile
+from verl_autoexport.export.reader import MAX_BLOCK, Index, ShardReader, as_bytes, boxes, overlap, within
+from verl_autoexport.sources.base import FLOATING, ITEMSIZE, ShardManifest
 
-MAX_BLOCK = 16 << 20  # bytes; larger blocks were not faster, smaller ones cost system calls
-Converter = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """Name, size in bytes and sha256 (hex) of a file that is on disk and fsynced."""
+    """Name, size in bytes and sha256 (hex) of a file that is on disk and fsynced.
+
+    Of the tensors with LoRA fused in: those whose lora_B is not zero (`trained`), and those
+    that came out different from the base (`changed`).
+    """
 
     name: str
     nbytes: int
     sha256: str
-
-
-def merge_file(
-    planned: PlannedFile,
-    manifest: ShardManifest,
-    path: Path,
-    *,
-    memory_budget: int,
-    convert: Converter | None = None,
-    progress: Progress = lambda nbytes: None,
-) -> WrittenFile:
-    """Write `planned` to `path` (which must not exist) and fsync it.
-
-    Holds at most `memory_budget` bytes of buffers, except where `convert`, transformers'
-    reverse conversion, needs a whole source tensor. `progress` is called with the bytes of
-    each block. Raises MergeError (tensor named) for NaN, Inf or an overflow in the cast and
-    for write errors, SourceError when a shard is shorter than it was.
-    """
-    # Two output blocks (one is written while the next is filled) and two for reading, of at most 4x the width.
-    block = max(4096, min(MAX_BLOCK, memory_budget // 8))
-    ring = cycle([torch.empty(block, dtype=torch.uint8) for _ in range(2)])
-    with _Reader(manifest) as reader, _Writer(path) as writer:
-        writer.write(planned.header)
-        for group in planned.groups:
-            entry = manifest.tensors[group.fqn]
-            blocks = (
-                _converted(group, entry, reader, convert) if group.convert else _cast(group, entry, reader, ring, block)
-            )
-            for data in blocks:
-                writer.write(data)
-                progress(len(data))
-        digest, size = writer.finish()
-    if size != planned.nbytes:
-        raise MergeError(f"{path}: {size} bytes written, {planned.nbytes} planned; this is a bug, please report it.")
-    return WrittenFile(planned.name, size, digest)
+    trained: frozenset[str] = frozenset()
+    changed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class MergeJob:
-    """All that a worker in another process needs to write one file.
-
-    `model_dir`, `dtype`, `trust_remote_code` and `architecture` rebuild the skeleton there,
-    only when a group needs transformers' reverse conversion.
-    """
+    """All that a worker in another process needs to write one file; `memory_budget` in bytes."""
 
     planned: PlannedFile
     manifest: ShardManifest
     path: Path
     memory_budget: int
-    model_dir: Path
-    dtype: str
-    trust_remote_code: bool = False
-    external_lib: str | None = None
-    architecture: str | None = None
 
     def run(self, progress: Progress = lambda nbytes: None) -> WrittenFile:
-        convert = None
-        if any(g.convert for g in self.planned.groups):
-            skeleton = naming.build_skeleton(
-                self.model_dir,
-                self.dtype,
-                trust_remote_code=self.trust_remote_code,
-                external_lib=self.external_lib,
-                architecture=self.architecture,
-            )
-            convert = partial(naming.reverse, skeleton)
-        return merge_file(
-            self.planned, self.manifest, self.path, memory_budget=self.memory_budget, convert=convert, progress=progress
+        """Write the file (which must not exist) and fsync it; `progress` is called with the bytes of each block.
+
+        Holds at most `memory_budget` bytes of buffers, and one tensor with LoRA fused into it.
+        Raises MergeError (tensor named) for NaN, Inf or an overflow in the cast and for write
+        errors, SourceError when a shard is shorter than it was.
+        """
+        # Two output blocks (one is written while the next is filled) and two for reading, of at most 4x the width.
+        block = max(4096, min(MAX_BLOCK, self.memory_budget // 8))
+        ring = cycle([torch.empty(block, dtype=torch.uint8) for _ in range(2)])
+        with ShardReader(self.manifest) as reader, _Writer(self.path) as writer:
+            source = _Source(reader, self.planned)
+            writer.write(self.planned.header)
+            for output in self.planned.outputs:
+                for data in _blocks(output, source, ring, block):
+                    writer.write(data)
+                    progress(len(data))
+            digest, size = writer.finish()
+        if size != self.planned.nbytes:
+            raise MergeError(f"{self.path}: {size} bytes written, {self.planned.nbytes} planned; please report this.")
+        return WrittenFile(self.planned.name, size, digest, frozenset(source.trained), frozenset(source.changed))
+
+
+class _Source:
+    """Source tensors as the plan wants them: from the shards, and with LoRA fused in where it says so."""
+
+    def __init__(self, reader: ShardReader, planned: PlannedFile) -> None:
+        self.reader = reader
+        self.fusions = planned.fusions
+        self.trained: set[str] = set()
+        self.changed: set[str] = set()
+        self.last: tuple[str, torch.Tensor] | None = None  # a fused tensor is read in several boxes
+
+    def fill(self, fqn: str, offsets: Index, shape: Index, out: torch.Tensor) -> None:
+        if fqn not in self.fusions:
+            self.reader.fill(fqn, offsets, shape, out)
+            return
+        if self.last is None or self.last[0] != fqn:
+            self.last = None  # freed before the next one is made
+            self.last = fqn, self._fused(fqn, out.dtype)
+        out.copy_(self.last[1][within(offsets, shape)])
+
+    def _fused(self, fqn: str, dtype: torch.dtype) -> torch.Tensor:
+        fusion, base = self.fusions[fqn], self.reader.whole(fqn)
+        a, b, magnitude = (
+            None if name is None else self.reader.whole(name) for name in (fusion.a, fusion.b, fusion.magnitude)
         )
+        fused = lora.fuse(fusion, base, a, b, magnitude).to(dtype)
+        if b.any():
+            self.trained.add(fqn)
+        if not torch.equal(fused, base.to(dtype)):
+            self.changed.add(fqn)
+        return fused
 
 
-def equal_values(manifest: ShardManifest, a: str, b: str) -> bool:
-    """Whether two tensors of the source hold the same bits, block by block."""
-    left, right = manifest.tensors[a], manifest.tensors[b]
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    if left.shards == right.shards:
-        return True  # saved once: tied tensors share their storage in the file
-    dtype = getattr(torch, left.dtype)
-    with _Reader(manifest) as reader:
-        for offsets, shape in boxes(left.shape, MAX_BLOCK // ITEMSIZE[left.dtype]):
-            parts = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-            reader.fill(left, offsets, shape, parts[0])
-            reader.fill(right, offsets, shape, parts[1])
-            if bytes(_bytes(parts[0])) != bytes(_bytes(parts[1])):
-                return False
-    return True
-
-
-def boxes(shape: tuple[int, ...], limit: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offsets, shape) of row-major contiguous boxes of at most `limit` elements that tile `shape` in order."""
-    if not math.prod(shape):
-        return
-    axis, inner = len(shape), 1
-    while axis > 0 and inner * shape[axis - 1] <= limit:
-        axis -= 1
-        inner *= shape[axis]
-    if axis == 0:
-        yield (0,) * len(shape), shape
-        return
-    axis -= 1  # the first axis, from the right, that does not fit as a whole
-    rows = max(1, limit // inner)
-    for prefix in _indices(shape[:axis]):
-        for start in range(0, shape[axis], rows):
-            count = min(rows, shape[axis] - start)
-            yield (*prefix, start, *(0,) * (len(shape) - axis - 1)), (*(1,) * axis, count, *shape[axis + 1 :])
-
-
-def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    if not shape:
-        yield ()
-        return
-    for head in range(shape[0]):
-        for tail in _indices(shape[1:]):
-            yield head, *tail
-
-
-def _cast(
-    group: Group, entry: TensorEntry, reader: _Reader, ring: Iterator[torch.Tensor], block: int
-) -> Iterator[memoryview]:
-    (output,) = group.outputs
-    size = ITEMSIZE[output.dtype]
-    for offsets, shape in boxes(entry.shape, block // size):
+def _blocks(output: Output, source: _Source, ring: Iterator[torch.Tensor], block: int) -> Iterator[memoryview]:
+    """The bytes of `output`, front to back. A block must be used before the one after the next is asked for."""
+    first, size = output.pieces[0], ITEMSIZE[output.dtype]
+    straight = len(output.pieces) == 1 and first.in_order
+    for offsets, shape in boxes(first.shape if straight else output.shape, block // size):
         buffer = next(ring)  # once per block: the other one may still be being written
         out = buffer[: math.prod(shape) * size].view(getattr(torch, output.dtype)).view(shape)
-        reader.fill(entry, offsets, shape, out)
-        _check_finite(output, entry, out)
-        yield _bytes(out)
+        if straight:
+            source.fill(first.fqn, tuple(map(sum, zip(first.offsets, offsets, strict=True))), shape, out)
+        else:
+            _fill(output, source, offsets, shape, out)
+        _check_finite(output, source.reader.manifest, out)
+        yield as_bytes(out)
 
 
-def _converted(group: Group, entry: TensorEntry, reader: _Reader, convert: Converter | None) -> Iterator[memoryview]:
-    if convert is None:
-        raise MergeError(f"{group.fqn}: needs transformers' reverse conversion, but none was given.")
-    dtypes = {o.dtype for o in group.outputs}
-    whole = torch.empty(entry.shape, dtype=getattr(torch, dtypes.pop() if len(dtypes) == 1 else entry.dtype))
-    for offsets, shape in boxes(entry.shape, MAX_BLOCK // ITEMSIZE[entry.dtype]):
-        part = whole[tuple(slice(o, o + n) for o, n in zip(offsets, shape, strict=True))]
-        reader.fill(entry, offsets, shape, part)
-    made = convert({group.fqn: whole})
-    for output in group.outputs:
-        tensor = made.pop(output.name).to(getattr(torch, output.dtype))
-        tensor = tensor.transpose(-1, -2) if output.swapped else tensor
-        if tuple(tensor.shape) != output.shape:
-            raise MergeError(f"{output.name}: planned {output.dtype} {list(output.shape)}, converted to {tensor.shape}")
-        _check_finite(output, entry, tensor)
-        yield _bytes(tensor.contiguous())
+def _fill(output: Output, source: _Source, offsets: Index, shape: Index, out: torch.Tensor) -> None:
+    """Fill `out` with the box at `offsets` of an output that is put together of pieces, or turned."""
+    filled = 0
+    for piece in output.pieces:
+        lo, extent = overlap(offsets, shape, piece.at, piece.extent)
+        if not math.prod(extent):
+            continue
+        target = out[within(tuple(a - b for a, b in zip(lo, offsets, strict=True)), extent)]
+        start, size = list(piece.offsets), [1] * len(piece.shape)
+        for i, dim in enumerate(piece.dims):
+            if dim is not None:
+                start[dim] += lo[i] - piece.at[i]
+                size[dim] = extent[i]
+        source.fill(piece.fqn, tuple(start), tuple(size), _as_source(target, piece))
+        filled += math.prod(extent)
+    if filled != math.prod(shape):
+        raise MergeError(f"{output.name}: {filled} of {math.prod(shape)} elements at {list(offsets)} are covered.")
 
 
-def _check_finite(output: Output, entry: TensorEntry, out: torch.Tensor) -> None:
+def _as_source(out: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """A view of `out`, a box of the output, with the dimensions of the source tensor."""
+    out = out[tuple(0 if dim is None else slice(None) for dim in piece.dims)]
+    named = [dim for dim in piece.dims if dim is not None]
+    out = out.permute(sorted(range(len(named)), key=named.__getitem__))
+    for dim in sorted(set(range(len(piece.shape))) - set(named)):
+        out = out.unsqueeze(dim)
+    return out
+
+
+def _check_finite(output: Output, manifest: ShardManifest, out: torch.Tensor) -> None:
     if output.dtype not in FLOATING or not out.numel():
         return
     if all(torch.isfinite(x) for x in torch.aminmax(out)):  # NaN propagates; far faster than isfinite on every value
         return
     nan = int(torch.isnan(out).sum())
     inf = int(torch.isinf(out).sum())
+    entry = manifest.tensors[output.pieces[0].fqn]
     cause = f"the weights of {entry.fqn} hold them, or" if output.dtype != entry.dtype else "the weights hold them:"
     hint = f"the cast {entry.dtype} → {output.dtype} overflowed" if output.dtype != entry.dtype else "training diverged"
     raise MergeError(
         f"{output.name}: {nan} NaN and {inf} Inf values; {cause} {hint}. A model like this is not published."
     )
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-
-
-class _Reader:
-    """Positional reads of boxes out of the shard files, each file opened once."""
-
-    def __init__(self, manifest: ShardManifest) -> None:
-        self.paths = manifest.files
-        self.fds: dict[int, int] = {}
-        self.buffer = torch.empty(0, dtype=torch.uint8)
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for fd in self.fds.values():
-            os.close(fd)
-
-    def fill(self, entry: TensorEntry, offsets: tuple[int, ...], shape: tuple[int, ...], out: torch.Tensor) -> None:
-        """Fill `out` (of `shape`) with the box at `offsets` of the global tensor, cast to `out`'s dtype."""
-        filled = 0
-        for shard in entry.shards:
-            lo = [max(a, b) for a, b in zip(offsets, shard.offsets, strict=True)]
-            hi = [min(a + n, b + m) for a, n, b, m in zip(offsets, shape, shard.offsets, shard.shape, strict=True)]
-            if any(h <= low for low, h in zip(lo, hi, strict=True)):
-                continue
-            extent = tuple(h - low for low, h in zip(lo, hi, strict=True))
-            part = self._read(entry, shard, tuple(low - o for low, o in zip(lo, shard.offsets, strict=True)), extent)
-            target = tuple(slice(low - o, h - o) for low, h, o in zip(lo, hi, offsets, strict=True))
-            out[target].copy_(part)
-            filled += part.numel()
-        if filled != math.prod(shape):
-            raise MergeError(f"{entry.fqn}: {filled} of {math.prod(shape)} elements at {list(offsets)} are covered.")
-
-    def _read(self, entry: TensorEntry, shard: Shard, local: tuple[int, ...], extent: tuple[int, ...]) -> torch.Tensor:
-        size = ITEMSIZE[entry.dtype]
-        first = 0
-        for index, dim in zip(local, shard.shape, strict=True):
-            first = first * dim + index
-        count = math.prod(extent) * size
-        if self.buffer.numel() < count:
-            self.buffer = torch.empty(count, dtype=torch.uint8)
-        view = self.buffer[:count]
-        self._pread(shard, memoryview(view.numpy()), shard.byte_offset + first * size, entry.fqn)
-        return view.view(getattr(torch, entry.dtype)).reshape(extent)
-
-    def _pread(self, shard: Shard, into: memoryview, offset: int, fqn: str) -> None:
-        path = self.paths[shard.file]
-        try:
-            if shard.file not in self.fds:
-                self.fds[shard.file] = os.open(path, os.O_RDONLY)
-            done = 0
-            while done < len(into):
-                n = os.preadv(self.fds[shard.file], [into[done:]], offset + done)
-                if n == 0:
-                    raise SourceError(
-                        f"{path} (rank {shard.rank}): ends at byte {offset + done}, but {fqn} goes on to "
-                        f"{offset + len(into)}; the file was truncated while being exported."
-                    )
-                done += n
-        except OSError as e:
-            raise SourceError(f"{path} (rank {shard.rank}): {fqn} cannot be read: {e.strerror}.") from e
 
 
 class _Writer:

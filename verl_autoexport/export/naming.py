@@ -10,14 +10,16 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from verl_autoexport.errors import PlanError
-from verl_autoexport.export.plan import Group, Output
-from verl_autoexport.sources.base import FLOATING, ShardManifest, TensorEntry
+from verl_autoexport.export.layout import trace
+from verl_autoexport.export.plan import Output
+from verl_autoexport.sources.base import FLOATING, ShardManifest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -105,8 +107,8 @@ def build_skeleton(
         ) from e
 
 
-def name_outputs(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str) -> list[Group]:
-    """Groups of output tensors in the order of the model; raises PlanError unless the model is whole.
+def name_outputs(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str) -> list[Output]:
+    """What is written, in the order of `save_pretrained`; raises PlanError unless the model is whole.
 
     Tied aliases are dropped (equality of values is the planner's to check: see
     `tied_aliases`), `dtype` is applied to floating tensors only, and what transformers
@@ -114,8 +116,13 @@ def name_outputs(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str)
     """
     kept = _check_complete(skeleton, manifest)
     dropped = tied_aliases(skeleton, manifest).keys() | set(skeleton._keys_to_ignore_on_save or ())
-    sources = {fqn: manifest.tensors[fqn] for fqn in kept if fqn not in dropped}
-    return _revert(skeleton, sources, _DtypeRule(skeleton, dtype))
+    rule = DtypeRule(skeleton, dtype)
+    metas = {}
+    for fqn in (k for k in kept if k not in dropped):
+        entry = manifest.tensors[fqn]
+        target = getattr(torch, rule(fqn, entry.value_dtype))
+        metas[fqn] = torch.empty(entry.shape, dtype=target, device="meta")
+    return trace(partial(reverse, skeleton), metas)
 
 
 def names_on_disk(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
@@ -129,7 +136,7 @@ def names_on_disk(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 def source_dtype(skeleton: PreTrainedModel, manifest: ShardManifest) -> str:
     """What transformers calls the dtype of the model in the shards: that of its first floating parameter."""
-    held = (manifest.tensors[name].dtype for name, _ in skeleton.named_parameters() if name in manifest.tensors)
+    held = (manifest.tensors[name].value_dtype for name, _ in skeleton.named_parameters() if name in manifest.tensors)
     return next(dtype for dtype in held if dtype in FLOATING)
 
 
@@ -141,11 +148,6 @@ def tied_aliases(skeleton: PreTrainedModel, manifest: ShardManifest) -> dict[str
 
 def _check_complete(skeleton: PreTrainedModel, manifest: ShardManifest) -> list[str]:
     name = type(skeleton).__name__
-    if lora := sorted(k for k in manifest.tensors if ".lora_" in k or ".base_layer." in k):
-        raise PlanError(
-            f"the shards hold LoRA weights ({lora[0]}, … {len(lora)} in all): exporting LoRA runs is not available in "
-            "this release. Nothing is written, since the base alone would be the wrong model."
-        )
     expected = {k: tuple(v.shape) for k, v in skeleton.state_dict().items()}
     tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
     missing = [k for k in expected if k not in manifest.tensors and tied.get(k) not in manifest.tensors]
@@ -163,7 +165,7 @@ def _check_complete(skeleton: PreTrainedModel, manifest: ShardManifest) -> list[
     return [k for k in expected if k in manifest.tensors]
 
 
-class _DtypeRule:
+class DtypeRule:
     """Output dtype of a tensor by its in-memory name, as `from_pretrained(dtype=…)` would load it."""
 
     def __init__(self, skeleton: PreTrainedModel, dtype: str) -> None:
@@ -180,25 +182,6 @@ class _DtypeRule:
         return "float32" if self.fp32 and self.fp32.search(fqn) else self.dtype
 
 
-def _revert(skeleton: PreTrainedModel, sources: Mapping[str, TensorEntry], rule: _DtypeRule) -> list[Group]:
-    metas = {
-        fqn: torch.empty(t.shape, dtype=getattr(torch, rule(fqn, t.dtype)), device="meta") for fqn, t in sources.items()
-    }
-    whole = reverse(skeleton, metas)
-    renamed = {id(tensor): name for name, tensor in whole.items()}
-    groups, made = [], {}
-    for fqn, meta in metas.items():
-        if id(meta) in renamed:
-            outputs = {renamed[id(meta)]: meta}
-        else:
-            outputs = reverse(skeleton, {fqn: meta})
-        made.update(outputs)
-        named = tuple(Output(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in outputs.items())
-        groups.append(Group(fqn, named, convert=id(meta) not in renamed))
-    _check_same(skeleton, whole, made)
-    return groups
-
-
 def reverse(skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """transformers' own way back from in-memory tensors to those on disk; raises PlanError if it cannot."""
     from transformers.core_model_loading import revert_weight_conversion
@@ -209,20 +192,6 @@ def reverse(skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> d
         raise PlanError(
             f"{type(skeleton).__name__}: transformers cannot convert {_brief(tensors)} back to names on disk: {e}"
         ) from e
-
-
-def _check_same(skeleton: PreTrainedModel, whole: Mapping[str, Any], made: Mapping[str, Any]) -> None:
-    """Tensor by tensor must give what the whole state dict gives, else some belong together."""
-    differ = [k for k in whole.keys() | made.keys() if _shape(whole.get(k)) != _shape(made.get(k))]
-    if differ:
-        raise PlanError(
-            f"{type(skeleton).__name__}: {_brief(sorted(differ))} are made of several tensors together on the way "
-            "back to disk; this is not supported yet, and writing them one by one would give a wrong model."
-        )
-
-
-def _shape(tensor: Any) -> tuple[int, ...] | None:
-    return None if tensor is None else tuple(tensor.shape)
 
 
 def _brief(names: Iterable[str]) -> str:

@@ -7,56 +7,28 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
-from verl_autoexport.config import VerifyConfig, parse_size
-from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, PlanError, SourceError
-from verl_autoexport.events import ExportRecord, Trigger
-from verl_autoexport.export import assets, naming, verify
-from verl_autoexport.export.base import BaseModel
-from verl_autoexport.export.contract import Contract, apply_base, check_contract
-from verl_autoexport.export.heads import Head, find_head
-from verl_autoexport.export.merge import MergeJob, WrittenFile, equal_values
-from verl_autoexport.export.plan import INDEX_NAME, MergePlan, make_plan
+from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, SourceError
+from verl_autoexport.events import ExportRecord
+from verl_autoexport.export import assets, lora, naming, peft_config, verify
+from verl_autoexport.export.merge import MergeJob, WrittenFile
+from verl_autoexport.export.model import ADAPTER_FOLDER, Planned, plan_model
+from verl_autoexport.export.plan import INDEX_NAME, MergePlan
 from verl_autoexport.export.record import make_record
+from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
 from verl_autoexport.registry.store import Registry, Version
-from verl_autoexport.sources.base import ShardManifest
-from verl_autoexport.sources.fsdp_files import FsdpFiles, find_checkpoint
+from verl_autoexport.sources.fsdp_files import FsdpFiles
 
 RECORD_NAME = "export.json"
 _SPARE = 64 << 20  # bytes of disk left free beyond the estimate
-
-
-@dataclass(frozen=True)
-class ExportSpec:
-    """One export: what to read, how to write it, and what to say of it.
-
-    `checkpoint` is the directory with the rank files (a pin, or verl's own), `origin` the
-    path to record. `memory_budget` and `max_shard_size` are bytes, `stall_s` seconds.
-    """
-
-    checkpoint: Path
-    step: int
-    dtype: str = "bfloat16"
-    max_shard_size: int = 5 * 10**9
-    memory_budget: int = 1 << 30
-    verify: VerifyConfig = field(default_factory=VerifyConfig)
-    trust_remote_code: bool = False
-    external_lib: str | None = None
-    triggers: tuple[Trigger, ...] = ()
-    metrics: Mapping[str, float | None] = field(default_factory=dict)
-    measured_on: str | None = None
-    run: Mapping[str, Any] = field(default_factory=dict)
-    base_model: str | None = None
-    origin: str | None = None
-    stall_s: float = 0.0
-    fingerprint: str | None = None
 
 
 class MergeRunner(Protocol):
@@ -155,86 +127,49 @@ def run_export(spec: ExportSpec, target: Path, runner: MergeRunner, progress: Pr
                 f"{spec.fingerprint} expected, {source.fingerprint} found. The step was saved again meanwhile."
             )
         manifest = source.manifest()
-        model_dir = spec.checkpoint / "huggingface"
-        skeleton, plan, contract = plan_model(spec, manifest, model_dir)
-        _check_space(target, plan)
+        planned = plan_model(spec, manifest)
+        _check_space(target, planned.plan)
     with _timed(timings, "merge"):
-        progress.stage("merging", plan.nbytes)
-        architecture = naming.architecture(skeleton.config)
-        written = runner.run(_jobs(spec, plan, manifest, target, model_dir, architecture), progress.advance)
-        if plan.index is not None:
-            (target / INDEX_NAME).write_text(json.dumps(plan.index, indent=2) + "\n")
-        notes = _write_assets(spec, skeleton, manifest, contract.base, model_dir, target)
+        progress.stage("merging", planned.plan.nbytes)
+        written = runner.run(_jobs(spec, planned, target), progress.advance)
+        notes = _write_beside(spec, planned, written, target)
     with _timed(timings, "verify"):
         progress.stage("verifying")
-        checks = _verify(spec, target, plan, contract)
+        checks = _verify(spec, target, planned)
         source.check_unchanged()
-    return make_record(spec, target, manifest, plan, written, checks, timings, (architecture,), notes)
+    architectures = (naming.architecture(planned.skeleton.config),)
+    return make_record(spec, target, manifest, planned.plan, written, checks, timings, architectures, notes)
 
 
-def plan_model(spec: ExportSpec, manifest: ShardManifest, model_dir: Path) -> tuple[Any, MergePlan, Contract]:
-    """The skeleton, the plan of what will be written, and how that differs from the base model.
-
-    Raises PlanError unless the shards are the whole model, and the base's kind of model.
-    """
-    skeleton, head = _skeleton(spec, manifest, model_dir)
-    groups = naming.name_outputs(skeleton, manifest, spec.dtype)
-    for alias, name in naming.tied_aliases(skeleton, manifest).items():
-        if not equal_values(manifest, alias, name):
-            raise PlanError(
-                f"{alias} and {name} are tied according to config.json, but their values differ: writing one of them "
-                "would lose the other. Set tie_word_embeddings=false in the model's config if it was trained untied."
-            )
-    contract = check_contract(skeleton, head, groups, spec.base_model, spec.trust_remote_code)
-    groups = apply_base(groups, contract, spec.dtype)
-    return skeleton, make_plan(manifest, groups, spec.max_shard_size), contract
-
-
-def _skeleton(spec: ExportSpec, manifest: ShardManifest, model_dir: Path) -> tuple[Any, Head | None]:
-    """The model of the shards: that of `config.json`, or the value model that was made of it."""
-    options = {"trust_remote_code": spec.trust_remote_code, "external_lib": spec.external_lib}
-    skeleton = naming.build_skeleton(model_dir, spec.dtype, **options)
-    shapes = {fqn: t.shape for fqn, t in manifest.tensors.items()}
-    head = find_head(skeleton, model_dir, shapes, spec.trust_remote_code)
-    if head is not None:
-        options |= {"architecture": head.architecture, "num_labels": head.num_labels}
-        skeleton = naming.build_skeleton(model_dir, spec.dtype, **options)
-    return skeleton, head
-
-
-def _jobs(
-    spec: ExportSpec, plan: MergePlan, manifest: ShardManifest, target: Path, model_dir: Path, architecture: str
-) -> list[MergeJob]:
+def _jobs(spec: ExportSpec, planned: Planned, target: Path) -> list[MergeJob]:
     jobs = []
-    for file in plan.files:
-        needed = {g.fqn: manifest.tensors[g.fqn] for g in file.groups}
-        jobs.append(
-            MergeJob(
-                planned=file,
-                manifest=replace(manifest, tensors=needed),
-                path=target / file.name,
-                memory_budget=spec.memory_budget,
-                model_dir=model_dir,
-                dtype=spec.dtype,
-                trust_remote_code=spec.trust_remote_code,
-                external_lib=spec.external_lib,
-                architecture=architecture,
-            )
-        )
+    for file in planned.plan.files:
+        path = target / file.name
+        path.parent.mkdir(exist_ok=True)
+        needed = {fqn: planned.manifest.tensors[fqn] for fqn in file.sources}
+        jobs.append(MergeJob(file, replace(planned.manifest, tensors=needed), path, spec.memory_budget))
     return jobs
 
 
-def _write_assets(
-    spec: ExportSpec, skeleton: Any, manifest: ShardManifest, base: BaseModel | None, model_dir: Path, target: Path
-) -> list[str]:
+def _write_beside(spec: ExportSpec, planned: Planned, written: Sequence[WrittenFile], target: Path) -> list[str]:
     """Everything but the weights: the trained run's own files, over those of the base where there is one."""
-    dtype = None if spec.dtype == "base" else spec.dtype
-    if dtype == "source":
-        dtype = naming.source_dtype(skeleton, manifest)
+    skeleton, base, adapter = planned.skeleton, planned.contract.base, planned.adapter
+    if planned.plan.index is not None:
+        (target / INDEX_NAME).write_text(json.dumps(planned.plan.index, indent=2) + "\n")
     if base is not None:
         assets.copy_base_assets(base, target, skeleton.can_generate())
-    notes = assets.copy_assets(model_dir, target)
-    return notes + assets.write_config(skeleton, dtype, target, base, spec.trust_remote_code)
+    notes = assets.copy_assets(spec.model_dir, target)
+    if spec.lora != "adapter":
+        dtype = None if spec.dtype == "base" else spec.dtype
+        if dtype == "source":
+            dtype = naming.source_dtype(skeleton, planned.manifest)
+        notes += assets.write_config(skeleton, dtype, target, base, spec.trust_remote_code)
+    if adapter is None:
+        return notes
+    if spec.lora != "fused":
+        folder = target / ADAPTER_FOLDER if spec.lora == "both" else target
+        peft_config.write_config(adapter.config, spec.base_model, folder)
+    return notes + lora.check_written(adapter, written, spec.lora, spec.dtype)
 
 
 def _check_space(target: Path, plan: MergePlan) -> None:
@@ -246,19 +181,27 @@ def _check_space(target: Path, plan: MergePlan) -> None:
         )
 
 
-def _verify(spec: ExportSpec, target: Path, plan: MergePlan, contract: Contract) -> dict[str, Any]:
-    checks: dict[str, Any] = {"structure": verify.check_structure(target, plan), "contract": contract.to_check()}
-    options = spec.verify
-    return checks | verify.check_loading(
-        target,
-        plan.nbytes,
-        load=options.load,
-        generate=options.generate,
-        max_memory=options.max_memory,
-        timeout_s=options.timeout_s,
+def _verify(spec: ExportSpec, target: Path, planned: Planned) -> dict[str, Any]:
+    checks: dict[str, Any] = {
+        "structure": verify.check_structure(target, planned.plan),
+        "contract": planned.contract.to_check(),
+    }
+    check = partial(
+        verify.check_loading,
+        load=spec.verify.load,
+        generate=spec.verify.generate,
+        max_memory=spec.verify.max_memory,
+        timeout_s=spec.verify.timeout_s,
         trust_remote_code=spec.trust_remote_code,
         external_lib=spec.external_lib,
     )
+    nbytes = planned.plan.nbytes
+    if planned.adapter is None or spec.lora == "fused":
+        return checks | check(target, nbytes)
+    if spec.lora == "adapter":
+        return checks | check(target, nbytes, adapter_of=spec.model_dir)
+    adapter = check(target / ADAPTER_FOLDER, planned.plan.files[-1].nbytes, adapter_of=spec.model_dir)
+    return checks | check(target, nbytes) | {"adapter": adapter["load"]}
 
 
 @contextmanager
@@ -280,6 +223,7 @@ def export_checkpoint(
     memory_budget: str = "1GiB",
     verify: bool = True,
     trust_remote_code: bool = False,
+    lora_config: str | os.PathLike[str] | None = None,
 ) -> ExportRecord:
     """Export one verl checkpoint (`global_step_N` or its `actor/`) to the new directory `output`.
 
@@ -288,46 +232,6 @@ def export_checkpoint(
     """
     spec = checkpoint_spec(
         Path(checkpoint), dtype=dtype, max_shard_size=max_shard_size, base_model=base_model, lora=lora,
-        memory_budget=memory_budget, verify=verify, trust_remote_code=trust_remote_code,
+        memory_budget=memory_budget, verify=verify, trust_remote_code=trust_remote_code, lora_config=lora_config,
     )  # fmt: skip
     return export_to_directory(spec, Path(output), LocalRunner(workers))
-
-
-def checkpoint_spec(
-    checkpoint: Path,
-    *,
-    dtype: str = "bfloat16",
-    max_shard_size: str = "5GB",
-    base_model: str | None = None,
-    lora: str = "fused",
-    memory_budget: str = "1GiB",
-    verify: bool = True,
-    trust_remote_code: bool = False,
-) -> ExportSpec:
-    """The spec of an export by hand; the step is read from the path. Raises ConfigError or SourceError."""
-    if dtype not in ("bfloat16", "float16", "float32", "source", "base"):
-        raise ConfigError(f"dtype {dtype!r}: expected bfloat16, float16, float32, source or base.")
-    if lora != "fused":
-        raise ConfigError(f"lora {lora!r}: not available in this release, which refuses LoRA checkpoints.")
-    directory = find_checkpoint(checkpoint)
-    return ExportSpec(
-        checkpoint=directory,
-        step=step_of(directory),
-        dtype=dtype,
-        max_shard_size=parse_size(max_shard_size, "max_shard_size"),
-        memory_budget=parse_size(memory_budget, "memory_budget"),
-        verify=VerifyConfig() if verify else VerifyConfig(load=False, generate=False),
-        trust_remote_code=trust_remote_code,
-        base_model=base_model,
-        origin=str(directory.absolute()),
-        triggers=(Trigger("command", "exported by hand"),),
-    )
-
-
-def step_of(directory: Path) -> int:
-    """N of the nearest `global_step_N` in the path; 0 where there is none."""
-    for part in reversed(directory.absolute().parts):
-        prefix, _, number = part.rpartition("_")
-        if prefix == "global_step" and number.isdigit():
-            return int(number)
-    return 0

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from verl_autoexport.errors import PlanError
@@ -26,39 +28,96 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class Output:
-    """A tensor on disk: its name, shape and dtype (torch's name without `torch.`).
+class Piece:
+    """A box of the source tensor `fqn`, and where it goes in an output tensor.
 
-    `swapped`: the last two dimensions are the other way round than transformers would write them.
+    `offsets` and `shape` are the box in the source, `at` is its first index in the output.
+    `dims[i]` is the source dimension that the output's dimension i runs over, None a new
+    one of size 1; source dimensions not named there have size 1 in the box. `dims` itself
+    is None where the whole source is only reshaped: row by row its values stay in order.
     """
+
+    fqn: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    dims: tuple[int | None, ...] | None
+    at: tuple[int, ...]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether its values come in the output in the order of the source box."""
+        named = () if self.dims is None else tuple(d for d in self.dims if d is not None)
+        return named == tuple(sorted(named))
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """The shape of the box in the output."""
+        return self.shape if self.dims is None else tuple(1 if d is None else self.shape[d] for d in self.dims)
+
+
+def whole(fqn: str, shape: tuple[int, ...]) -> tuple[Piece]:
+    """The pieces of an output that is the source tensor `fqn` of `shape`, as it is."""
+    zeros = (0,) * len(shape)
+    return (Piece(fqn, zeros, shape, tuple(range(len(shape))), zeros),)
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor on disk: its name, shape, dtype (torch's name without `torch.`), and what it is made of."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    swapped: bool = False
+    pieces: tuple[Piece, ...]
+
+    @property
+    def swapped(self) -> Output:
+        """The same with the last two dimensions the other way round."""
+
+        def swap(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (*values[:-2], values[-1], values[-2])
+
+        if any(piece.dims is None for piece in self.pieces):
+            raise PlanError(f"{self.name}: reshaped and transposed at once on its way to disk; that is not supported.")
+        pieces = tuple(replace(p, dims=swap(p.dims), at=swap(p.at)) for p in self.pieces)
+        return replace(self, shape=swap(self.shape), pieces=pieces)
 
 
 @dataclass(frozen=True)
-class Group:
-    """The outputs made of one source tensor.
+class Fusion:
+    """LoRA to add to a source tensor, in its own dtype, before anything else is done with it.
 
-    `convert` is False where the bytes are those of the source, cast only; True where
-    transformers' reverse conversion must run on the whole source tensor.
+    `kind`: `linear`, `embedding` or `bias` (then `a` is None). `a`, `b` and `magnitude`
+    (DoRA) name tensors of the manifest; `transposed`: the weight is stored as (in, out).
     """
 
-    fqn: str
-    outputs: tuple[Output, ...]
-    convert: bool
+    kind: str
+    a: str | None
+    b: str
+    scaling: float
+    magnitude: str | None = None
+    transposed: bool = False
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(fqn for fqn in (self.a, self.b, self.magnitude) if fqn is not None)
 
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One output file: `header` bytes, then the groups' tensors one after the other."""
+    """One output file: `header` bytes, then the tensors one after the other; `fusions` are by source tensor."""
 
     name: str
     header: bytes
-    groups: tuple[Group, ...]
+    outputs: tuple[Output, ...]
     nbytes: int
+    fusions: Mapping[str, Fusion] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> set[str]:
+        """Every tensor of the manifest that is read."""
+        read = {p.fqn for o in self.outputs for p in o.pieces}
+        return read.union(*(f.sources for f in self.fusions.values()))
 
 
 @dataclass(frozen=True)
@@ -75,59 +134,75 @@ class MergePlan:
 
     @property
     def tensors(self) -> dict[str, Output]:
-        return {o.name: o for f in self.files for g in f.groups for o in g.outputs}
+        return {o.name: o for f in self.files for o in f.outputs}
 
 
 def nbytes(output: Output) -> int:
     return math.prod(output.shape) * ITEMSIZE[output.dtype]
 
 
-def make_plan(manifest: ShardManifest, groups: Sequence[Group], max_shard_size: int) -> MergePlan:
-    """Split `groups` into files of at most `max_shard_size` bytes of data each.
+def make_plan(
+    manifest: ShardManifest,
+    outputs: Sequence[Output],
+    max_shard_size: int,
+    fusions: Mapping[str, Fusion] = MappingProxyType({}),
+) -> MergePlan:
+    """Split `outputs` into files of at most `max_shard_size` bytes of data each; a larger tensor gets its own.
 
-    A group larger than that gets a file of its own. Raises PlanError when two groups claim
-    one name, or a tensor's bytes do not match its source's.
+    Raises PlanError unless every element of every source tensor is written exactly once.
     """
-    _check(manifest, groups)
-    bins: list[list[Group]] = [[]]
+    _check(manifest, outputs)
+    bins: list[list[Output]] = [[]]
     room = max_shard_size
-    for group in groups:
-        size = sum(map(nbytes, group.outputs))
-        if bins[-1] and size > room:
+    for output in outputs:
+        if bins[-1] and nbytes(output) > room:
             bins.append([])
             room = max_shard_size
-        bins[-1].append(group)
-        room -= size
+        bins[-1].append(output)
+        room -= nbytes(output)
     names = ["model.safetensors"]
     if len(bins) > 1:
         names = [f"model-{i:05d}-of-{len(bins):05d}.safetensors" for i in range(1, len(bins) + 1)]
-    files = tuple(_plan_file(name, groups) for name, groups in zip(names, bins, strict=True))
-    numel = sum(math.prod(o.shape) for g in groups for o in g.outputs)
+    files = tuple(_plan_file(name, outputs, fusions) for name, outputs in zip(names, bins, strict=True))
+    numel = sum(math.prod(o.shape) for o in outputs)
     index = _index(files, numel) if len(files) > 1 else None
     return MergePlan(files, index, numel)
 
 
-def _check(manifest: ShardManifest, groups: Sequence[Group]) -> None:
-    seen: dict[str, str] = {}
-    for group in groups:
-        source = manifest.tensors[group.fqn]
-        for output in group.outputs:
-            if output.name in seen:
-                raise PlanError(f"{output.name} would be written twice: from {seen[output.name]} and {group.fqn}.")
-            seen[output.name] = group.fqn
-        made, have = sum(math.prod(o.shape) for o in group.outputs), math.prod(source.shape)
-        if made != have:
-            raise PlanError(f"{group.fqn}: {have} elements in the shards, {made} planned for {group.outputs}.")
-    if not seen:
+def one_file_plan(file: PlannedFile) -> MergePlan:
+    """The plan of a directory that holds this one file of weights."""
+    return MergePlan((file,), None, sum(math.prod(o.shape) for o in file.outputs))
+
+
+def plan_one(manifest: ShardManifest, outputs: Sequence[Output], name: str) -> PlannedFile:
+    """All `outputs` in the one file `name`; raises PlanError as `make_plan` does."""
+    _check(manifest, outputs)
+    return _plan_file(name, outputs, {})
+
+
+def _check(manifest: ShardManifest, outputs: Sequence[Output]) -> None:
+    if not outputs:
         raise PlanError("the shards hold no tensors at all.")
+    names, used = Counter(o.name for o in outputs), Counter()
+    if twice := [name for name, times in names.items() if times > 1]:
+        raise PlanError(f"{twice[0]} would be written twice ({len(twice)} such names).")
+    for output in outputs:
+        made = sum(math.prod(p.shape) for p in output.pieces)
+        if made != math.prod(output.shape):
+            raise PlanError(f"{output.name} {list(output.shape)}: only {made} elements of it are known.")
+        for piece in output.pieces:
+            used[piece.fqn] += math.prod(piece.shape)
+    for fqn, written in used.items():
+        if written != math.prod(manifest.tensors[fqn].shape):
+            raise PlanError(f"{fqn}: {list(manifest.tensors[fqn].shape)} in the shards, {written} elements planned.")
 
 
-def _plan_file(name: str, groups: Sequence[Group]) -> PlannedFile:
+def _plan_file(name: str, outputs: Sequence[Output], fusions: Mapping[str, Fusion]) -> PlannedFile:
     # Wider elements first keeps every tensor aligned to its own element size.
-    groups = sorted(groups, key=lambda g: -max(ITEMSIZE[o.dtype] for o in g.outputs))
+    outputs = sorted(outputs, key=lambda o: -ITEMSIZE[o.dtype])
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for output in (o for g in groups for o in g.outputs):
+    for output in outputs:
         end = position + nbytes(output)
         entries[output.name] = {
             "dtype": SAFETENSORS_DTYPE[output.dtype],
@@ -138,11 +213,12 @@ def _plan_file(name: str, groups: Sequence[Group]) -> PlannedFile:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    return PlannedFile(name, header, tuple(groups), len(header) + position)
+    needed = {p.fqn: fusions[p.fqn] for o in outputs for p in o.pieces if p.fqn in fusions}
+    return PlannedFile(name, header, tuple(outputs), len(header) + position, needed)
 
 
 def _index(files: Sequence[PlannedFile], numel: int) -> dict[str, Any]:
-    weight_map = {o.name: f.name for f in files for g in f.groups for o in g.outputs}
+    weight_map = {o.name: f.name for f in files for o in f.outputs}
     total = sum(f.nbytes - len(f.header) for f in files)
     return {
         "metadata": {"total_parameters": numel, "total_size": total},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,9 @@ from typing import Any
 from verl_autoexport.errors import AutoExportError, VerifyError
 from verl_autoexport.events import ExportRecord
 from verl_autoexport.export import naming, verify
+from verl_autoexport.export.lora import WEIGHTS_NAME, base_directory
+from verl_autoexport.export.model import ADAPTER_FOLDER
+from verl_autoexport.export.peft_config import CONFIG_NAME, read_settings
 from verl_autoexport.export.plan import INDEX_NAME, SAFETENSORS_DTYPE
 from verl_autoexport.registry.store import read_record
 
@@ -22,19 +27,60 @@ def check_directory(directory: Path, *, load: bool = True, trust_remote_code: bo
     if not directory.is_dir():
         raise VerifyError(f"{directory}: no such directory.")
     record = read_record(directory / "export.json") if (directory / "export.json").exists() else None
+    checks = {"hashes": _run(lambda: _hashes(directory, record))}
+    if (directory / CONFIG_NAME).is_file():
+        return checks | _adapter(directory, None, load, trust_remote_code)
     files = sorted(directory.glob("*.safetensors"))
-    checks = {
-        "hashes": _run(lambda: _hashes(directory, record)),
-        "structure": _run(lambda: _structure(directory, files, record, trust_remote_code)),
-    }
+    checks["structure"] = _run(lambda: _structure(directory, files, record, trust_remote_code))
+    checks |= _load(directory, sum(f.stat().st_size for f in files), load, trust_remote_code)
+    if (directory / ADAPTER_FOLDER / CONFIG_NAME).is_file():
+        adapter = _adapter(directory / ADAPTER_FOLDER, directory, load, trust_remote_code)
+        checks |= {"adapter": adapter["structure" if adapter["structure"]["status"] == "failed" else "load"]}
+    return checks
+
+
+def _load(
+    directory: Path, nbytes: int, load: bool, trust_remote_code: bool, adapter_of: Path | None = None
+) -> dict[str, verify.Check]:
     try:
-        nbytes = sum(f.stat().st_size for f in files)
-        checks |= verify.check_loading(
-            directory, nbytes, load="auto" if load else False, trust_remote_code=trust_remote_code
+        return verify.check_loading(
+            directory,
+            nbytes,
+            load="auto" if load else False,
+            trust_remote_code=trust_remote_code,
+            adapter_of=adapter_of,
         )
     except VerifyError as e:
-        checks["load"] = {"status": "failed", "detail": str(e)}
-    return checks
+        return {"load": {"status": "failed", "detail": str(e)}}
+
+
+def _adapter(directory: Path, base: Path | None, load: bool, trust_remote_code: bool) -> dict[str, verify.Check]:
+    """A PEFT adapter; `base` has the config of the model it belongs to, else the adapter names that model."""
+    structure = _run(lambda: _adapter_structure(directory))
+    if structure["status"] == "failed":
+        return {"structure": structure}
+    name = json.loads((directory / CONFIG_NAME).read_text())["base_model_name_or_path"]
+    if (base := base or base_directory(name)) is None:
+        return {"structure": structure, "load": {"status": "skipped", "detail": f"its base {name!r} is not here"}}
+    nbytes = (directory / WEIGHTS_NAME).stat().st_size
+    return {"structure": structure} | _load(directory, nbytes, load, trust_remote_code, base)
+
+
+def _adapter_structure(directory: Path) -> verify.Check:
+    config, _ = read_settings(directory, directory)
+    header = verify.read_header(directory / WEIGHTS_NAME)
+    header.pop("__metadata__", None)
+    _check_length(directory / WEIGHTS_NAME, header)
+    factors = sorted(name for name in header if ".lora_" in name and "magnitude" not in name and "bias" not in name)
+    other = str.maketrans("AB", "BA")
+    lone = [
+        n
+        for n in factors
+        if re.sub("(?<=lora_)[AB]|(?<=embedding_)[AB]", lambda m: m[0].translate(other), n) not in header
+    ]
+    if lone or not factors:
+        raise VerifyError(f"{directory / WEIGHTS_NAME}: lora_A without lora_B, or the reverse: {lone[:8]}.")
+    return {"status": "passed", "detail": f"LoRA of rank {config['r']}, {len(header)} tensors"}
 
 
 def _run(check: Callable[[], verify.Check]) -> verify.Check:

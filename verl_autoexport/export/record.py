@@ -7,16 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from verl_autoexport import __version__
 from verl_autoexport.events import ExportRecord
 from verl_autoexport.export.merge import WrittenFile
 from verl_autoexport.export.plan import MergePlan
+from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.sources.base import ShardManifest
-
-if TYPE_CHECKING:
-    from verl_autoexport.export.pipeline import ExportSpec
 
 
 def make_record(

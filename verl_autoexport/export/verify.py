@@ -73,12 +73,14 @@ def check_loading(
     timeout_s: float = 600,
     trust_remote_code: bool = False,
     external_lib: str | None = None,
+    adapter_of: Path | None = None,
 ) -> dict[str, Check]:
     """Load `directory` in a fresh process on the CPU and generate a few tokens.
 
     `nbytes` are those of the weights. With `auto` a check is skipped, with the reason, when
     it would need more than `max_memory` or than is free now; past `timeout_s` seconds it is
-    skipped too. Raises VerifyError when a check that ran has failed.
+    skipped too. `adapter_of`: `directory` is a PEFT adapter, of the model whose config is there.
+    Raises VerifyError when a check that ran has failed.
     """
     if load is False:
         return {k: _skipped(f"verify.{k}=false") for k in ("load", "generate")}
@@ -92,6 +94,7 @@ def check_loading(
     command += ["--no-generate"] if generate is False else []
     command += ["--trust-remote-code"] if trust_remote_code else []
     command += ["--external-lib", external_lib] if external_lib else []
+    command += ["--adapter-of", str(adapter_of.resolve())] if adapter_of else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=_environment())
     except subprocess.TimeoutExpired:

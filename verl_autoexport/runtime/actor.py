@@ -16,7 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl_autoexport.config import AutoExportConfig
 from verl_autoexport.errors import AutoExportError
 from verl_autoexport.events import Trigger
-from verl_autoexport.export.pipeline import ExportSpec, export_to_registry
+from verl_autoexport.export.pipeline import export_to_registry
+from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.tasks import RayRunner
 from verl_autoexport.sources import pins
@@ -160,6 +161,8 @@ def make_spec(request: Mapping[str, Any], settings: AutoExportConfig) -> ExportS
         origin=request["origin"],
         stall_s=request["stall_s"],
         fingerprint=request["fingerprint"],
+        lora=settings.weights.lora,
+        lora_config=Path(adapter) if (adapter := request.get("lora_adapter")) else None,
     )
 
 

@@ -32,6 +32,7 @@ class RunInfo:
     checkpoints: Path
     run: Mapping[str, Any]
     base_model: str | None = None
+    lora_adapter: str | None = None
     trust_remote_code: bool = False
     external_lib: str | None = None
 
@@ -268,6 +269,7 @@ class ExportDriver:
             "stall_s": round(self.stall_s + time.time() - event.time, 6),
             "run": dict(info.run),
             "base_model": info.base_model,
+            "lora_adapter": info.lora_adapter,
             "trust_remote_code": info.trust_remote_code,
             "external_lib": info.external_lib,
         }

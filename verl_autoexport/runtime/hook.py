@@ -137,6 +137,7 @@ def _run_info(config: DictConfig, role: str) -> RunInfo:
         checkpoints=Path(trainer.default_local_dir).absolute(),
         run={"project": trainer.project_name, "experiment": trainer.experiment_name},
         base_model=_local(model.get("path")),
+        lora_adapter=_local(model.get("lora_adapter_path")) if (model.get("lora_rank") or 0) > 0 else None,
         trust_remote_code=bool(model.get("trust_remote_code", False)),
         external_lib=OmegaConf.to_container(model).get("external_lib"),
     )

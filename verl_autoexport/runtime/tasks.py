@@ -75,7 +75,7 @@ class RayRunner:
                     written[file.name] = file
         finally:
             self._stop()
-            for path in (nonce, *folder.glob(".started-*"), *folder.glob("*.part*")):
+            for path in (nonce, *folder.glob(".started-*"), *folder.rglob("*.part*")):
                 path.unlink(missing_ok=True)
         return [written[job.planned.name] for job in jobs]
 

@@ -37,12 +37,20 @@ class Shard:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor under its in-memory name, with its global shape and every shard of it once."""
+    """A tensor under its in-memory name, with its global shape and every shard of it once.
+
+    `dtype` is that of the bytes; `loaded` the one that training cast them to, where it did.
+    """
 
     fqn: str
     dtype: str
     shape: tuple[int, ...]
     shards: tuple[Shard, ...]
+    loaded: str | None = None
+
+    @property
+    def value_dtype(self) -> str:
+        return self.loaded or self.dtype
 
     @property
     def nbytes(self) -> int:

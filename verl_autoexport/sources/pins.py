@@ -21,7 +21,7 @@ from verl_autoexport.sources.fsdp_files import find_checkpoint, fingerprint, ran
 
 FOLDER = ".autoexport"
 _INFO = "pin.json"
-_EXTRA = ("fsdp_config.json", "lora_train_meta.json")
+_EXTRA = ("fsdp_config.json", "lora_train_meta.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""Which model the shards are, and what will be written of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from verl_autoexport.errors import PlanError
+from verl_autoexport.export import lora, naming
+from verl_autoexport.export.contract import Contract, apply_base, check_contract
+from verl_autoexport.export.heads import Head, find_head
+from verl_autoexport.export.plan import MergePlan, make_plan, one_file_plan
+from verl_autoexport.export.reader import equal_values
+from verl_autoexport.export.spec import ExportSpec
+from verl_autoexport.sources.base import ShardManifest
+
+ADAPTER_FOLDER = "adapter"
+"""Where the adapter is in a version that has the fused model too."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What will be written, and of what: `manifest` has every tensor that `plan` reads.
+
+    `skeleton` is the model on the meta device, `contract` how it differs from the base.
+    """
+
+    skeleton: Any
+    manifest: ShardManifest
+    plan: MergePlan
+    contract: Contract
+    adapter: lora.Adapter | None = None
+
+
+def plan_model(spec: ExportSpec, manifest: ShardManifest) -> Planned:
+    """Raises PlanError unless the shards are the whole model, and the base's kind of model."""
+    skeleton, head = _skeleton(spec, manifest)
+    adapter = lora.read_adapter(manifest, skeleton, spec.checkpoint, spec.lora_config)
+    if adapter is None and spec.lora != "fused":
+        raise PlanError(f"{spec.checkpoint}: lora={spec.lora}, but the shards hold no LoRA weights.")
+    if spec.lora == "adapter":
+        plan = one_file_plan(lora.plan_adapter(adapter, manifest, spec.dtype))
+        return Planned(
+            skeleton, manifest, plan, Contract(reason="an adapter holds none of the base's tensors"), adapter
+        )
+    if adapter is None:
+        held, outputs, fusions = manifest, naming.name_outputs(skeleton, manifest, spec.dtype), {}
+    else:
+        held, outputs = lora.model_outputs(adapter, manifest, skeleton, spec.dtype, spec.base_model)
+        held, fusions = lora.with_adapter(held, manifest, adapter), adapter.fusions
+    _check_tied(skeleton, held)
+    contract = check_contract(skeleton, head, outputs, spec.base_model, spec.trust_remote_code)
+    if fused := sorted(o.name for o in outputs if any(p.fqn in fusions for p in o.pieces)):
+        contract = replace(contract, explained={**contract.explained, "LoRA fused in": tuple(fused)})
+    outputs = apply_base(outputs, contract, spec.dtype)
+    plan = make_plan(held, outputs, spec.max_shard_size, fusions)
+    if spec.lora == "both":
+        plan = replace(plan, files=(*plan.files, lora.plan_adapter(adapter, held, spec.dtype, f"{ADAPTER_FOLDER}/")))
+    return Planned(skeleton, held, plan, contract, adapter)
+
+
+def _skeleton(spec: ExportSpec, manifest: ShardManifest) -> tuple[Any, Head | None]:
+    """The model of the shards: that of `config.json`, or the value model that was made of it."""
+    options = {"trust_remote_code": spec.trust_remote_code, "external_lib": spec.external_lib}
+    skeleton = naming.build_skeleton(spec.model_dir, spec.dtype, **options)
+    head = find_head(skeleton, spec.model_dir, lora.plain_shapes(manifest), spec.trust_remote_code)
+    if head is not None:
+        options |= {"architecture": head.architecture, "num_labels": head.num_labels}
+        skeleton = naming.build_skeleton(spec.model_dir, spec.dtype, **options)
+    return skeleton, head
+
+
+def _check_tied(skeleton: Any, manifest: ShardManifest) -> None:
+    for alias, name in naming.tied_aliases(skeleton, manifest).items():
+        if not equal_values(manifest, alias, name):
+            raise PlanError(
+                f"{alias} and {name} are tied according to config.json, but their values differ: writing one of them "
+                "would lose the other. Set tie_word_embeddings=false in the model's config if it was trained untied."
+            )

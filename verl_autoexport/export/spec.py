@@ -1,0 +1,91 @@
+"""What one export is to do: the data that every stage reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from verl_autoexport.config import VerifyConfig, parse_size
+from verl_autoexport.errors import ConfigError
+from verl_autoexport.events import Trigger
+from verl_autoexport.sources.fsdp_files import find_checkpoint
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """One export: what to read, how to write it, and what to say of it.
+
+    `checkpoint` is the directory with the rank files (a pin, or verl's own), `origin` the
+    path to record. `memory_budget` and `max_shard_size` are bytes, `stall_s` seconds.
+    `lora_config`: the `adapter_config.json` that a LoRA run began with, or its directory.
+    """
+
+    checkpoint: Path
+    step: int
+    dtype: str = "bfloat16"
+    max_shard_size: int = 5 * 10**9
+    memory_budget: int = 1 << 30
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    trust_remote_code: bool = False
+    external_lib: str | None = None
+    triggers: tuple[Trigger, ...] = ()
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    measured_on: str | None = None
+    run: Mapping[str, Any] = field(default_factory=dict)
+    base_model: str | None = None
+    origin: str | None = None
+    stall_s: float = 0.0
+    fingerprint: str | None = None
+    lora: str = "fused"
+    lora_config: Path | None = None
+
+    @property
+    def model_dir(self) -> Path:
+        """Where verl saves the model's config and tokenizer."""
+        return self.checkpoint / "huggingface"
+
+
+def checkpoint_spec(
+    checkpoint: Path,
+    *,
+    dtype: str = "bfloat16",
+    max_shard_size: str = "5GB",
+    base_model: str | None = None,
+    lora: str = "fused",
+    memory_budget: str = "1GiB",
+    verify: bool = True,
+    trust_remote_code: bool = False,
+    lora_config: str | os.PathLike[str] | None = None,
+) -> ExportSpec:
+    """The spec of an export by hand; the step is read from the path. Raises ConfigError or SourceError."""
+    if dtype not in ("bfloat16", "float16", "float32", "source", "base"):
+        raise ConfigError(f"dtype {dtype!r}: expected bfloat16, float16, float32, source or base.")
+    if lora not in ("fused", "adapter", "both"):
+        raise ConfigError(f"lora {lora!r}: expected fused, adapter or both.")
+    directory = find_checkpoint(checkpoint)
+    return ExportSpec(
+        checkpoint=directory,
+        step=step_of(directory),
+        dtype=dtype,
+        max_shard_size=parse_size(max_shard_size, "max_shard_size"),
+        memory_budget=parse_size(memory_budget, "memory_budget"),
+        verify=VerifyConfig() if verify else VerifyConfig(load=False, generate=False),
+        trust_remote_code=trust_remote_code,
+        base_model=base_model,
+        lora=lora,
+        lora_config=None if lora_config is None else Path(lora_config),
+        origin=str(directory.absolute()),
+        triggers=(Trigger("command", "exported by hand"),),
+    )
+
+
+def step_of(directory: Path) -> int:
+    """N of the nearest `global_step_N` in the path; 0 where there is none."""
+    for part in reversed(directory.absolute().parts):
+        prefix, _, number = part.rpartition("_")
+        if prefix == "global_step" and number.isdigit():
+            return int(number)
+    return 0

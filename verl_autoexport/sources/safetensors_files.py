@@ -1,0 +1,63 @@
+"""A Hugging Face model directory as a source: the tensors of its safetensors files, from their headers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from verl_autoexport.errors import SourceError
+from verl_autoexport.sources.base import Shard, ShardManifest, TensorEntry
+
+INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+_MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
+
+
+def model_files(directory: Path) -> ShardManifest:
+    """Every tensor of the model in `directory`, under its name on disk; raises SourceError naming the file."""
+    files = _files(directory)
+    tensors: dict[str, TensorEntry] = {}
+    for number, path in enumerate(files):
+        for name, dtype, shape, offset in _read_header(path):
+            if name in tensors:
+                raise SourceError(f"{path}: {name} is in another file of {directory} too.")
+            tensors[name] = TensorEntry(
+                name, dtype, shape, (Shard(0, (0,) * len(shape), shape, number, offset),)
+            )  # fmt: skip
+    return ShardManifest(tuple(files), tensors, 1, "safetensors", "")
+
+
+def _files(directory: Path) -> list[Path]:
+    if (index := directory / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise SourceError(f"{index}: not a readable index of safetensors files: {e!r}") from e
+        return [directory / name for name in names]
+    if (single := directory / "model.safetensors").is_file():
+        return [single]
+    raise SourceError(f"{directory}: no model.safetensors and no {INDEX}; expected a model in safetensors files.")
+
+
+def _read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    try:
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            size = path.stat().st_size
+            if length > min(_MAX_HEADER, size):
+                raise SourceError(f"{path}: a header of {length} bytes does not fit; not a whole safetensors file.")
+            header: dict[str, Any] = json.loads(f.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if 8 + length + end > size:
+                raise SourceError(f"{path}: {name} ends beyond the file's {size} bytes; the file is truncated.")
+            yield name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise SourceError(f"{path}: not a readable safetensors file: {e!r}") from e
