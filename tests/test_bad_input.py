@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import STEP
+from test_export import assert_same_model
 from torch.distributed.tensor.placement_types import Partial
 
 from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, PlanError, RegistryError, SourceError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_directory, export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry.store import Registry
+from verl_autoexport.sources.fsdp_files import read_rank_file
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 Refuses = Callable[..., str]
@@ -145,6 +147,27 @@ def test_shard_truncated_after_its_metadata_was_read(own_checkpoint, refuses):
     refuses(made, SourceError, str(path), meanwhile=lambda: truncate(path))
 
 
+@pytest.mark.parametrize("name", [EMBED, NORM])
+def test_a_flipped_bit(name, own_checkpoint, refuses):
+    made = own_checkpoint("even")
+    path, offset = rank_file(made, 1), read_rank_file(rank_file(made, 1), 1)[name].byte_offset + 7
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    refuses(made, SourceError, str(path), "not those that training wrote", "data/")
+
+
+def test_no_check_sums_to_compare_with(own_checkpoint, tmp_path):
+    made = own_checkpoint("even")
+    torch.serialization.set_crc32_options(False)
+    try:
+        edit(made, lambda shards: None)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    export_to_directory(checkpoint_spec(made, dtype="source", verify=False), tmp_path / "out", LocalRunner(1))
+    assert_same_model(tmp_path / "out", made / "reference")
+
+
 def test_shard_saved_again_meanwhile(own_checkpoint, refuses):
     made = own_checkpoint("even")
     path = rank_file(made, 1)
@@ -214,6 +237,15 @@ def test_ranks_of_different_models(own_checkpoint, refuses):
     bf16 = own_checkpoint("bf16")
     shutil.copy(rank_file(bf16, 1), rank_file(made, 1))
     refuses(made, SourceError, EMBED, "rank 0 says float32 [128, 48]", "rank 1 says bfloat16 [131, 48]")
+
+
+def test_large_plain_tensors_that_differ_in_one_value(own_checkpoint, refuses):
+    def change(shards):
+        shards[EMBED] = torch.zeros(6_000_000)
+
+    made = edit(own_checkpoint("even"), change)
+    edit(made, lambda shards: shards[EMBED][4_000_000:4_000_001].add_(1), ranks=(1,))
+    refuses(made, SourceError, EMBED, "different values", "rank 0", "rank 1")
 
 
 def test_plain_tensors_that_differ(own_checkpoint, refuses):

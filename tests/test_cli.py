@@ -97,7 +97,13 @@ def test_export_twice_to_a_registry(checkpoint, root):
     versions = Registry(root).versions()
     assert [v.name for v in versions] == [NAME, f"v0002-step{STEP}"]
     status = {k: v["status"] for k, v in versions[1].record.verification.items()}
-    assert status == {"structure": "passed", "contract": "skipped", "load": "passed", "generate": "passed"}
+    assert status == {
+        "structure": "passed",
+        "contract": "skipped",
+        "load": "passed",
+        "generate": "passed",
+        "logits": "passed",
+    }
     assert os.readlink(root / "latest") == f"v0002-step{STEP}"
     assert list((root / ".staging").iterdir()) == []
 

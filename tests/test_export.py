@@ -252,7 +252,13 @@ def test_record(checkpoint, tmp_path):
     assert written["versions"]["torch"] == torch.__version__
     assert any("no tokenizer" in note for note in written["notes"])
     status = {k: v["status"] for k, v in written["verification"].items()}
-    assert status == {"structure": "passed", "contract": "skipped", "load": "passed", "generate": "passed"}
+    assert status == {
+        "structure": "passed",
+        "contract": "skipped",
+        "load": "passed",
+        "generate": "passed",
+        "logits": "passed",
+    }
 
 
 def test_files_beside_the_config_are_copied(own_checkpoint, tmp_path):

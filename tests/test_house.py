@@ -55,7 +55,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "torch": (
         "sources/fsdp_files.py", "sources/live.py",
         "export/merge.py", "export/reader.py", "export/naming.py", "export/layout.py", "export/lora.py",
-        "export/verify.py", "export/load_check.py",
+        "export/verify.py", "export/load_check.py", "export/cross_check.py",
     ),
     "hydra": ("runtime/guard.py", "hydra_plugins/"),
     "omegaconf": ("config.py", "preflight.py", "runtime/"),
@@ -64,7 +64,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 LIBRARIES_LAZY: Mapping[str, tuple[str, ...]] = {
     "ray": ("cli.py",), "tqdm": ("cli.py",), "huggingface_hub": ("export/lora.py",),
-    "peft": ("export/load_check.py",), "safetensors": ("export/load_check.py",),
+    "peft": ("export/load_check.py", "export/cross_check.py"), "safetensors": ("export/load_check.py",),
 }  # fmt: skip
 
 

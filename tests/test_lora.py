@@ -18,7 +18,11 @@ from test_export import assert_same_model, export, oracle, tensors
 
 from verl_autoexport.cli import main
 from verl_autoexport.errors import AutoExportError, MergeError, PlanError
+from verl_autoexport.export.cross_check import compare
+from verl_autoexport.export.model import plan_model
 from verl_autoexport.export.recheck import check_directory
+from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.sources.fsdp_files import FsdpFiles
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 from runs import Run
@@ -95,10 +99,26 @@ def test_fused_equals_merge_and_unload(name, dtype, made, tmp_path):
 def test_fused_loads_and_generates(made, tmp_path):
     record = export(made["plain"], tmp_path / "out", verify=True, **options("plain", made["plain"]))
     assert {k: v["status"] for k, v in record.verification.items()} == {
-        "structure": "passed", "contract": "passed", "load": "passed", "generate": "passed",
+        "structure": "passed", "contract": "passed", "load": "passed", "generate": "passed", "logits": "passed",
     }  # fmt: skip
     assert not (tmp_path / "out/adapter_config.json").exists()
     assert record.architectures == ("Qwen2ForCausalLM",)
+
+
+@pytest.mark.parametrize("name", [*FULL, *ONLY])
+def test_fused_equals_pefts_merge_of_the_shards(name, made, tmp_path):
+    """The check before publication, by PEFT on the shards themselves."""
+    path = made[name]
+    export(path, tmp_path / "out", **options(name, path))
+    spec = checkpoint_spec(path, **options(name, path))
+    adapter = plan_model(spec, FsdpFiles(spec.checkpoint).manifest()).adapter
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    base = path / "base" if name in ONLY else None
+    assert compare(model, path / "actor", adapter.config, base).endswith("of the shards merged by PEFT")
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+    with pytest.raises(ValueError, match="1 tensors differ"):
+        compare(model, path / "actor", adapter.config, base)
 
 
 def test_several_files_in_several_processes(made, tmp_path):

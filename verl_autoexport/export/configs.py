@@ -37,13 +37,13 @@ def write_base_config(
     """
     path = target / _CONFIG_NAME
     before = path.read_text(encoding="utf-8")
-    wanted = _plain(config.to_dict()) | {"architectures": [architecture]}
-    known = _plain(naming.load_config(base.directory, trust_remote_code).to_dict())
+    wanted = plain(config.to_dict()) | {"architectures": [architecture]}
+    known = plain(naming.load_config(base.directory, trust_remote_code).to_dict())
     changed = overlay(base.config, known, wanted)
     if dtype is not None:
         set_dtype(changed, dtype)
     path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    differ = list(differences(_plain(naming.load_config(target, trust_remote_code).to_dict()), wanted))
+    differ = list(differences(plain(naming.load_config(target, trust_remote_code).to_dict()), wanted))
     if differ:
         path.write_text(before, encoding="utf-8")
         return differ[0]
@@ -97,6 +97,6 @@ def _nodes(file: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from _nodes(value)
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """As JSON has it: keys are texts, tuples are lists."""
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON has it: keys are texts, tuples are lists."""
     return json.loads(json.dumps(config, default=str))

@@ -1,7 +1,7 @@
 """Run in a fresh process: load a published directory as a user would, and generate a little.
 
 `python -m verl_autoexport.export.load_check DIR` prints one JSON line
-`{"load": {"status", "detail"}, "generate": {…}}` and exits 0 whatever it found; any other
+`{"load": {"status", "detail"}, "generate": {…}, "logits": {…}}` and exits 0 whatever it found; any other
 exit means that the process itself did not get that far.
 """
 
@@ -23,6 +23,9 @@ def main() -> None:
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--external-lib")
     parser.add_argument("--adapter-of", type=Path, help="DIR is a PEFT adapter of the model whose config is there")
+    parser.add_argument("--shards", type=Path, help="the rank files that DIR was made of: its logits must be theirs")
+    parser.add_argument("--lora", type=json.loads, help="the adapter in the shards: its configuration, as JSON")
+    parser.add_argument("--base", type=Path, help="the base model, where the shards hold the adapter only")
     args = parser.parse_args()
     if args.external_lib:
         for module in args.external_lib.split(","):
@@ -41,6 +44,8 @@ def main() -> None:
         result["load"] = {"status": "failed", "detail": f"{type(e).__name__}: {e}"}
     else:
         result["generate"] = _skip() if args.no_generate else _generate(model)
+        if args.shards:
+            result["logits"] = _skip() if args.no_generate else _compare(model, args)
     print(json.dumps(result))
 
 
@@ -85,15 +90,26 @@ def _check_adapter(directory: Path, base: Path, trust_remote_code: bool) -> dict
     return {"load": {"status": "passed", "detail": detail}, "generate": generate}
 
 
+def _compare(model: Any, args: argparse.Namespace) -> dict[str, str]:
+    from verl_autoexport.export.cross_check import compare
+
+    if args.lora and importlib.util.find_spec("peft") is None:
+        return {"status": "skipped", "detail": "peft, which would merge the adapter by another path, is not installed"}
+    try:
+        return {"status": "passed", "detail": compare(model, args.shards, args.lora, args.base, args.trust_remote_code)}
+    except Exception as e:  # noqa: BLE001 - see main
+        return {"status": "failed", "detail": f"{type(e).__name__}: {e}"}
+
+
 def _generate(model: Any) -> dict[str, str]:
     import torch
 
+    from verl_autoexport.export.cross_check import fixed_input, forward
+
     try:
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        ids = torch.arange(1, 9).remainder(vocabulary)[None]
+        ids = fixed_input(model)
         with torch.inference_mode():
-            logits = model(input_ids=ids).logits
-            if not torch.isfinite(logits).all():
+            if not torch.isfinite(forward(model, ids)).all():
                 raise ValueError("the logits of a forward pass are not finite")
             if not model.can_generate():
                 return {"status": "passed", "detail": f"{type(model).__name__} does not generate; forward pass finite"}

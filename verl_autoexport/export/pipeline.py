@@ -8,7 +8,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -131,7 +131,10 @@ def run_export(spec: ExportSpec, target: Path, runner: MergeRunner, progress: Pr
         _check_space(target, planned.plan)
     with _timed(timings, "merge"):
         progress.stage("merging", planned.plan.nbytes)
-        written = runner.run(_jobs(spec, planned, target), progress.advance)
+        with ThreadPoolExecutor(1) as beside:
+            sums = beside.submit(source.check_sums)
+            written = runner.run(_jobs(spec, planned, target), progress.advance)
+            sums.result()
         notes = _write_beside(spec, planned, written, target)
     with _timed(timings, "verify"):
         progress.stage("verifying")
@@ -195,13 +198,21 @@ def _verify(spec: ExportSpec, target: Path, planned: Planned) -> dict[str, Any]:
         trust_remote_code=spec.trust_remote_code,
         external_lib=spec.external_lib,
     )
-    nbytes = planned.plan.nbytes
+    nbytes, source = planned.plan.nbytes, _source(spec, planned)
     if planned.adapter is None or spec.lora == "fused":
-        return checks | check(target, nbytes)
+        return checks | check(target, nbytes, source=source)
     if spec.lora == "adapter":
         return checks | check(target, nbytes, adapter_of=spec.model_dir)
     adapter = check(target / ADAPTER_FOLDER, planned.plan.files[-1].nbytes, adapter_of=spec.model_dir)
-    return checks | check(target, nbytes) | {"adapter": adapter["load"]}
+    return checks | check(target, nbytes, source=source) | {"adapter": adapter["load"]}
+
+
+def _source(spec: ExportSpec, planned: Planned) -> verify.Source:
+    if planned.adapter is None:
+        return verify.Source(spec.checkpoint)
+    base = None if planned.adapter.base else lora.base_directory(spec.base_model)
+    nbytes = sum(t.nbytes for t in planned.manifest.tensors.values())
+    return verify.Source(spec.checkpoint, planned.adapter.config, base, nbytes)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,24 @@ from verl_autoexport.export.plan import INDEX_NAME, MergePlan
 Check = dict[str, str]
 _OVERHEAD = 1 << 30  # bytes: imports of torch and transformers, activations of a few tokens
 _MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a directory was made of: rank files, the configuration of the LoRA in them, its base if it is not in them.
+
+    `nbytes` is the memory that a second model takes, which only LoRA needs.
+    """
+
+    shards: Path
+    lora: Mapping[str, Any] | None = None
+    base: Path | None = None
+    nbytes: int = 0
+
+    def arguments(self) -> list[str]:
+        """Those of the load check."""
+        lora = ["--lora", json.dumps(self.lora)] if self.lora else []
+        return ["--shards", str(self.shards.resolve()), *lora, *(["--base", str(self.base)] if self.base else [])]
 
 
 def check_structure(directory: Path, plan: MergePlan) -> Check:
@@ -74,45 +94,50 @@ def check_loading(
     trust_remote_code: bool = False,
     external_lib: str | None = None,
     adapter_of: Path | None = None,
+    source: Source | None = None,
 ) -> dict[str, Check]:
-    """Load `directory` in a fresh process on the CPU and generate a few tokens.
+    """Load `directory` in a fresh process on the CPU, generate a few tokens, compare logits with those of `source`.
 
     `nbytes` are those of the weights. With `auto` a check is skipped, with the reason, when
     it would need more than `max_memory` or than is free now; past `timeout_s` seconds it is
     skipped too. `adapter_of`: `directory` is a PEFT adapter, of the model whose config is there.
     Raises VerifyError when a check that ran has failed.
     """
+    names = ("load", "generate", "logits") if source else ("load", "generate")
     if load is False:
-        return {k: _skipped(f"verify.{k}=false") for k in ("load", "generate")}
-    need = nbytes + nbytes // 10 + _OVERHEAD
+        return dict.fromkeys(names, _skipped("verify.load=false"))
+    need = nbytes + nbytes // 10 + _OVERHEAD + (source.nbytes if source else 0)
     free = psutil.virtual_memory().available
     if load == "auto" and need > min(max_memory, free):
         limit = f"verify.max_memory is {_gib(max_memory)}" if need > max_memory else f"{_gib(free)} are free"
         reason = f"needs about {_gib(need)}, {limit}"
-        return {k: _skipped(reason) for k in ("load", "generate")}
+        return dict.fromkeys(names, _skipped(reason))
     command = [sys.executable, "-m", "verl_autoexport.export.load_check", str(directory.resolve())]
     command += ["--no-generate"] if generate is False else []
     command += ["--trust-remote-code"] if trust_remote_code else []
     command += ["--external-lib", external_lib] if external_lib else []
     command += ["--adapter-of", str(adapter_of.resolve())] if adapter_of else []
+    command += source.arguments() if source else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=_environment())
     except subprocess.TimeoutExpired:
-        return {k: _skipped(f"not finished within verify.timeout_s={timeout_s:g}") for k in ("load", "generate")}
-    result = _parse(directory, done, required=load is True)
+        return dict.fromkeys(names, _skipped(f"not finished within verify.timeout_s={timeout_s:g}"))
+    result = _parse(directory, done, names, required=load is True)
     for name, check in result.items():
         if check["status"] == "failed":
             raise VerifyError(f"{directory}: {name} failed: {check['detail']}")
     return result
 
 
-def _parse(directory: Path, done: subprocess.CompletedProcess[str], required: bool) -> dict[str, Check]:
+def _parse(
+    directory: Path, done: subprocess.CompletedProcess[str], names: Sequence[str], required: bool
+) -> dict[str, Check]:
     if done.returncode == 0:
         result = json.loads(done.stdout.strip().splitlines()[-1])
-        return {"load": result["load"], "generate": result.get("generate", _skipped("load failed"))}
+        return {name: result.get(name, _skipped("load failed")) for name in names}
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
     if done.returncode == -9 and not required:  # killed from outside, most often for memory: says nothing of the model
-        return {k: _skipped("the process was killed (SIGKILL), probably for memory") for k in ("load", "generate")}
+        return dict.fromkeys(names, _skipped("the process was killed (SIGKILL), probably for memory"))
     raise VerifyError(f"{directory}: the load check exited with {done.returncode}: {last}")
 
 

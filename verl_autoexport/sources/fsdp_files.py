@@ -13,8 +13,10 @@ import logging
 import math
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.base import ITEMSIZE, Shard, ShardManifest, TensorEntry, check_coverage
 
 RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
-_SAMPLE = 1 << 20  # bytes compared at three places of a large tensor that every rank holds
+_BLOCK = 1 << 20  # bytes read at a time where whole files or tensors are compared
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,15 @@ class FsdpFiles:
                 f"{self.directory}: {', '.join(changed)} changed while being exported (size, time or inode differ). "
                 "The step was saved again meanwhile; export it again."
             )
+
+    def check_sums(self) -> None:
+        """Read every file whole and compare with the CRC-32 that torch wrote beside each storage."""
+        try:
+            with ThreadPoolExecutor(min(4, len(self.paths))) as pool:
+                list(pool.map(_check_sums, self.paths))
+        except SourceError:
+            self.check_unchanged()  # then that is the reason
+            raise
 
     def manifest(self) -> ShardManifest:
         ranks = [read_rank_file(path, rank) for rank, path in enumerate(self.paths)]
@@ -246,20 +257,32 @@ def _assemble(fqn: str, pieces: Sequence[Piece], paths: Sequence[Path]) -> Tenso
 def _check_replicas(fqn: str, pieces: Sequence[Piece], paths: Sequence[Path]) -> None:
     """A plain tensor must be the same on every rank; if not, the ranks hold parts that nothing describes."""
     nbytes = math.prod(pieces[0].shape) * ITEMSIZE[pieces[0].dtype]
-    spans = [(0, nbytes)] if nbytes <= 16 * _SAMPLE else [(o, _SAMPLE) for o in (0, nbytes // 2, nbytes - _SAMPLE)]
-    digests = [[_read(path, p.byte_offset + o, n) for o, n in spans] for path, p in zip(paths, pieces, strict=True)]
-    for rank, digest in enumerate(digests):
-        if digest != digests[0]:
-            raise SourceError(
-                f"{fqn}: a plain tensor with different values on rank 0 and rank {rank}: each rank holds a part of "
-                "its own and the layout is not recorded; such a checkpoint cannot be merged."
-            )
+    with ExitStack() as stack:
+        files = [stack.enter_context(path.open("rb")) for path in paths]
+        for file, piece in zip(files, pieces, strict=True):
+            file.seek(piece.byte_offset)
+        for start in range(0, nbytes, _BLOCK):
+            first, *others = (file.read(min(_BLOCK, nbytes - start)) for file in files)
+            if differ := [rank for rank, block in enumerate(others, 1) if block != first]:
+                raise SourceError(
+                    f"{fqn}: a plain tensor with different values on rank 0 and rank {differ[0]}: each rank holds a "
+                    "part of its own and the layout is not recorded; such a checkpoint cannot be merged."
+                )
 
 
-def _read(path: Path, offset: int, nbytes: int) -> bytes:
-    with path.open("rb") as f:
-        f.seek(offset)
-        return hashlib.sha256(f.read(nbytes)).digest()
+def _check_sums(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # 0: training has switched them off (`torch.serialization.set_crc32_options`)
+            for record in (r for r in archive.infolist() if r.CRC):
+                with archive.open(record) as f:
+                    while f.read(_BLOCK):
+                        pass
+    except (zipfile.BadZipFile, OSError, EOFError) as e:
+        raise SourceError(
+            f"{path}: its bytes are not those that training wrote: {e!r}. A disk or a copy damaged it; copy or save it "
+            "again."
+        ) from e
 
 
 def _stat(paths: Sequence[Path]) -> list[tuple[str, int, int, int]]:

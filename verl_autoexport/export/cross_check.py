@@ -1,0 +1,143 @@
+"""The loaded model against the shards, by a path that shares nothing with the merge.
+
+torch itself unpickles the rank files, `torch.chunk` says where each shard belongs, PEFT
+itself merges LoRA. Every tensor must be equal in bits, and the logits of both must be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate
+
+from verl_autoexport.export.configs import differences, plain
+from verl_autoexport.export.naming import load_config
+
+_OF_A_HEAD = {"architectures", "num_labels", "id2label", "label2id"}  # verl's config.json does not know a value head
+Leaf = Callable[[torch.Tensor, torch.Tensor], None]
+"""Told, for one shard, of its place in a tensor and its values."""
+Visit = Callable[[torch.Tensor, Leaf], None]
+"""Calls a Leaf for every shard of one tensor, given the tensor that they fill."""
+
+
+def compare(
+    model: Any,
+    shards: Path,
+    lora: Mapping[str, Any] | None = None,
+    base: Path | None = None,
+    trust_remote_code: bool = False,
+) -> str:
+    """Give `model` the weights in `shards` and return what was found equal; ValueError names what differs.
+
+    `lora`: the configuration of the adapter in the shards, `base` the directory of its base
+    model where the shards hold the adapter only.
+    """
+    trained = load_config(shards / "huggingface", trust_remote_code)
+    if keys := set(differences(plain(model.config.to_dict()), plain(trained.to_dict()))) - _OF_A_HEAD:
+        raise ValueError(f"config.json differs from the trained model's in {sorted(keys)[:8]}")
+    ids = fixed_input(model)
+    with torch.inference_mode():
+        before = forward(model, ids)
+        count = _replace(model, _rank_files(shards), lora, base)
+        after = forward(model, ids)
+    if not torch.equal(before, after):
+        raise ValueError(f"the logits differ from those of the shards by up to {(before - after).abs().max().item():g}")
+    merged = " merged by PEFT" if lora else ""
+    return f"logits on {ids.shape[1]} tokens, and all {count} tensors, equal those of the shards{merged}"
+
+
+def fixed_input(model: Any) -> torch.Tensor:
+    """Eight token ids, shape (1, 8)."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.arange(1, 9).remainder(vocabulary)[None]
+
+
+def forward(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of `ids`; a decoder of its own begins with the same tokens."""
+    extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return model(input_ids=ids, **extra).logits
+
+
+def _rank_files(shards: Path) -> list[dict[str, torch.Tensor]]:
+    paths = sorted(shards.glob("model_world_size_*_rank_*.pt"), key=lambda p: int(p.stem.rpartition("_")[2]))
+    return [torch.load(path, weights_only=True, map_location="cpu", mmap=True) for path in paths]
+
+
+def _replace(
+    model: Any, ranks: Sequence[Mapping[str, torch.Tensor]], lora: Mapping[str, Any] | None, base: Path | None
+) -> int:
+    """Write the trained values over those of `model`, comparing them; returns how many tensors there were."""
+    source = _plain(ranks) if lora is None else _merged(model, ranks, lora, base)
+    mine = model.state_dict()
+    unsaved = set(model._keys_to_ignore_on_save or ())
+    differ, seen = set(), set()
+
+    def put(name: str, place: torch.Tensor, values: torch.Tensor) -> None:
+        values = values.to(place.dtype)
+        if not torch.equal(_bits(place), _bits(values)):
+            differ.add(name)
+        place.copy_(values)
+
+    for name, visit in source:
+        if name not in unsaved:
+            visit(mine[name], partial(put, name))
+        seen.add(mine[name].data_ptr())
+    if lost := [name for name, t in mine.items() if t.numel() and t.data_ptr() not in seen]:
+        raise ValueError(f"not in the shards: {lost[:8]}")
+    if differ:
+        raise ValueError(f"{len(differ)} tensors differ from the shards: {sorted(differ)[:8]}")
+    return len(mine)
+
+
+def _plain(ranks: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[tuple[str, Visit]]:
+    for name in ranks[0]:
+        yield name, partial(_place, [r[name] for r in ranks])
+
+
+def _place(parts: Sequence[torch.Tensor], target: torch.Tensor, leaf: Leaf) -> None:
+    """Call `leaf` for the place of each rank's part in `target`; mesh dimensions split one after the other."""
+    if not isinstance(parts[0], DTensor):
+        leaf(target, parts[0])
+        return
+    placements = parts[0].placements
+
+    def split(view: torch.Tensor, mesh: torch.Tensor, depth: int) -> None:
+        if mesh.ndim == 0:
+            leaf(view, parts[int(mesh)]._local_tensor)
+        elif isinstance(placements[depth], Replicate):
+            split(view, mesh[0], depth + 1)
+        else:
+            for part, rest in zip(view.chunk(len(mesh), placements[depth].dim), mesh, strict=False):
+                split(part, rest, depth + 1)
+
+    split(target, parts[0].device_mesh.mesh, 0)
+
+
+def _merged(
+    model: Any, ranks: Sequence[Mapping[str, torch.Tensor]], lora: Mapping[str, Any], base: Path | None
+) -> Iterator[tuple[str, Visit]]:
+    """The same of what PEFT's `merge_and_unload` makes of the adapter, in the dtype of training."""
+    from peft import LoraConfig, get_peft_model
+
+    dtype = next(v.dtype for k, v in ranks[0].items() if ".lora_" in k)
+    if base is None:
+        with torch.device("meta"):
+            trained = type(model)._from_config(deepcopy(model.config), dtype=dtype)
+        trained = trained.to_empty(device="cpu")
+    else:
+        trained = type(model).from_pretrained(base, dtype=dtype, local_files_only=True)
+    wrapped = get_peft_model(trained, LoraConfig(**lora), autocast_adapter_dtype=False)
+    state = wrapped.state_dict()
+    for name, visit in _plain(ranks):
+        visit(state[name], lambda mine, theirs: mine.copy_(theirs))
+    for name, tensor in wrapped.merge_and_unload().state_dict().items():
+        yield name, partial(_place, [tensor])
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor
