@@ -282,7 +282,7 @@ def _from_base(
         )
     disk = model_files(directory)
     tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
-    loaded = naming.DtypeRule(skeleton, adapter.dtype)
+    loaded = naming.DtypeRule(naming.in_dtype(skeleton, adapter.dtype), adapter.dtype)
     wanted = {
         name: TensorEntry(name, loaded(name, str(t.dtype).removeprefix("torch.")), tuple(t.shape), ())
         for name, t in skeleton.state_dict().items()

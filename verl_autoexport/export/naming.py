@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,10 +135,15 @@ def names_on_disk(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {k: tuple(v.shape) for k, v in reverse(skeleton, metas).items()}
 
 
-def source_dtype(skeleton: PreTrainedModel, manifest: ShardManifest) -> str:
-    """What transformers calls the dtype of the model in the shards: that of its first floating parameter."""
-    held = (manifest.tensors[name].value_dtype for name, _ in skeleton.named_parameters() if name in manifest.tensors)
-    return next(dtype for dtype in held if dtype in FLOATING)
+def model_dtype(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str) -> str:
+    """What transformers calls the dtype of the model exported in `dtype`: that of its first floating parameter."""
+    rule = DtypeRule(skeleton, dtype)
+    held = (
+        (name, manifest.tensors[name].value_dtype)
+        for name, _ in skeleton.named_parameters()
+        if name in manifest.tensors
+    )
+    return next(rule(name, source) for name, source in held if source in FLOATING)
 
 
 def tied_aliases(skeleton: PreTrainedModel, manifest: ShardManifest) -> dict[str, str]:
@@ -166,12 +172,19 @@ def _check_complete(skeleton: PreTrainedModel, manifest: ShardManifest) -> list[
 
 
 class DtypeRule:
-    """Output dtype of a tensor by its in-memory name, as `from_pretrained(dtype=…)` would load it."""
+    """Output dtype of a tensor by its in-memory name, as `from_pretrained(dtype=…)` would load it.
+
+    `skeleton` must have been built in `dtype`: what a class creates in a dtype of its own keeps that.
+    """
 
     def __init__(self, skeleton: PreTrainedModel, dtype: str) -> None:
         self.dtype = dtype
         self.fp32: re.Pattern[str] | None = None
-        if dtype not in OWN_DTYPES and (plan := skeleton._get_dtype_plan(getattr(torch, dtype))):
+        self.built: dict[str, str] = {}
+        if dtype in OWN_DTYPES:
+            return
+        self.built = {k: str(v.dtype).removeprefix("torch.") for k, v in skeleton.state_dict().items()}
+        if plan := skeleton._get_dtype_plan(getattr(torch, dtype)):
             from transformers.core_model_loading import build_glob_alternation
 
             self.fp32 = build_glob_alternation(list(plan))[0]
@@ -179,7 +192,18 @@ class DtypeRule:
     def __call__(self, fqn: str, source: str) -> str:
         if source not in FLOATING or self.dtype in OWN_DTYPES:
             return source
-        return "float32" if self.fp32 and self.fp32.search(fqn) else self.dtype
+        if self.fp32 and self.fp32.search(fqn):
+            return "float32"
+        built = self.built.get(fqn, self.dtype)
+        return built if built in FLOATING else self.dtype
+
+
+def in_dtype(skeleton: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """The same skeleton as if it had been built in `dtype`."""
+    with torch.device("meta"):
+        return type(skeleton)._from_config(
+            deepcopy(skeleton.config), dtype=getattr(torch, dtype), attn_implementation="eager"
+        )
 
 
 def reverse(skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -163,9 +163,7 @@ def _write_beside(spec: ExportSpec, planned: Planned, written: Sequence[WrittenF
         assets.copy_base_assets(base, target, skeleton.can_generate())
     notes = assets.copy_assets(spec.model_dir, target)
     if spec.lora != "adapter":
-        dtype = None if spec.dtype == "base" else spec.dtype
-        if dtype == "source":
-            dtype = naming.source_dtype(skeleton, planned.manifest)
+        dtype = None if spec.dtype == "base" else naming.model_dtype(skeleton, planned.manifest, spec.dtype)
         notes += assets.write_config(skeleton, dtype, target, base, spec.trust_remote_code)
     if adapter is None:
         return notes
