@@ -98,7 +98,7 @@ def build_skeleton(
     cls = model_class(config, directory, trust_remote_code)
     kwargs: dict[str, Any] = {"attn_implementation": "eager"}
     if dtype not in OWN_DTYPES:
-        kwargs["dtype"] = getattr(torch, dtype)
+        kwargs["dtype"] = config.dtype = getattr(torch, dtype)  # some classes read the one of the config
     try:
         with torch.device("meta"):
             return cls._from_config(config, **kwargs)
@@ -200,10 +200,10 @@ class DtypeRule:
 
 def in_dtype(skeleton: PreTrainedModel, dtype: str) -> PreTrainedModel:
     """The same skeleton as if it had been built in `dtype`."""
+    config = deepcopy(skeleton.config)
+    config.dtype = getattr(torch, dtype)
     with torch.device("meta"):
-        return type(skeleton)._from_config(
-            deepcopy(skeleton.config), dtype=getattr(torch, dtype), attn_implementation="eager"
-        )
+        return type(skeleton)._from_config(config, dtype=config.dtype, attn_implementation="eager")
 
 
 def reverse(skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
