@@ -149,8 +149,9 @@ def _shard(model: Any, strategy: str, mesh: tuple[int, ...]) -> dict[str, Any]:
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, ShardingStrategy, StateDictType
 
     kind = ShardingStrategy.FULL_SHARD if len(mesh) == 1 else ShardingStrategy.HYBRID_SHARD
+    mixed = len({p.requires_grad for p in model.parameters()}) > 1 and not hasattr(model, "peft_config")
     model = FullyShardedDataParallel(
-        model, device_mesh=device_mesh, sharding_strategy=kind, device_id=torch.device("cpu"), use_orig_params=False,
+        model, device_mesh=device_mesh, sharding_strategy=kind, device_id=torch.device("cpu"), use_orig_params=mixed,
         auto_wrap_policy=_lora_units if hasattr(model, "peft_config") else None,
     )  # fmt: skip
     FullyShardedDataParallel.set_state_dict_type(model, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig())

@@ -18,7 +18,7 @@ from conftest import STEP
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from sharding import LARGE_INT, QWEN2, QWEN3_MOE, make_checkpoint, make_checkpoints
+from sharding import LARGE_INT, QWEN2, QWEN3_MOE, make_checkpoint
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
@@ -28,7 +28,6 @@ from verl_autoexport.export.reader import boxes
 from verl_autoexport.sources.fsdp_files import FsdpFiles, local_box
 
 DTYPES = ("bfloat16", "float16", "float32", "source")
-LLAMA = QWEN2 | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
 def export(checkpoint: Path, output: Path, **options: Any) -> verl_autoexport.ExportRecord:
@@ -105,82 +104,6 @@ def test_architecture_as_fsdp2_renames_it(own_checkpoint, tmp_path):
     config.write_text(config.read_text().replace("Qwen2ForCausalLM", "FSDPQwen2ForCausalLM"))
     assert export(made, tmp_path / "ours").architectures == ("Qwen2ForCausalLM",)
     assert_same_model(tmp_path / "ours", oracle(made / "reference", "bfloat16", tmp_path / "theirs"))
-
-
-VISION = {
-    "depth": 2, "num_hidden_layers": 2, "hidden_size": 32, "embed_dim": 32, "intermediate_size": 40, "num_heads": 4,
-    "num_attention_heads": 4, "out_hidden_size": 32, "patch_size": 4, "image_size": 16,
-}  # fmt: skip
-TEXT = {k: v for k, v in QWEN3_MOE.items() if k not in ("architectures", "model_type")}
-SEEING = {"text_config": TEXT, "vision_config": VISION}
-FAMILIES = {
-    "llama": LLAMA,
-    "mistral": LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
-    "qwen3": QWEN2 | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12},
-    "gemma2": LLAMA | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "head_dim": 12},
-    "gemma3_text": LLAMA
-    | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "tie_word_embeddings": True},
-    "phi3": LLAMA | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0},
-    "mixtral": LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
-    "olmoe": LLAMA | {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts": 4},
-    "gpt_oss": LLAMA
-    | {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_local_experts": 4, "head_dim": 12},
-    "qwen2_moe": QWEN3_MOE
-    | {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 40},
-    "glm4_moe": QWEN3_MOE
-    | {
-        "model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], "n_routed_experts": 6, "n_group": 1,
-        "topk_group": 1, "first_k_dense_replace": 1,
-    },
-    "deepseek_v3": LLAMA
-    | {
-        "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "moe_intermediate_size": 24,
-        "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
-        "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
-    },
-    "t5": {  # `wo` stays float32 in float16
-        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 32, "d_kv": 8, "d_ff": 64,
-        "num_layers": 2, "num_heads": 4, "vocab_size": 131,
-    },
-    "ernie4_5_moe": QWEN3_MOE  # its router's correction stays float32
-    | {"model_type": "ernie4_5_moe", "architectures": ["Ernie4_5_MoeForCausalLM"], "moe_num_experts": 4},
-    "qwen3_next": QWEN3_MOE
-    | {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "shared_expert_intermediate_size": 40},
-    "gemma3": SEEING | {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
-    "qwen2_5_vl": SEEING | {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]},
-    "qwen3_vl": SEEING | {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]},
-    "qwen3_vl_moe": SEEING | {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"]},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    folder = tmp_path_factory.mktemp("families")
-    paths = {(name, dtype): folder / f"{name}-{dtype}" for name in FAMILIES for dtype in ("float32", "bfloat16")}
-    make_checkpoints({path: {"config": FAMILIES[name], "dtype": dtype} for (name, dtype), path in paths.items()}, 2)
-    return paths
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("source", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(family, source, dtype, families, tmp_path):
-    made = families[family, source]
-    export(made, tmp_path / "ours", dtype=dtype)
-    assert_same_model(tmp_path / "ours", oracle(made / "reference", dtype, tmp_path / "theirs"))
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("dtype", ["bfloat16", "base"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families_with_their_base_model(family, dtype, families, tmp_path):
-    made = families[family, "float32"]
-    base = oracle(made / "reference", "bfloat16", tmp_path / "base")
-    record = export(made, tmp_path / "ours", dtype=dtype, base_model=str(base))
-    assert record.verification["contract"].keys() == {"status", "detail"}
-    assert not any("config.json" in note for note in record.notes)
-    assert_same_model(tmp_path / "ours", base)
 
 
 # -- files, record, memory ------------------------------------------------------------------
