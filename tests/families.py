@@ -26,7 +26,8 @@ WRITTEN = {
     | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "tie_word_embeddings": True},
     "phi3": LLAMA | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0},
     "mixtral": LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
-    "olmoe": LLAMA | {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": LLAMA
+    | {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": LLAMA
     | {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_local_experts": 4, "head_dim": 12},
     "qwen2_moe": QWEN3_MOE
@@ -63,8 +64,8 @@ VQ = {
     "num_embeddings": 64, "resolution": 16,
 }  # fmt: skip
 TEXT_ONLY = (
-    "llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "olmoe", "gpt_oss", "qwen2_moe", "glm4_moe",
-    "deepseek_v3", "ernie4_5_moe",
+    "llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "olmoe", "gpt_oss", "qwen2_moe",
+    "glm4_moe", "deepseek_v3", "ernie4_5_moe",
 )  # fmt: skip
 """Of those, the ones that need nothing but token ids."""
 SHRUNK: dict[str, dict[str, Any]] = {

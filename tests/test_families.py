@@ -27,8 +27,8 @@ MAKING = {
 }
 """Source → world size and arguments of `make_checkpoints`."""
 MANY_RANKS = (
-    "mixtral", "t5", "gemma3", "qwen3_vl_moe", "gpt_oss", "GPT2LMHeadModel", "MambaForCausalLM", "EvollaForProteinText2Text",
-    "GraniteMoeHybridForCausalLM", "Ernie4_5_VLMoeForConditionalGeneration",
+    "mixtral", "t5", "gemma3", "qwen3_vl_moe", "gpt_oss", "GPT2LMHeadModel", "MambaForCausalLM",
+    "EvollaForProteinText2Text", "GraniteMoeHybridForCausalLM", "Ernie4_5_VLMoeForConditionalGeneration",
 )  # fmt: skip
 TOKENIZED = ("llama", "mixtral", "gemma3", "t5", "GPT2LMHeadModel", "qwen3_vl")
 CASES = [
@@ -73,8 +73,9 @@ def test_equals_transformers(family, source, dtype, made, tmp_path):
     load(tmp_path / "ours")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "base"])
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((name, "base") for name in NAMES), *((name, "bfloat16") for name in families.WRITTEN)]
+)
 def test_equals_its_base_model(family, dtype, made, tmp_path):
     checkpoint = made("fsdp2")[family]
     base = oracle(checkpoint / "reference", "bfloat16", tmp_path / "base")
@@ -112,9 +113,10 @@ def test_logits(family, made, tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.decoder = decoders.ByteLevel()
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     text = ["a metric and the weights are bound", "nothing half-made is ever visible"]

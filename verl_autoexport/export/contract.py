@@ -197,7 +197,7 @@ def _excuses(skeleton: Any, head: Head | None, base: BaseModel, trust_remote_cod
 
 
 def _ties(config: Any) -> bool:
-    return bool(getattr(config, "tie_word_embeddings", False) or config.get_text_config().tie_word_embeddings)
+    return any(getattr(c, "tie_word_embeddings", False) for c in (config, config.get_text_config()))
 
 
 def _output_embeddings(skeleton: Any) -> frozenset[str]:
