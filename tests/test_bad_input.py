@@ -334,6 +334,16 @@ def test_unexpected_tensor(own_checkpoint, refuses):
     refuses(made, PlanError, "unexpected value_head.weight")
 
 
+def test_integers_where_the_model_has_numbers(own_checkpoint, refuses):
+    made = edit(own_checkpoint("buffers"), to_integers)
+    refuses(made, PlanError, "running_mean", "has bfloat16", "the shards have int64")
+
+
+def to_integers(shards: dict[str, Any]) -> None:
+    name = "resnet.embedder.embedder.normalization.running_mean"
+    shards[name] = shards[name].long()
+
+
 def test_config_of_another_size(own_checkpoint, refuses):
     made = edit_config(own_checkpoint("even"), vocab_size=256)
     refuses(made, PlanError, EMBED, "[256, 48]", "[128, 48]")

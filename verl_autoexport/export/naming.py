@@ -154,7 +154,8 @@ def tied_aliases(skeleton: PreTrainedModel, manifest: ShardManifest) -> dict[str
 
 def _check_complete(skeleton: PreTrainedModel, manifest: ShardManifest) -> list[str]:
     name = type(skeleton).__name__
-    expected = {k: tuple(v.shape) for k, v in skeleton.state_dict().items()}
+    state = skeleton.state_dict()
+    expected = {k: tuple(v.shape) for k, v in state.items()}
     tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
     missing = [k for k in expected if k not in manifest.tensors and tied.get(k) not in manifest.tensors]
     unexpected = [k for k in manifest.tensors if k not in expected]
@@ -163,10 +164,15 @@ def _check_complete(skeleton: PreTrainedModel, manifest: ShardManifest) -> list[
         for k, t in manifest.tensors.items()
         if k in expected and tuple(t.shape) != expected[k]
     ]
+    wrong += [
+        f"{k}: {name} has {str(state[k].dtype).removeprefix('torch.')}, the shards have {t.value_dtype}"
+        for k, t in manifest.tensors.items()
+        if k in expected and state[k].is_floating_point() != (t.value_dtype in FLOATING)
+    ]
     if missing or unexpected or wrong:
         raise PlanError(
             f"the shards are not a complete {name}: missing {_brief(missing)}; unexpected {_brief(unexpected)}; "
-            f"wrong shape {_brief(wrong)}. Is config.json that of the trained model?"
+            f"wrong shape or kind {_brief(wrong)}. Is config.json that of the trained model?"
         )
     return [k for k in expected if k in manifest.tensors]
 

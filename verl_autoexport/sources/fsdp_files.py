@@ -29,6 +29,7 @@ from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.base import ITEMSIZE, Shard, ShardManifest, TensorEntry, check_coverage
 
 RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+_DAMAGED = "The file is truncated or damaged, or holds objects that `weights_only` loading refuses."
 _BLOCK = 1 << 20  # bytes read at a time where whole files or tensors are compared
 
 
@@ -148,7 +149,12 @@ def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
     if not isinstance(real, dict) or not all(isinstance(v, torch.Tensor) for v in real.values()):
         raise SourceError(f"{path} (rank {rank}): expected a dict of tensors, found {type(real).__name__}.")
     size = path.stat().st_size
-    return {fqn: _piece(fqn, real[fqn], meta[fqn], path, rank, size) for fqn in real}
+    try:
+        return {fqn: _piece(fqn, real[fqn], meta[fqn], path, rank, size) for fqn in real}
+    except SourceError:
+        raise
+    except Exception as e:  # half-built DTensors: a pickle in which something else is missing
+        raise SourceError(f"{path} (rank {rank}): what it says of its tensors cannot be read: {e!r}. {_DAMAGED}") from e
 
 
 def _load(path: Path, rank: int, map_location: str = "cpu", mmap: bool = False) -> Any:
@@ -158,7 +164,7 @@ def _load(path: Path, rank: int, map_location: str = "cpu", mmap: bool = False) 
         detail = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise SourceError(
             f"{path} (rank {rank}, {path.stat().st_size} bytes): not a whole torch file of plain tensors: {detail} "
-            "The file is truncated or damaged, or holds objects that `weights_only` loading refuses."
+            f"{_DAMAGED}"
         ) from e
 
 
@@ -278,7 +284,7 @@ def _check_sums(path: Path) -> None:
                 with archive.open(record) as f:
                     while f.read(_BLOCK):
                         pass
-    except (zipfile.BadZipFile, OSError, EOFError) as e:
+    except Exception as e:  # zipfile raises what its parsers do: zlib.error, UnicodeDecodeError, NotImplementedError …
         raise SourceError(
             f"{path}: its bytes are not those that training wrote: {e!r}. A disk or a copy damaged it; copy or save it "
             "again."
