@@ -12,9 +12,10 @@ import pytest
 import torch
 import transformers
 from conftest import STEP
+from families import WRITTEN
 from safetensors.torch import load_file, save_file
 from sharding import QWEN2, QWEN3_MOE, build, make_checkpoints
-from test_export import FAMILIES, assert_same_model, export, oracle, tensors
+from test_export import assert_same_model, export, oracle, tensors
 
 from verl_autoexport.errors import ConfigError, MergeError, PlanError
 from verl_autoexport.export.base import find_base
@@ -24,7 +25,7 @@ from verl_autoexport.export.recheck import check_directory
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 OLD_STYLE = {"torch_dtype": "bfloat16", "rope_theta": 10000.0, "transformers_version": "4.43.1", "use_cache": False}
-VL_MOE = FAMILIES["qwen3_vl_moe"]
+VL_MOE = WRITTEN["qwen3_vl_moe"]
 
 
 @pytest.fixture(scope="module")
