@@ -209,6 +209,11 @@ def test_key_on_one_rank_only(own_checkpoint, refuses):
     refuses(made, SourceError, NORM, "rank 0", "rank 1", "world size 2")
 
 
+def test_replicas_that_differ(own_checkpoint, refuses):
+    made = edit(own_checkpoint("hsdp"), lambda shards: shards[NORM]._local_tensor[0].add_(1), ranks=(3,))
+    refuses(made, SourceError, NORM, "ranks 1 and 3 are replicas", "different values of [24] at [24]")
+
+
 def test_local_shapes_do_not_add_up(own_checkpoint, refuses):
     def shorten(shards):
         shards[EMBED]._local_tensor = shards[EMBED]._local_tensor[:-1].clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def load(directory: Path) -> torch.nn.Module:
 def test_right_models_pass(name, dtype, checkpoint, tmp_path):
     export(checkpoint(name), tmp_path / "out", dtype=dtype)
     found = compare(load(tmp_path / "out"), checkpoint(name) / "actor")
-    assert found.startswith("logits on 8 tokens, and all ")
+    assert re.fullmatch(r"all \d+ tensors equal those of the shards, and so do the logits on 8 tokens", found)
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
@@ -37,6 +38,17 @@ def test_a_changed_value_is_named(name, checkpoint, tmp_path):
         model.get_parameter(name).view(-1)[-1] += 1e-6
     with pytest.raises(ValueError, match=f"1 tensors differ from the shards: .*{name}"):
         compare(model, checkpoint("uneven") / "actor")
+
+
+def test_a_model_that_does_not_run_here_is_compared_all_the_same(checkpoint, tmp_path):
+    export(checkpoint("even"), tmp_path / "out")
+    model = load(tmp_path / "out")
+    model.forward = lambda **kwargs: kwargs["pixel_values"]
+    assert "no logits, since the model does not run" in compare(model, checkpoint("even") / "actor")
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[0] += 1
+    with pytest.raises(ValueError, match=r"1 tensors differ"):
+        compare(model, checkpoint("even") / "actor")
 
 
 def test_swapped_experts_are_named(checkpoint, tmp_path):

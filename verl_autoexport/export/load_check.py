@@ -104,16 +104,18 @@ def _compare(model: Any, args: argparse.Namespace) -> dict[str, str]:
 def _generate(model: Any) -> dict[str, str]:
     import torch
 
-    from verl_autoexport.export.cross_check import fixed_input, forward
+    from verl_autoexport.export.cross_check import CannotRun, fixed_input, forward
 
     try:
-        ids = fixed_input(model)
         with torch.inference_mode():
-            if not torch.isfinite(forward(model, ids)).all():
+            if not torch.isfinite(forward(model)).all():
                 raise ValueError("the logits of a forward pass are not finite")
+            ids = fixed_input(model)
             if not model.can_generate():
                 return {"status": "passed", "detail": f"{type(model).__name__} does not generate; forward pass finite"}
             out = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    except CannotRun as e:  # says nothing of the weights: those are compared with the shards
+        return {"status": "skipped", "detail": f"{type(model).__name__} does not run on token ids alone here: {e}"}
     except Exception as e:  # noqa: BLE001 - see main
         return {"status": "failed", "detail": f"{type(e).__name__}: {e}"}
     return {"status": "passed", "detail": f"greedy tokens {out[0, ids.shape[1] :].tolist()}"}

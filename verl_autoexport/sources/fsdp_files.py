@@ -14,7 +14,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,13 +35,17 @@ _BLOCK = 1 << 20  # bytes read at a time where whole files or tensors are compar
 
 @dataclass(frozen=True)
 class Piece:
-    """What one rank file says of one tensor; `offsets` is None for a plain tensor."""
+    """What one rank file says of one tensor; `offsets` is None for a plain tensor.
+
+    `crc` is that of its bytes, 0 where it is not known.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     local_shape: tuple[int, ...]
     offsets: tuple[int, ...] | None
     byte_offset: int
+    crc: int = 0
 
 
 class FsdpFiles:
@@ -150,7 +154,8 @@ def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
         raise SourceError(f"{path} (rank {rank}): expected a dict of tensors, found {type(real).__name__}.")
     size = path.stat().st_size
     try:
-        return {fqn: _piece(fqn, real[fqn], meta[fqn], path, rank, size) for fqn in real}
+        crcs = _read_sums(path)
+        return {fqn: _piece(fqn, real[fqn], meta[fqn], path, rank, size, crcs) for fqn in real}
     except SourceError:
         raise
     except Exception as e:  # half-built DTensors: a pickle in which something else is missing
@@ -168,7 +173,21 @@ def _load(path: Path, rank: int, map_location: str = "cpu", mmap: bool = False) 
         ) from e
 
 
-def _piece(fqn: str, real: torch.Tensor, meta: torch.Tensor, path: Path, rank: int, size: int) -> Piece:
+def _read_sums(path: Path) -> dict[int, int]:
+    """{first byte: CRC-32} of the storages in a file, from the zip directory."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as f:
+        sums = {}
+        for record in (r for r in archive.infolist() if "/data/" in r.filename):
+            f.seek(record.header_offset + 26)  # lengths of name and extra field, which here pads to an alignment
+            lengths = f.read(4)
+            begin = record.header_offset + 30 + int.from_bytes(lengths[:2], "little")
+            sums[begin + int.from_bytes(lengths[2:], "little")] = record.CRC
+        return sums
+
+
+def _piece(
+    fqn: str, real: torch.Tensor, meta: torch.Tensor, path: Path, rank: int, size: int, crcs: Mapping[int, int]
+) -> Piece:
     local, meta_local = (t._local_tensor if isinstance(t, DTensor) else t for t in (real, meta))
     dtype = str(local.dtype).removeprefix("torch.")
     where = f"{fqn} in {path} (rank {rank})"
@@ -191,7 +210,9 @@ def _piece(fqn: str, real: torch.Tensor, meta: torch.Tensor, path: Path, rank: i
                 f"{where}: the local shapes do not add up to the global shape {list(real.shape)}: with placements "
                 f"{real.placements} this rank should hold {list(expected)}, found {list(local.shape)}."
             )
-    return Piece(dtype, tuple(real.shape), tuple(local.shape), offsets, begin)
+    alone = meta_local.untyped_storage().nbytes() == local.numel() * ITEMSIZE[dtype]
+    crc = crcs.get(storage_begin, 0) if alone else 0
+    return Piece(dtype, tuple(real.shape), tuple(local.shape), offsets, begin, crc)
 
 
 def _check_writer(where: str, tensor: DTensor, rank: int) -> None:
@@ -251,9 +272,15 @@ def _assemble(fqn: str, pieces: Sequence[Piece], paths: Sequence[Path]) -> Tenso
         _check_replicas(fqn, pieces, paths)
         shards = [Shard(0, (0,) * len(first.shape), first.shape, 0, first.byte_offset)]
     else:
-        unique = {}  # replica groups (HSDP) hold the same boxes: the lowest rank's copy is taken
+        unique: dict[Any, Shard] = {}  # replica groups (HSDP) hold the same boxes: the lowest rank's copy is taken
         for rank, p in enumerate(pieces):
-            unique.setdefault((p.offsets, p.local_shape), Shard(rank, p.offsets, p.local_shape, rank, p.byte_offset))
+            shard = Shard(rank, p.offsets, p.local_shape, rank, p.byte_offset)
+            known = unique.setdefault((p.offsets, p.local_shape), shard)
+            if pieces[known.rank].crc and p.crc and pieces[known.rank].crc != p.crc:
+                raise SourceError(
+                    f"{fqn}: ranks {known.rank} and {rank} are replicas and hold different values of "
+                    f"{list(p.local_shape)} at {list(p.offsets)}: of different saves, or diverged in training."
+                )
         shards = [s for s in unique.values() if math.prod(s.shape) or not math.prod(first.shape)]
     entry = TensorEntry(fqn, first.dtype, first.shape, tuple(shards))
     check_coverage(entry)
