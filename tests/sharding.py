@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import socket
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,14 @@ def _rank(rank: int, cases: dict[Path, dict[str, Any]], world: int, port: int) -
 def _make(
     rank: int, world: int, out: Path, *, config: dict[str, Any], strategy: str = "fsdp2", dtype: str = "float32",
     mesh: tuple[int, ...] = (), reference: bool = True, role: str = "actor", saved: dict[str, Any] | None = None,
-    lora: dict[str, Any] | None = None, lora_only: bool = False, zero: bool = False,
+    lora: dict[str, Any] | None = None, lora_only: bool = False, zero: bool = False, live: str | None = None,
 ) -> None:  # fmt: skip
     """`strategy`: `fsdp`, `fsdp2`, or `placed`: matrices sharded on their inner dimensions, vectors plain.
 
     A two-dimensional `mesh` makes FSDP into HSDP and shards `placed` twice. `saved` overrides
     keys of the config.json beside the shards. `lora`: arguments of PEFT's `LoraConfig`; `lora_only`
-    saves as verl's `save_lora_only`, `zero` leaves lora_B as it begins.
+    saves as verl's `save_lora_only`, `zero` leaves lora_B as it begins. `live`: the live source's copy
+    of the same weights, cast to that dtype, goes to `out/live`.
     """
     model = build(config, dtype)
     actor = out / role
@@ -104,7 +106,10 @@ def _make(
         elif reference:
             model.save_pretrained(out / "reference")
     dist.barrier()
-    shards = _shard(model, strategy, mesh or (world,))
+    sharded = _shard(model, strategy, mesh or (world,))
+    if live:
+        _copy_live(sharded, rank, live, out / "live")
+    shards = sharded if isinstance(sharded, dict) else sharded.state_dict()
     if lora_only:
         shards = {k: v for k, v in shards.items() if "lora_" in k or ".adapter_" in k}
     torch.save(shards, actor / f"model_world_size_{world}_rank_{rank}.pt")
@@ -133,7 +138,33 @@ def _add_lora(model: Any, lora: dict[str, Any], zero: bool, out: Path | None) ->
     return model
 
 
-def _shard(model: Any, strategy: str, mesh: tuple[int, ...]) -> dict[str, Any]:
+def _copy_live(module: Any, rank: int, dtype: str, folder: Path) -> None:
+    """What a worker does: take the memory, change the weights for the copy's sake, copy, go on with training."""
+    from verl_autoexport.sources.live import Copier, held_parts
+
+    folder.mkdir(exist_ok=True)
+    names = [part.fqn for part, _ in held_parts(module, rank)]
+    copier = Copier(module, rank, dict.fromkeys(names, dtype), 1 << 14)
+    copier.allocate()
+    with torch.no_grad():
+        before = [p.detach().clone() for p in module.parameters()]
+        for p in module.parameters():
+            p.mul_(2)
+        copier.copy()()  # the memory is used again for the next one
+        for p, old in zip(module.parameters(), before, strict=True):
+            p.copy_(old)
+        copier.copy()()
+        for p in module.parameters():
+            p.add_(1)  # training goes on
+        for number, chunk in enumerate(copier.chunks):
+            chunk.numpy().tofile(folder / f"{rank}-{number}.bin")
+        for p, old in zip(module.parameters(), before, strict=True):
+            p.copy_(old)
+    (folder / f"{rank}.layout").write_bytes(pickle.dumps(copier.layout))
+
+
+def _shard(model: Any, strategy: str, mesh: tuple[int, ...]) -> Any:
+    """The sharded module, or for `placed` its state dict."""
     from torch.distributed.device_mesh import init_device_mesh
 
     device_mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("fsdp",) if len(mesh) == 1 else ("ddp", "fsdp"))
@@ -145,7 +176,7 @@ def _shard(model: Any, strategy: str, mesh: tuple[int, ...]) -> dict[str, Any]:
         bare = model.get_base_model() if hasattr(model, "peft_config") else model
         for layer in getattr(getattr(bare, "model", None), "layers", ()):
             fully_shard(layer, mesh=device_mesh)
-        return fully_shard(model, mesh=device_mesh).state_dict()
+        return fully_shard(model, mesh=device_mesh)
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, ShardingStrategy, StateDictType
 
     kind = ShardingStrategy.FULL_SHARD if len(mesh) == 1 else ShardingStrategy.HYBRID_SHARD
@@ -155,7 +186,7 @@ def _shard(model: Any, strategy: str, mesh: tuple[int, ...]) -> dict[str, Any]:
         auto_wrap_policy=_lora_units if hasattr(model, "peft_config") else None,
     )  # fmt: skip
     FullyShardedDataParallel.set_state_dict_type(model, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig())
-    return model.state_dict()
+    return model
 
 
 def _lora_units(module: Any, recurse: bool, nonwrapped_numel: int) -> bool:

@@ -204,16 +204,11 @@ REFUSED = [  # the message goes on after `autoexport.`
     ),
     (trigger(threshold=[{"metric": "a", "above": 1}] * 2), "trigger.threshold: expected each threshold once"),
     # not in this release
-    ({"source": "live"}, 'source="live" is not available in this release: use autoexport.source=checkpoint or auto.'),
     (
         {"keep": {"last": 3}},
         "keep.last=3 is not available in this release: versions are never removed; remove them by hand.",
     ),
     ({"keep": {"max_bytes": "1GB"}}, "keep.max_bytes=1000000000 is not available in this release"),
-    (
-        {"queue": {"inflight_bytes": 5}},
-        "queue.inflight_bytes=5 is not available in this release: it belongs to the live source",
-    ),
 ]
 
 
@@ -269,6 +264,7 @@ def best(metric: str) -> str:
 GRPO = "algorithm.adv_estimator=grpo"
 MODEL = "actor_rollout_ref.model"
 VAL = best("val-core/*/acc/mean@1")
+LIVE = "autoexport.source=live"
 SAVE_CONTENTS = "checkpoint.save_contents=[optimizer,hf_model]"
 NO_TRIGGER = ("autoexport.trigger.on_train_end=false", "autoexport.trigger.on_request=false")
 
@@ -278,6 +274,14 @@ IMPOSSIBLE = [
         "trainer.save_freq=-1: exports are made of verl's checkpoints and this run would write none",
     ),
     (["trainer.save_freq=0"], "trainer.save_freq=0: exports are made"),
+    (
+        [LIVE, "autoexport.trigger.on_save=true", "trainer.save_freq=-1"],
+        "autoexport.trigger.on_save=true: trainer.save_freq=-1, this run saves nothing",
+    ),
+    (
+        [LIVE, "autoexport.trigger.at_steps=[3,12]", "trainer.total_training_steps=11"],
+        "autoexport.trigger.at_steps: [12] are beyond the last step, 11",
+    ),
     (
         [f"actor_rollout_ref.actor.{SAVE_CONTENTS}"],
         "actor_rollout_ref.actor.checkpoint.save_contents=['optimizer', 'hf_model']: checkpoints would hold no weights",
@@ -358,6 +362,11 @@ POSSIBLE = [
     ["trainer.default_hdfs_dir=hdfs://x"],
     [best("v*/acc"), "trainer.test_freq=2"],  # may match a val-* metric
     ["autoexport.enabled=false", "trainer.save_freq=-1"],
+    # the live source needs no checkpoint
+    [LIVE, "trainer.save_freq=-1"],
+    [LIVE, f"actor_rollout_ref.actor.{SAVE_CONTENTS}"],
+    [LIVE, "autoexport.trigger.at_steps=[3]", "trainer.total_training_steps=11"],
+    [LIVE, VAL, "trainer.save_freq=4", "trainer.test_freq=6", "trainer.total_training_steps=11"],
 ]
 
 

@@ -428,7 +428,7 @@ def test_real_run_exports_both(tmp_path):
     assert run.code == 0, run.log[-3000:]
     (version,) = run.versions()
     assert {k: v["status"] for k, v in version["verification"].items() if k != "contract"} == dict.fromkeys(
-        ("structure", "load", "generate", "adapter"), "passed"
+        ("structure", "load", "generate", "logits", "adapter"), "passed"
     )
     base = tmp_path / "assets/model"
     config = json.loads((version["dir"] / "adapter/adapter_config.json").read_text())

@@ -319,7 +319,7 @@ def test_one_decision_a_step_with_all_its_reasons():
     ("e", "history", "expected"),
     [
         (event(0, m=9.0, requested=True, last=True), [], []),  # untrained weights
-        (event(4, m=9.0, saved=False, requested=True, last=True), [], []),
+        (event(8, saved=False), [fired(4, "every_n_steps", "published")], ["every_n_steps"]),  # no on_save
         (event(4, m=9.0), [fired(4, "on_save", "published")], []),
         (event(4, m=9.0), [fired(4, "on_save", "pending")], []),
         (event(4), [fired(4, "every_n_steps", "failed")], ["every_n_steps", "at_steps", "on_save"]),

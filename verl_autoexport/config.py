@@ -200,15 +200,13 @@ class AutoExportConfig:
     @property
     def export_source(self) -> str:
         """Where weights come from, with `auto` resolved."""
-        return "checkpoint"
+        return "checkpoint" if self.source == "auto" else self.source
 
 
 _KEEP = "versions are never removed; remove them by hand"
 _NOT_YET: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     # key, values that are available, what to do instead
-    ("source", ("auto", "checkpoint"), "use autoexport.source=checkpoint or auto"),
     *((f"keep.{f.name}", (None,), _KEEP) for f in dataclasses.fields(KeepConfig)),
-    ("queue.inflight_bytes", (None,), "it belongs to the live source; leave it null"),
 )
 
 

@@ -18,8 +18,8 @@ EARLIER_WEIGHTS = "earlier weights"
 class StepEvent:
     """What is known of a step when verl logs it.
 
-    `time` is in unix seconds. `saved`: weights of this very step can be exported (the
-    checkpoint source has pinned them). `requested`: someone asked for a milestone.
+    `time` is in unix seconds. `saved`: verl wrote a checkpoint of this step (the checkpoint
+    source judges no others). `requested`: someone asked for a milestone.
     `last`: training succeeded and this was its final step.
     """
 

@@ -192,7 +192,7 @@ def decide(
     Never for step 0, whose weights are untrained, nor twice for a step. `min_steps_between`
     holds back droppable triggers only; held back they leave no trace and are due again.
     """
-    if event.step < 1 or not event.saved:
+    if event.step < 1:
         return None
     standing = [m.step for m in history if m.status in _STANDING]
     if event.step in standing:

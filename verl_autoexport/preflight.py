@@ -30,6 +30,11 @@ class _Run:
     last_step: int | None
     last_saved: bool = True
 
+    @property
+    def live(self) -> bool:
+        """Weights come from the workers: whether and when verl saves does not matter."""
+        return self.settings.export_source == "live"
+
     def get(self, key: str) -> Any:
         return _get(self.cfg, key)
 
@@ -107,17 +112,19 @@ def _some_trigger(run: _Run) -> Iterator[str]:
 
 def _saves(run: _Run) -> Iterator[str]:
     freq = run.get("trainer.save_freq")
-    if _off(freq):
+    if _off(freq) and not run.live:
         yield (
             f"trainer.save_freq={freq}: exports are made of verl's checkpoints and this run would write none; "
-            "set trainer.save_freq=N, N ≥ 1."
+            "set trainer.save_freq=N, N ≥ 1, or autoexport.source=live."
         )
+    if _off(freq) and run.live and run.settings.trigger.on_save:
+        yield f"autoexport.trigger.on_save=true: trainer.save_freq={freq}, this run saves nothing; set another trigger."
 
 
 def _saves_model(run: _Run) -> Iterator[str]:
     key = f"{run.role_key}.checkpoint.save_contents"
     contents = run.get(key)
-    if contents is not None and "model" not in contents:
+    if contents is not None and "model" not in contents and not run.live:
         yield f"{key}={_show(contents)}: checkpoints would hold no weights; add 'model'."
 
 
@@ -170,11 +177,13 @@ def _validates(run: _Run) -> Iterator[str]:
 
 
 def _at_steps_saved(run: _Run) -> Iterator[str]:
-    freq, last = _positive(run.get("trainer.save_freq")), run.last_step
+    freq, last = 1 if run.live else _positive(run.get("trainer.save_freq")), run.last_step
     if freq is None or last is None:
         return
     missed = [s for s in run.settings.trigger.at_steps if s > last or (s % freq and not (s == last and run.last_saved))]
-    if missed:
+    if missed and run.live:
+        yield f"autoexport.trigger.at_steps: {missed} are beyond the last step, {last}. Choose earlier ones."
+    elif missed:
         yield (
             f"autoexport.trigger.at_steps: no checkpoint at {missed}; trainer.save_freq={freq} saves at its multiples "
             f"and at the last step, {last}. Choose among those or change trainer.save_freq."
@@ -183,6 +192,8 @@ def _at_steps_saved(run: _Run) -> Iterator[str]:
 
 def _saves_meet_validations(run: _Run) -> Iterator[str]:
     save, test = (_positive(run.get(f"trainer.{k}")) for k in ("save_freq", "test_freq"))
+    if run.live:
+        return
     if save is None or test is None or run.last_step is None or not (save % test and test % save):
         return
     meet = math.lcm(save, test)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from verl_autoexport.export.base import BaseModel
 from verl_autoexport.export.configs import write_base_config
@@ -46,6 +48,26 @@ def write_config(
     key = write_base_config(config, architecture(config), dtype, base, target, trust_remote_code)
     style = "config.json is written as this transformers writes it, not as the base model's file"
     return [f"{style}: that one cannot say {key} as trained"] if key else []
+
+
+def model_files(module: Any, tokenizer: Any) -> dict[str, bytes]:
+    """What verl saves beside a checkpoint's shards, by path: the contents of config, tokenizer or processor, adapter.
+
+    As in `fsdp_checkpoint_manager.py` (verl 0.9.1), which makes the generation config of the base model's.
+    """
+    from transformers import GenerationConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        beside = Path(folder) / "huggingface"
+        module.config.save_pretrained(beside)
+        if module.can_generate() and module.config.name_or_path:
+            with suppress(OSError, ValueError):  # it has none
+                GenerationConfig.from_pretrained(module.config.name_or_path).save_pretrained(beside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(beside)
+        if adapter := (getattr(module, "peft_config", None) or {}).get("default"):
+            adapter.save_pretrained(folder)
+        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
 
 
 def copy_base_assets(base: BaseModel, target: Path, generates: bool) -> None:

@@ -59,6 +59,14 @@ def plan_model(spec: ExportSpec, manifest: ShardManifest) -> Planned:
     return Planned(skeleton, held, plan, contract, adapter)
 
 
+def capture_dtypes(spec: ExportSpec, planned: Planned) -> dict[str, str]:
+    """{fqn: dtype} that a copy of the source tensors may have already; none where the merge needs their own."""
+    if planned.adapter is not None or spec.dtype in naming.OWN_DTYPES:
+        return {}
+    rule = naming.DtypeRule(planned.skeleton, spec.dtype)
+    return {fqn: rule(fqn, t.dtype) for fqn, t in planned.manifest.tensors.items()}
+
+
 def _skeleton(spec: ExportSpec, manifest: ShardManifest) -> tuple[Any, Head | None]:
     """The model of the shards: that of `config.json`, or the value model that was made of it."""
     options = {"trust_remote_code": spec.trust_remote_code, "external_lib": spec.external_lib}

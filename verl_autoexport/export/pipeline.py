@@ -120,7 +120,7 @@ def run_export(spec: ExportSpec, target: Path, runner: MergeRunner, progress: Pr
     timings = {"stall": spec.stall_s}
     with _timed(timings, "gather"):
         progress.stage("reading shards")
-        source = FsdpFiles(spec.checkpoint)
+        source = spec.source or FsdpFiles(spec.checkpoint)
         if spec.fingerprint and source.fingerprint != spec.fingerprint:
             raise SourceError(
                 f"{spec.checkpoint}: the shards are no longer those of step {spec.step} as it was chosen: fingerprint "
@@ -141,7 +141,9 @@ def run_export(spec: ExportSpec, target: Path, runner: MergeRunner, progress: Pr
         checks = _verify(spec, target, planned)
         source.check_unchanged()
     architectures = (naming.architecture(planned.skeleton.config),)
-    return make_record(spec, target, manifest, planned.plan, written, checks, timings, architectures, notes)
+    return make_record(
+        spec, source.kind, target, manifest, planned.plan, written, checks, timings, architectures, notes
+    )
 
 
 def _jobs(spec: ExportSpec, planned: Planned, target: Path) -> list[MergeJob]:
@@ -205,7 +207,9 @@ def _verify(spec: ExportSpec, target: Path, planned: Planned) -> dict[str, Any]:
     return checks | check(target, nbytes, source=source) | {"adapter": adapter["load"]}
 
 
-def _source(spec: ExportSpec, planned: Planned) -> verify.Source:
+def _source(spec: ExportSpec, planned: Planned) -> verify.Source | None:
+    if spec.source is not None:
+        return None
     if planned.adapter is None:
         return verify.Source(spec.checkpoint)
     base = None if planned.adapter.base else lora.base_directory(spec.base_model)

@@ -19,6 +19,7 @@ from verl_autoexport.sources.base import ShardManifest
 
 def make_record(
     spec: ExportSpec,
+    kind: str,
     target: Path,
     manifest: ShardManifest,
     plan: MergePlan,
@@ -28,7 +29,7 @@ def make_record(
     architectures: tuple[str, ...],
     notes: Sequence[str],
 ) -> ExportRecord:
-    """What is known of the files in `target`; `version` is the registry's to set."""
+    """What is known of the files in `target`, made of a source of `kind`; `version` is the registry's to set."""
     return ExportRecord(
         version=0,
         step=spec.step,
@@ -38,8 +39,8 @@ def make_record(
         metrics=dict(spec.metrics),
         measured_on=spec.measured_on,
         source={
-            "kind": "checkpoint",
-            "path": spec.origin or str(spec.checkpoint),
+            "kind": kind,
+            "path": spec.origin or (str(spec.checkpoint) if spec.source is None else None),
             "world_size": manifest.world_size,
             "backend": manifest.backend,
             "fingerprint": manifest.fingerprint,

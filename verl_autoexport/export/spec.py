@@ -11,6 +11,7 @@ from typing import Any
 from verl_autoexport.config import VerifyConfig, parse_size
 from verl_autoexport.errors import ConfigError
 from verl_autoexport.events import Trigger
+from verl_autoexport.sources.base import ShardSource
 from verl_autoexport.sources.fsdp_files import find_checkpoint
 
 
@@ -21,6 +22,7 @@ class ExportSpec:
     `checkpoint` is the directory with the rank files (a pin, or verl's own), `origin` the
     path to record. `memory_budget` and `max_shard_size` are bytes, `stall_s` seconds.
     `lora_config`: the `adapter_config.json` that a LoRA run began with, or its directory.
+    `source`: where the weights are if not in rank files; `checkpoint` is its directory then.
     """
 
     checkpoint: Path
@@ -41,6 +43,7 @@ class ExportSpec:
     fingerprint: str | None = None
     lora: str = "fused"
     lora_config: Path | None = None
+    source: ShardSource | None = None
 
     @property
     def model_dir(self) -> Path:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_autoexport.config import AutoExportConfig
-from verl_autoexport.errors import AutoExportError
+from verl_autoexport.errors import AutoExportError, SourceError
 from verl_autoexport.events import Trigger
 from verl_autoexport.export.pipeline import export_to_registry
 from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.registry.store import Registry
+from verl_autoexport.runtime.live import Snapshot
 from verl_autoexport.runtime.tasks import RayRunner
 from verl_autoexport.sources import pins
 
@@ -57,6 +59,9 @@ class ExportActor:
         merge = settings.merge
         self.runner = RayRunner(merge.workers, merge.num_cpus, merge.schedule_timeout_s)
         self.waiting: list[_Job] = []
+        self.delivered: dict[str, dict[int, list[Any] | str]] = {}
+        self.forgotten: set[str] = set()
+        self.started = time.time()
         self.running = 0
         self.changed = threading.Condition()
         threading.Thread(target=self._work, name="autoexport", daemon=True).start()
@@ -76,6 +81,36 @@ class ExportActor:
             dropped, reason = surplus
             dropped.done.set_result(self._settle(dropped.request, "dropped", reason))
         return job.done.result()
+
+    def deliver(self, ident: str, rank: int, blocks: list[list[Any]] | None, reason: str | None) -> None:
+        """A worker hands over its blocks of a snapshot (nested, so that Ray passes refs), or why it cannot."""
+        with self.changed:
+            if ident not in self.forgotten:
+                self.delivered.setdefault(ident, {})[rank] = blocks[0] if blocks else str(reason)
+                self.changed.notify_all()
+
+    def _snapshot(self, live: Mapping[str, Any], asked: float) -> Snapshot:
+        """Wait, bounded, for all ranks; raises SourceError naming those that did not come."""
+        layouts = ray.get(live["layouts"])
+        ranks = {layout.rank for layout in layouts}
+        lost = ray.get_runtime_context().was_current_actor_reconstructed and asked < self.started
+        timeout = 0 if lost else self.settings.queue.wait_timeout_s
+        with self.changed:
+            self.changed.wait_for(lambda: self.delivered.get(live["id"], {}).keys() >= ranks, timeout)
+            found = dict(self.delivered.get(live["id"], {}))
+        if failed := [v for v in found.values() if isinstance(v, str)]:
+            raise SourceError(f"the snapshot is not whole: {'; '.join(failed[:4])}")
+        if missing := sorted(ranks - found.keys()):
+            reason = "the export actor died with it" if lost else f"not handed over within {timeout:g} s"
+            raise SourceError(f"the snapshot of ranks {missing[:8]} is lost: {reason}.")
+        return Snapshot(live, found)
+
+    def _forget(self, live: Mapping[str, Any] | None) -> None:
+        """Let go of a snapshot's blocks; what comes later is not taken."""
+        if live is not None:
+            with self.changed:
+                self.forgotten.add(live["id"])
+                self.delivered.pop(live["id"], None)
 
     def _surplus(self) -> tuple[_Job, str] | None:
         """The milestone that back pressure drops, and why: never `best`, `at_steps`, `threshold`, `on_train_end`."""
@@ -105,19 +140,26 @@ class ExportActor:
         step = request["step"]
         try:
             if version := self._published(request):
-                pins.release(Path(request["pin"]))
+                _release(request)
                 return {"step": step, "status": "published", "version": version, "reason": "was published already"}
-            version = export_to_registry(make_spec(request, self.settings), self.registry, self.runner)
+            version = export_to_registry(self._spec(request), self.registry, self.runner)
         except AutoExportError as e:
             return self._settle(request, "failed", f"{type(e).__name__}: {e}")
         except Exception as e:  # an export must never take the queue down with it
             logger.exception("verl_autoexport: export of step %s", step)
             return self._settle(request, "failed", f"unexpected {type(e).__name__}: {e}")
-        pins.release(Path(request["pin"]))
+        finally:
+            self._forget(request.get("live"))
+        _release(request)
         logger.info(
             "verl_autoexport: published %s (%s)", version.path, ", ".join(t["reason"] for t in request["triggers"])
         )
         return {"step": step, "status": "published", "version": version.name}
+
+    def _spec(self, request: Mapping[str, Any]) -> ExportSpec:
+        spec = make_spec(request, self.settings)
+        live = request.get("live")
+        return replace(spec, source=self._snapshot(live, request["time"])) if live else spec
 
     def _published(self, request: Mapping[str, Any]) -> str | None:
         """The version that is this very milestone; one made by hand of the same step lacks its reasons."""
@@ -132,7 +174,8 @@ class ExportActor:
     def _settle(self, request: Mapping[str, Any], status: str, reason: str) -> Outcome:
         logger.warning("verl_autoexport: step %s %s: %s", request["step"], status, reason)
         self._journal(status, request, reason=reason)
-        pins.release(Path(request["pin"]))
+        self._forget(request.get("live"))
+        _release(request)
         return {"step": request["step"], "status": status, "reason": reason}
 
     def _journal(self, event: str, request: Mapping[str, Any], **fields: Any) -> None:
@@ -140,6 +183,11 @@ class ExportActor:
             self.registry.journal(event, step=request["step"], **fields)
         except (AutoExportError, OSError) as e:  # e.g. the full disk that made the export fail
             logger.warning("verl_autoexport: step %s: %r could not be journaled: %s", request["step"], event, e)
+
+
+def _release(request: Mapping[str, Any]) -> None:
+    if request["pin"] is not None:
+        pins.release(Path(request["pin"]))
 
 
 def make_spec(request: Mapping[str, Any], settings: AutoExportConfig) -> ExportSpec:

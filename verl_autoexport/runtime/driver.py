@@ -13,11 +13,12 @@ from typing import Any
 import ray
 
 from verl_autoexport.config import AutoExportConfig, may_be_val
-from verl_autoexport.errors import AutoExportError
+from verl_autoexport.errors import AutoExportError, SourceError
 from verl_autoexport.events import Decision, Milestone, StepEvent, Trigger
 from verl_autoexport.policies import RunStart, build_policies, check_metrics, decide, measured_on
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.actor import MAX_WAITING, Outcome, start_actor
+from verl_autoexport.runtime.live import Busy, LiveSource
 from verl_autoexport.sources import pins
 from verl_autoexport.sources.pins import Pin
 
@@ -66,9 +67,11 @@ class ExportDriver:
         self.last_step: int | None = None
         self.history: list[Milestone] = []
         self.pending: list[_Pending] = []
+        self.live: LiveSource | None = None
+        self.saved_step = 0
         self.pins: dict[int, Pin] = {}
-        self.undecided: list[tuple[StepEvent, Pin]] = []
-        self.held: tuple[StepEvent, Pin] | None = None
+        self.undecided: list[tuple[StepEvent, Pin | None]] = []  # the live source needs no pin
+        self.held: tuple[StepEvent, Pin | None] | None = None
         self.beyond: list[Pin] = []
         self.requests: Sequence[Path] = ()
         self.past_cut = False
@@ -79,8 +82,9 @@ class ExportDriver:
 
     # -- the run's events --------------------------------------------------------------
 
-    def begin(self, step: int, last_step: int | None) -> None:
-        """Training is about to start from `step` (0, or the resumed one)."""
+    def begin(self, step: int, last_step: int | None, live: LiveSource | None = None) -> None:
+        """Training is about to start from `step` (0, or the resumed one); `live` copies shards of its workers."""
+        self.live = live
         self.start, self.last_step, self.logged_step = RunStart(step, time.time()), last_step, step
         self.history = self.registry.milestones(up_to_step=step)
         for pin in pins.find_pins(self.info.checkpoints):
@@ -97,6 +101,9 @@ class ExportDriver:
 
     def saved(self, step: int, checkpoint_dir: Path) -> None:
         """verl has written the checkpoint of `step`; raises SourceError when its shards are not all there."""
+        if self.live is not None:
+            self.saved_step = step
+            return
         started = time.monotonic()
         pin = pins.make_pin(checkpoint_dir, step, self.settings.role)
         if not pin.linked:
@@ -115,6 +122,9 @@ class ExportDriver:
         if not self.metrics_checked:
             self._check_metrics(step, data)
         self.logged_step = max(step, self.logged_step)
+        if self.live is not None and step > self.start.step:
+            event = StepEvent(step, _numbers(data), time.time(), step == self.saved_step, bool(self._requests()))
+            self.undecided.append((event, None))
         for saved in sorted(s for s in self.pins if s <= step):
             # An earlier one is the resumed step, which not every run logs again.
             metrics, requested = (_numbers(data), self._requests()) if saved == step else ({}, ())
@@ -135,7 +145,13 @@ class ExportDriver:
             self.undecided.append((replace(event, last=succeeded and finished), pin))
             self.held = None
         self._decide_all(hold_last=False)
-        if succeeded and trained and self.settings.trigger.on_train_end and not self._asked(self.logged_step):
+        if (
+            self.live is None
+            and succeeded
+            and trained
+            and self.settings.trigger.on_train_end
+            and not self._asked(self.logged_step)
+        ):
             self._note(self.logged_step, "failed", "on_train_end: verl saved no checkpoint of the final step")
 
     def drain(self, timeout_s: float) -> str:
@@ -219,19 +235,25 @@ class ExportDriver:
                 self._decide(event, pin)
             self.undecided.pop(0)
 
-    def _decide(self, event: StepEvent, pin: Pin) -> None:
+    def _decide(self, event: StepEvent, pin: Pin | None) -> None:
         failures = self.poll()
         if failures and self.settings.on_error == "raise":
             raise ExportFailed(f"step {failures[0]['step']}: {failures[0]['reason']}")
         decision = decide(self.policies, event, self.history, self.start, self.settings.trigger.min_steps_between)
         if decision is None or not self._make_room(decision):
-            pins.release(pin.path)
+            if pin is not None:
+                pins.release(pin.path)
             return
-        request = self._request(decision, event, pin)
-        try:
-            pins.choose(pin, request)
-        except OSError as e:
-            logger.warning("verl_autoexport: %s: %s; step %s would not survive a kill", pin.path, e, pin.step)
+        if pin is None:
+            request = self._captured(decision, event)
+        else:
+            request = self._request(decision, event, pin)
+            try:
+                pins.choose(pin, request)
+            except OSError as e:
+                logger.warning("verl_autoexport: %s: %s; step %s would not survive a kill", pin.path, e, pin.step)
+        if request is None:
+            return
         self._submit(decision, request)
         if event.requested:
             self._clear_requests()
@@ -241,20 +263,53 @@ class ExportDriver:
         queue = self.settings.queue
         refs = [p.ref for p in self.pending if p.outcome is None]
         surplus = len(refs) - MAX_WAITING
-        if queue.overflow != "wait" or surplus <= 0:
+        if self.live is not None:  # the object store is full: nothing more can wait, whatever the policy
+            surplus = max(surplus if queue.overflow == "wait" else 0, len(refs) + 1 - self.live.room)
+        if surplus <= 0 or (self.live is None and queue.overflow != "wait"):
             return True
+        if queue.overflow != "wait" and decision.droppable:
+            return self._drop(decision, f"{len(refs)} snapshots are in flight (queue.inflight_bytes)")
         started = time.monotonic()
         done, _ = ray.wait(refs, num_returns=surplus, timeout=queue.wait_timeout_s)
         logger.warning("verl_autoexport: training waited %.1f s for exports", time.monotonic() - started)
         self.poll()
         if len(done) < surplus and decision.droppable:
-            reason = f"skipped: no export finished within queue.wait_timeout_s={queue.wait_timeout_s:g}"
-            self._note(decision.step, "dropped", reason)
-            self._remember(decision, "dropped")
-            return False
+            return self._drop(decision, f"no export finished within queue.wait_timeout_s={queue.wait_timeout_s:g}")
         return True
 
-    def _request(self, decision: Decision, event: StepEvent, pin: Pin) -> dict[str, Any]:
+    def _drop(self, decision: Decision, why: str) -> bool:
+        """Always False: there is no room. To coalesce, a live milestone stays due: a later step takes its place."""
+        if self.live is not None and self.settings.queue.overflow == "coalesce":
+            self._note(decision.step, "dropped", f"coalesced into a later step: {why}")
+        else:
+            self._note(decision.step, "dropped", f"skipped: {why}")
+            self._remember(decision, "dropped")
+        return False
+
+    def _captured(self, decision: Decision, event: StepEvent) -> dict[str, Any] | None:
+        """The request, once the workers have copied the weights of this step; None if they could not."""
+        queue = self.settings.queue
+        wait_s = 0.0 if decision.droppable and queue.overflow != "wait" else queue.wait_timeout_s
+        try:
+            live = self.live.capture(self.actor, wait_s)
+        except Busy as e:
+            if decision.droppable:
+                self._drop(decision, str(e))
+                return None
+            self._lost(decision, f"{e}, for more than queue.wait_timeout_s={queue.wait_timeout_s:g}")
+            return None
+        except SourceError as e:
+            self._lost(decision, str(e))
+            return None
+        return self._request(decision, event, None) | {
+            "directory": live["directory"], "fingerprint": live["id"], "live": live,
+        }  # fmt: skip
+
+    def _lost(self, decision: Decision, reason: str) -> None:
+        self._note(decision.step, "failed", reason)
+        self._remember(decision, "failed")
+
+    def _request(self, decision: Decision, event: StepEvent, pin: Pin | None) -> dict[str, Any]:
         info = self.info
         return {
             "step": decision.step,
@@ -262,10 +317,10 @@ class ExportDriver:
             "triggers": [t.to_dict() for t in decision.triggers],
             "metrics": {k: v if math.isfinite(v) else None for k, v in event.metrics.items()},
             "measured_on": measured_on(decision.triggers),
-            "pin": str(pin.path),
-            "directory": str(pin.directory),
-            "origin": pin.origin,
-            "fingerprint": pin.fingerprint,
+            "pin": pin and str(pin.path),
+            "directory": pin and str(pin.directory),
+            "origin": pin and pin.origin,
+            "fingerprint": pin and pin.fingerprint,
             "stall_s": round(self.stall_s + time.time() - event.time, 6),
             "run": dict(info.run),
             "base_model": info.base_model,

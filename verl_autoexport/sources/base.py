@@ -57,14 +57,21 @@ class TensorEntry:
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
+class Memory(Protocol):
+    """A block of bytes that is no file; it can be sent to other processes."""
+
+    def view(self) -> memoryview:
+        """The bytes; raises SourceError when they are lost."""
+
+
 @dataclass(frozen=True)
 class ShardManifest:
-    """All tensors of a source, and the files their bytes are in.
+    """All tensors of a source, and the files, or blocks of memory, that their bytes are in.
 
     `fingerprint` identifies the content: it changes when a file is written again.
     """
 
-    files: tuple[Path, ...]
+    files: tuple[Path | Memory, ...]
     tensors: Mapping[str, TensorEntry]
     world_size: int
     backend: str
@@ -72,11 +79,22 @@ class ShardManifest:
 
 
 class ShardSource(Protocol):
-    """Where weights come from. `manifest` reads metadata only; `check_unchanged` raises SourceError."""
+    """Where weights come from: `kind` is `checkpoint` or `live`, `directory` holds `huggingface/`, the model's config.
+
+    `manifest` reads metadata only; all methods raise SourceError.
+    """
+
+    kind: str
+    directory: Path
+    fingerprint: str
 
     def manifest(self) -> ShardManifest: ...
 
-    def check_unchanged(self) -> None: ...
+    def check_sums(self) -> None:
+        """Raises unless the bytes are those that were saved, as far as that can be told."""
+
+    def check_unchanged(self) -> None:
+        """Raises unless the source is what it was when `manifest` was read."""
 
 
 def check_coverage(entry: TensorEntry) -> None:

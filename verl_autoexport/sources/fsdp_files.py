@@ -54,6 +54,8 @@ class FsdpFiles:
     Raises SourceError from every method where the files are missing, damaged or disagree.
     """
 
+    kind = "checkpoint"
+
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.paths = rank_files(self.directory)

@@ -1,0 +1,287 @@
+"""Shards in running workers: what each rank holds, and a copy of it in host memory. torch only, no collective.
+
+FSDP2 parameters are DTensors whose local part is a box of the tensor. FSDP1 keeps a slice
+of a flattened group of parameters (torch 2.13: `FlatParameter._shard_param_infos`), so a
+rank's part of one parameter is a range of its flattened values: a few boxes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Replicate
+
+from verl_autoexport.errors import SourceError
+from verl_autoexport.sources.base import FLOATING, ITEMSIZE, Shard, ShardManifest, TensorEntry, check_coverage
+from verl_autoexport.sources.fsdp_files import local_box
+
+logger = logging.getLogger(__name__)
+ALIGNMENT = 64  # bytes; every tensor begins at a multiple, so that views of any dtype are possible
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and shape, in elements."""
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Values of the tensor `fqn` of `shape` that one rank holds: `boxes` of (offsets, shape), one after the other.
+
+    They begin at number `start` of the rank's values of the tensor. `dtype` is that of the
+    copy, `offset` its first byte in chunk number `chunk` of it.
+    """
+
+    fqn: str
+    dtype: str
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    start: int = 0
+    chunk: int = 0
+    offset: int = 0
+
+    @property
+    def numel(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.boxes)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The copy of one rank: its parts, and the bytes of each chunk."""
+
+    rank: int
+    parts: tuple[Part, ...]
+    chunks: tuple[int, ...]
+
+
+def held_parts(module: torch.nn.Module, rank: int) -> list[tuple[Part, torch.Tensor]]:
+    """Every tensor of the state dict that this rank is to copy, and its local values (contiguous).
+
+    Of replicas (HSDP, plain tensors) the first rank's is taken. Raises SourceError for a
+    layout that is not known.
+    """
+    if is_flat(module):
+        return [*_flat_parts(module), *(_buffers(module) if rank == 0 else ())]
+    found, seen = [], set()
+    for fqn, tensor in module.state_dict().items():
+        for part, values in _part(clean(fqn), tensor, rank):
+            if values.numel() == 0 or values.data_ptr() not in seen:  # a tied tensor is copied once
+                found.append((part, values))
+            seen.add(values.data_ptr())
+    return found
+
+
+def is_flat(module: torch.nn.Module) -> bool:
+    """Whether it is sharded as flattened parameters: FSDP1."""
+    return any(isinstance(m, FullyShardedDataParallel) for m in module.modules())
+
+
+def clean(fqn: str) -> str:
+    """The name without those of wrapping modules."""
+    for wrapper in _WRAPPERS:
+        fqn = fqn.replace(wrapper, "")
+    return fqn
+
+
+def _part(fqn: str, tensor: torch.Tensor, rank: int) -> Iterator[tuple[Part, torch.Tensor]]:
+    shape = tuple(tensor.shape)
+    if not isinstance(tensor, DTensor):
+        if rank == 0:
+            yield Part(fqn, _name(tensor.dtype), shape, (((0,) * len(shape), shape),)), tensor.detach()
+        return
+    mesh, placements = tensor.device_mesh, tensor.placements
+    replica = any(isinstance(p, Replicate) and c for p, c in zip(placements, mesh.get_coordinate() or (), strict=True))
+    if replica:
+        return
+    local = tensor.to_local().detach()
+    extent, offsets = local_box(fqn, shape, mesh.mesh, placements, rank)
+    if tuple(local.shape) != extent or not local.is_contiguous():
+        raise SourceError(f"{fqn}: rank {rank} should hold {list(extent)}, contiguous; found {list(local.shape)}.")
+    if local.numel() or (not math.prod(shape) and rank == 0):
+        yield Part(fqn, _name(local.dtype), shape, ((offsets, extent),)), local
+
+
+def _flat_parts(module: torch.nn.Module) -> Iterator[tuple[Part, torch.Tensor]]:
+    for prefix, unit in module.named_modules():
+        handle = getattr(unit, "_handle", None) if isinstance(unit, FullyShardedDataParallel) else None
+        if handle is None or _is_replica(unit):
+            continue
+        flat = handle.flat_param
+        if flat.data.numel() != flat._sharded_size.numel():
+            raise SourceError(f"{prefix or 'the model'}: FSDP1 holds it unsharded at this moment; it cannot be copied.")
+        for fqn, shape, info in zip(flat._fqns, flat._shapes, flat._shard_param_infos, strict=True):
+            if not info.in_shard:
+                continue
+            name = clean(f"{prefix}.{fqn}" if prefix else fqn)
+            boxes = flat_boxes(tuple(shape), info.intra_param_start_idx, info.intra_param_end_idx + 1)
+            values = flat.data[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard]
+            yield Part(name, _name(flat.dtype), tuple(shape), tuple(boxes)), values
+
+
+def _is_replica(unit: FullyShardedDataParallel) -> bool:
+    """Of the groups of a hybrid-sharded unit, the first one's ranks are no replicas."""
+    between = getattr(unit, "_inter_node_pg", None)
+    return between is not None and torch.distributed.get_rank(between) != 0
+
+
+def _buffers(module: torch.nn.Module) -> Iterator[tuple[Part, torch.Tensor]]:
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                yield from _part(clean(f"{prefix}.{name}" if prefix else name), buffer, 0)
+
+
+def flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """The elements `start` to `stop` of the flattened tensor as (offsets, shape) of boxes, in their order."""
+    if stop <= start:
+        return
+    if not shape:
+        yield (), ()
+        return
+    inner = math.prod(shape[1:])
+    first, last = start // inner, stop // inner
+    if first * inner != start:  # the rest of a row that begins before
+        end = min(stop, (first + 1) * inner)
+        for offsets, extent in flat_boxes(shape[1:], start - first * inner, end - first * inner):
+            yield (first, *offsets), (1, *extent)
+        start, first = end, first + 1
+    if last > first:
+        yield (first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:])
+        start = last * inner
+    if stop > start:
+        for offsets, extent in flat_boxes(shape[1:], 0, stop - start):
+            yield (last, *offsets), (1, *extent)
+
+
+class Copier:
+    """Copies a rank's values into host memory, cast to `dtypes` (by fqn; others keep theirs).
+
+    The memory is taken once, by `allocate`, and reused: pinned where the values are on a
+    device. With `clone` they are first copied on the device, and `copy` returns at once.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, rank: int, dtypes: Mapping[str, str], chunk_bytes: int, clone: bool = False
+    ) -> None:
+        self.module, self.rank, self.clone = module, rank, clone
+        held = held_parts(module, rank)
+        self.parts = [part for part, _ in held]
+        self.device = next((v.device for _, v in held if v.device.type != "cpu"), None)
+        self.layout = lay_out(rank, self.parts, dtypes, chunk_bytes)
+        self.chunks: list[torch.Tensor] = []
+
+    def allocate(self) -> None:
+        """Takes seconds for gigabytes of pinned memory; where that cannot be had, it is pageable."""
+        sizes, pinned = self.layout.chunks, self.device is not None and _may_pin(sum(self.layout.chunks))
+        try:
+            self.chunks = [torch.empty(n, dtype=torch.uint8, pin_memory=pinned) for n in sizes]
+        except RuntimeError as e:
+            logger.warning("verl_autoexport: rank %s: no pinned memory (%s); copies will be slower", self.rank, e)
+            self.chunks = [torch.empty(n, dtype=torch.uint8) for n in sizes]
+
+    def copy(self) -> Callable[[], None]:
+        """Returns when training may change the weights; what it returns makes the copy complete, in any thread.
+
+        Raises SourceError if the shards are laid out otherwise than when this was built.
+        """
+        held = held_parts(self.module, self.rank)
+        if [part for part, _ in held] != self.parts:
+            raise SourceError(f"rank {self.rank}: its shards are laid out otherwise than at the start of training.")
+        values = {part.fqn: tensor.reshape(-1) for part, tensor in held}
+        with torch.no_grad():
+            if self.clone and self.device is not None:
+                cast = {p.fqn: getattr(torch, p.dtype) for p in self.layout.parts}
+                values = {fqn: tensor.to(cast[fqn], copy=True) for fqn, tensor in values.items()}
+                self._synchronize()
+                return lambda: self._finish(values)
+            self._fill(values)
+        return lambda: None
+
+    def _finish(self, clones: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad(), torch.Stream(self.device):
+            self._fill(clones)
+
+    def _fill(self, values: Mapping[str, torch.Tensor]) -> None:
+        for part in self.layout.parts:
+            source = values[part.fqn][part.start : part.start + part.numel].to(getattr(torch, part.dtype))
+            into = self.chunks[part.chunk][part.offset : part.offset + part.nbytes].view(source.dtype)
+            into.copy_(source, non_blocking=True)
+        self._synchronize()
+
+    def _synchronize(self) -> None:
+        if self.device is not None:
+            torch.accelerator.current_stream(self.device).synchronize()
+
+
+def _may_pin(nbytes: int) -> bool:
+    """Pinned memory counts against the container's limit and cannot be swapped: it must fit with room to spare."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return True
+    return limit == "max" or used + nbytes < 0.95 * int(limit)
+
+
+def lay_out(rank: int, parts: Sequence[Part], dtypes: Mapping[str, str], chunk_bytes: int) -> Layout:
+    """Where everything goes: one after the other, in chunks of at most `chunk_bytes`; larger tensors are cut."""
+    placed, chunks, used = [], [], 0
+    for whole in parts:
+        dtype = dtypes.get(whole.fqn, whole.dtype) if whole.dtype in FLOATING else whole.dtype
+        for part in _cut(replace(whole, dtype=dtype), chunk_bytes // ITEMSIZE[dtype]):
+            if used + part.nbytes > chunk_bytes:
+                chunks.append(used)
+                used = 0
+            placed.append(replace(part, chunk=len(chunks), offset=used))
+            used += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
+    return Layout(rank, tuple(placed), (*chunks, used))
+
+
+def _cut(part: Part, limit: int) -> Iterator[Part]:
+    """`part`, or several of at most `limit` elements each."""
+    if part.numel <= limit:
+        yield part
+        return
+    for begin in range(0, part.numel, limit):
+        end, boxes, position = min(begin + limit, part.numel), [], 0
+        for offsets, shape in part.boxes:
+            size = math.prod(shape)
+            lo, hi = max(begin - position, 0), min(end - position, size)
+            for inner, extent in flat_boxes(shape, lo, hi):
+                boxes.append((tuple(a + b for a, b in zip(offsets, inner, strict=True)), extent))
+            position += size
+        yield replace(part, boxes=tuple(boxes), start=begin)
+
+
+def make_manifest(
+    layouts: Sequence[Layout], files: Sequence[Sequence[Any]], backend: str, fingerprint: str
+) -> ShardManifest:
+    """All ranks' parts; `files[i]` are the chunks of `layouts[i]`. Raises SourceError where parts are missing."""
+    numbers, tensors = {}, {}
+    for layout, chunks in zip(layouts, files, strict=True):
+        for number in range(len(chunks)):
+            numbers[layout.rank, number] = len(numbers)
+    for layout in layouts:
+        for part in layout.parts:
+            shards, offset = [], part.offset
+            for offsets, shape in part.boxes:
+                shards.append(Shard(layout.rank, offsets, shape, numbers[layout.rank, part.chunk], offset))
+                offset += math.prod(shape) * ITEMSIZE[part.dtype]
+            tensors.setdefault(part.fqn, (part.dtype, part.shape, []))[2].extend(shards)
+    entries = {fqn: TensorEntry(fqn, dtype, shape, tuple(shards)) for fqn, (dtype, shape, shards) in tensors.items()}
+    for entry in entries.values():
+        check_coverage(entry)
+    return ShardManifest(tuple(f for chunks in files for f in chunks), entries, len(layouts), backend, fingerprint)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
