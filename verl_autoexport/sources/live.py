@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +64,31 @@ class Layout:
     chunks: tuple[int, ...]
 
 
-def held_parts(module: torch.nn.Module, rank: int) -> list[tuple[Part, torch.Tensor]]:
-    """Every tensor of the state dict that this rank is to copy, and its local values (contiguous).
+Values = Callable[[], torch.Tensor]
+"""Gives the values that a rank holds of a tensor at this moment, flattened."""
+
+
+def held_parts(module: torch.nn.Module, rank: int) -> list[tuple[Part, Values]]:
+    """Every tensor of the state dict that this rank is to copy.
 
     Of replicas (HSDP, plain tensors) the first rank's is taken. Raises SourceError for a
-    layout that is not known.
+    layout that is not known. What is returned is good as long as `identity` stays the same.
     """
     if is_flat(module):
         return [*_flat_parts(module), *(_buffers(module) if rank == 0 else ())]
+    module.state_dict()  # FSDP2 registers the sharded parameters again for it, where it left gathered ones
+    named = [*module.named_parameters(remove_duplicate=False), *_persistent(module)]
     found, seen = [], set()
-    for fqn, tensor in module.state_dict().items():
-        for part, values in _part(clean(fqn), tensor, rank):
-            if values.numel() == 0 or values.data_ptr() not in seen:  # a tied tensor is copied once
-                found.append((part, values))
-            seen.add(values.data_ptr())
+    for fqn, tensor in named:
+        if id(tensor) not in seen:  # a tied tensor is copied once
+            found += _part(clean(fqn), tensor, rank)
+        seen.add(id(tensor))
     return found
+
+
+def identity(module: torch.nn.Module) -> list[int]:
+    """Changes when a parameter or buffer is replaced by another object."""
+    return [id(t) for t in (*module.parameters(), *module.buffers())]
 
 
 def is_flat(module: torch.nn.Module) -> bool:
@@ -92,39 +103,51 @@ def clean(fqn: str) -> str:
     return fqn
 
 
-def _part(fqn: str, tensor: torch.Tensor, rank: int) -> Iterator[tuple[Part, torch.Tensor]]:
+def _part(fqn: str, tensor: torch.Tensor, rank: int) -> Iterator[tuple[Part, Values]]:
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
         if rank == 0:
-            yield Part(fqn, _name(tensor.dtype), shape, (((0,) * len(shape), shape),)), tensor.detach()
+            yield Part(fqn, _name(tensor.dtype), shape, (((0,) * len(shape), shape),)), partial(_plain, tensor)
         return
     mesh, placements = tensor.device_mesh, tensor.placements
-    replica = any(isinstance(p, Replicate) and c for p, c in zip(placements, mesh.get_coordinate() or (), strict=True))
-    if replica:
+    coordinates = mesh.get_coordinate() or (0,) * len(placements)
+    if any(isinstance(p, Replicate) and c for p, c in zip(placements, coordinates, strict=True)):
         return
-    local = tensor.to_local().detach()
     extent, offsets = local_box(fqn, shape, mesh.mesh, placements, rank)
+    local = tensor.to_local()
     if tuple(local.shape) != extent or not local.is_contiguous():
         raise SourceError(f"{fqn}: rank {rank} should hold {list(extent)}, contiguous; found {list(local.shape)}.")
     if local.numel() or (not math.prod(shape) and rank == 0):
-        yield Part(fqn, _name(local.dtype), shape, ((offsets, extent),)), local
+        yield Part(fqn, _name(local.dtype), shape, ((offsets, extent),)), partial(_local, tensor)
 
 
-def _flat_parts(module: torch.nn.Module) -> Iterator[tuple[Part, torch.Tensor]]:
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(-1)
+
+
+def _local(tensor: DTensor) -> torch.Tensor:
+    return tensor._local_tensor.detach().reshape(-1)
+
+
+def _flat_parts(module: torch.nn.Module) -> Iterator[tuple[Part, Values]]:
     for prefix, unit in module.named_modules():
         handle = getattr(unit, "_handle", None) if isinstance(unit, FullyShardedDataParallel) else None
         if handle is None or _is_replica(unit):
             continue
         flat = handle.flat_param
-        if flat.data.numel() != flat._sharded_size.numel():
-            raise SourceError(f"{prefix or 'the model'}: FSDP1 holds it unsharded at this moment; it cannot be copied.")
         for fqn, shape, info in zip(flat._fqns, flat._shapes, flat._shard_param_infos, strict=True):
             if not info.in_shard:
                 continue
             name = clean(f"{prefix}.{fqn}" if prefix else fqn)
             boxes = flat_boxes(tuple(shape), info.intra_param_start_idx, info.intra_param_end_idx + 1)
-            values = flat.data[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard]
+            values = partial(_slice, flat, name, info.offset_in_shard, info.numel_in_shard)
             yield Part(name, _name(flat.dtype), tuple(shape), tuple(boxes)), values
+
+
+def _slice(flat: torch.Tensor, fqn: str, offset: int, numel: int) -> torch.Tensor:
+    if flat.data.numel() != flat._sharded_size.numel():
+        raise SourceError(f"{fqn}: FSDP1 holds it unsharded at this moment; it cannot be copied.")
+    return flat.data[offset : offset + numel]
 
 
 def _is_replica(unit: FullyShardedDataParallel) -> bool:
@@ -133,11 +156,17 @@ def _is_replica(unit: FullyShardedDataParallel) -> bool:
     return between is not None and torch.distributed.get_rank(between) != 0
 
 
-def _buffers(module: torch.nn.Module) -> Iterator[tuple[Part, torch.Tensor]]:
+def _buffers(module: torch.nn.Module) -> Iterator[tuple[Part, Values]]:
+    for fqn, buffer in _persistent(module):
+        yield from _part(clean(fqn), buffer, 0)
+
+
+def _persistent(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that a state dict holds."""
     for prefix, owner in module.named_modules():
         for name, buffer in owner._buffers.items():
             if buffer is not None and name not in owner._non_persistent_buffers_set:
-                yield from _part(clean(f"{prefix}.{name}" if prefix else name), buffer, 0)
+                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
@@ -165,23 +194,22 @@ def flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 class Copier:
     """Copies a rank's values into host memory, cast to `dtypes` (by fqn; others keep theirs).
 
-    The memory is taken once, by `allocate`, and reused: pinned where the values are on a
-    device. With `clone` they are first copied on the device, and `copy` returns at once.
+    The memory is taken once, by `allocate`, and reused: pinned where there is a device. With
+    `clone` values on a device are first copied there, and `copy` returns at once.
     """
 
     def __init__(
         self, module: torch.nn.Module, rank: int, dtypes: Mapping[str, str], chunk_bytes: int, clone: bool = False
     ) -> None:
         self.module, self.rank, self.clone = module, rank, clone
-        held = held_parts(module, rank)
-        self.parts = [part for part, _ in held]
-        self.device = next((v.device for _, v in held if v.device.type != "cpu"), None)
+        self._look()
         self.layout = lay_out(rank, self.parts, dtypes, chunk_bytes)
         self.chunks: list[torch.Tensor] = []
 
     def allocate(self) -> None:
         """Takes seconds for gigabytes of pinned memory; where that cannot be had, it is pageable."""
-        sizes, pinned = self.layout.chunks, self.device is not None and _may_pin(sum(self.layout.chunks))
+        sizes = self.layout.chunks
+        pinned = torch.accelerator.is_available() and _may_pin(sum(sizes))
         try:
             self.chunks = [torch.empty(n, dtype=torch.uint8, pin_memory=pinned) for n in sizes]
         except RuntimeError as e:
@@ -193,21 +221,29 @@ class Copier:
 
         Raises SourceError if the shards are laid out otherwise than when this was built.
         """
-        held = held_parts(self.module, self.rank)
-        if [part for part, _ in held] != self.parts:
-            raise SourceError(f"rank {self.rank}: its shards are laid out otherwise than at the start of training.")
-        values = {part.fqn: tensor.reshape(-1) for part, tensor in held}
+        if identity(self.module) != self.identity:
+            known = self.parts
+            self._look()
+            if self.parts != known:
+                raise SourceError(f"rank {self.rank}: its shards are laid out otherwise than at the start of training.")
+        values = {fqn: get() for fqn, get in self.values.items()}
         with torch.no_grad():
-            if self.clone and self.device is not None:
+            if self.clone and (device := _device(values)) is not None:
                 cast = {p.fqn: getattr(torch, p.dtype) for p in self.layout.parts}
                 values = {fqn: tensor.to(cast[fqn], copy=True) for fqn, tensor in values.items()}
-                self._synchronize()
-                return lambda: self._finish(values)
+                torch.accelerator.current_stream(device).synchronize()
+                return partial(self._finish, values, device)
             self._fill(values)
         return lambda: None
 
-    def _finish(self, clones: Mapping[str, torch.Tensor]) -> None:
-        with torch.no_grad(), torch.Stream(self.device):
+    def _look(self) -> None:
+        held = held_parts(self.module, self.rank)
+        self.identity = identity(self.module)
+        self.parts = [part for part, _ in held]
+        self.values = {part.fqn: get for part, get in held}
+
+    def _finish(self, clones: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        with torch.no_grad(), torch.Stream(device):
             self._fill(clones)
 
     def _fill(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -215,11 +251,13 @@ class Copier:
             source = values[part.fqn][part.start : part.start + part.numel].to(getattr(torch, part.dtype))
             into = self.chunks[part.chunk][part.offset : part.offset + part.nbytes].view(source.dtype)
             into.copy_(source, non_blocking=True)
-        self._synchronize()
+        if (device := _device(values)) is not None:
+            torch.accelerator.current_stream(device).synchronize()
 
-    def _synchronize(self) -> None:
-        if self.device is not None:
-            torch.accelerator.current_stream(self.device).synchronize()
+
+def _device(values: Mapping[str, torch.Tensor]) -> torch.device | None:
+    """The device that they are on, None for the CPU (offloaded parameters come and go)."""
+    return next((v.device for v in values.values() if v.device.type != "cpu"), None)
 
 
 def _may_pin(nbytes: int) -> bool:
