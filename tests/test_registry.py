@@ -92,6 +92,7 @@ def test_publish_writes_a_whole_version(registry, root):
     assert not any((root / ".staging").iterdir())
     assert read_json(root / "registry.json") == {
         "schema_version": 1, "next_version": 2, "superseded": {}, "pins": [], "pointers": {"latest": "v0001-step2"},
+        "removed": [],
     }  # fmt: skip
     assert not [p for p in root.rglob("*") if is_temp(p.name)]
 

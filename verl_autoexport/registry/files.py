@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -75,6 +76,11 @@ def write_json_atomic(path: Path, data: Any) -> None:
             temp.unlink()
         raise
     fsync_dir(path.parent)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk or a quota is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def fsync_dir(path: Path) -> None:

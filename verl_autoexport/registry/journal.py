@@ -6,6 +6,7 @@ a crash, or damaged later, is skipped and named instead of believed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -38,7 +39,7 @@ def append(path: Path, event: str, fields: dict[str, Any]) -> None:
         if size and os.pread(fd, 1, size - 1) != b"\n":
             line = b"\n" + line  # a torn last line must not swallow this one
         if os.write(fd, line) != len(line):
-            raise RegistryError(f"{path}: {event!r} was written only in part; is the disk full?")
+            raise OSError(errno.ENOSPC, f"{event!r} was written only in part", str(path))
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from verl_autoexport.registry.versions import NAME, Version
 
 LATEST = "latest"
 POINTER = re.compile(r"latest|best(-[A-Za-z0-9._-]{1,100})?")
+Claim = tuple[Version, Mapping[str, Any]]
+"""A version and the `best` trigger that chose it."""
 
 
 def choose(versions: Iterable[Version]) -> dict[str, str]:
@@ -23,11 +25,50 @@ def choose(versions: Iterable[Version]) -> dict[str, str]:
     if not live:
         return {}
     chosen = {LATEST: max(live, key=lambda v: (v.step, v.number)).name}
-    claims: dict[str, list[tuple[Version, Mapping[str, Any]]]] = {}
-    for version in live:
+    return chosen | {name: _best(claim).name for name, claim in claims(live).items()}
+
+
+def matching(versions: Sequence[Version], spec: str) -> list[Version]:
+    """What `spec` means: a full name, a number, `step…` (the newest), or a pointer."""
+    if number := re.fullmatch(r"v?([0-9]{1,18})", spec):
+        return [v for v in versions if v.number == int(number[1])]
+    if step := re.fullmatch(r"step([0-9]{1,18})", spec):
+        same = [v for v in versions if v.step == int(step[1])]
+        return sorted(same, key=lambda v: (not v.superseded, v.number))[-1:]
+    name = choose(versions).get(spec, spec)
+    return [v for v in versions if v.name == name]
+
+
+def claims(versions: Iterable[Version]) -> dict[str, list[Claim]]:
+    """`best…` -> the versions that a trigger chose under this name, by number; superseded ones aside."""
+    found: dict[str, list[Claim]] = {}
+    for version in sorted((v for v in versions if not v.superseded), key=lambda v: v.number):
         for trigger in filter(_claims_best, version.record.triggers):
-            claims.setdefault(_pointer(trigger), []).append((version, trigger))
-    return chosen | {name: _best(claim).name for name, claim in claims.items() if POINTER.fullmatch(name)}
+            found.setdefault(_pointer(trigger), []).append((version, trigger))
+    return {name: claim for name, claim in found.items() if POINTER.fullmatch(name)}
+
+
+def measure(trigger: Mapping[str, Any]) -> tuple[Any, str]:
+    """Metric and mode; only values of the same can be compared."""
+    return trigger.get("metric"), trigger["mode"]
+
+
+def is_measured(value: Any) -> bool:
+    """Whether it is a finite number."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer too large for a float
+        return False
+
+
+def links(root: Path) -> dict[str, str]:
+    """The symbolic links in `root` that lead to a version's name in it, whoever made them."""
+    found = {}
+    for name in sorted(os.listdir(root)):
+        folder, base = os.path.split(os.path.normpath(root / (_target(root / name) or "")))
+        if folder == str(root) and NAME.fullmatch(base):
+            found[name] = base
+    return found
 
 
 def _pointer(trigger: Mapping[str, Any]) -> str:
@@ -35,15 +76,15 @@ def _pointer(trigger: Mapping[str, Any]) -> str:
 
 
 def _claims_best(trigger: Mapping[str, Any]) -> bool:
-    value = trigger.get("value")
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return trigger.get("policy") == "best" and is_number and trigger.get("mode") in ("max", "min")
+    return (
+        trigger.get("policy") == "best" and is_measured(trigger.get("value")) and trigger.get("mode") in ("max", "min")
+    )
 
 
-def _best(claims: list[tuple[Version, Mapping[str, Any]]]) -> Version:
+def _best(claims: list[Claim]) -> Version:
     # Values of another metric, from before the configuration changed, are not comparable: the newest decides.
     _, newest = claims[-1]
-    same = [(v, t) for v, t in claims if (t.get("metric"), t["mode"]) == (newest.get("metric"), newest["mode"])]
+    same = [(v, t) for v, t in claims if measure(t) == measure(newest)]
     sign = -1 if newest["mode"] == "max" else 1
     return min(same, key=lambda claim: (sign * claim[1]["value"], claim[0].step, claim[0].number))[0]
 

@@ -19,12 +19,16 @@ SCHEMA_VERSION = 1
 
 @dataclass
 class State:
-    """`superseded` maps a directory name to the step resumed at, and when."""
+    """`superseded` maps a directory name to the step resumed at, and when.
+
+    `removed`: no versions any more, though their directories could not be taken away yet.
+    """
 
     next_version: int = 1
     superseded: dict[str, dict[str, Any]] = field(default_factory=dict)
     pins: list[str] = field(default_factory=list)
     pointers: dict[str, str] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
 
     def write(self, root: Path) -> None:
         write_json_atomic(root / FILE, {"schema_version": SCHEMA_VERSION, **asdict(self)})
@@ -51,10 +55,15 @@ def from_journal(entries: Iterable[dict[str, Any]]) -> State:
         event, name = entry["event"], entry.get("version")
         if event == "superseded":
             supersede(state, entry)
-        elif not _is_name(name):
+        elif not is_name(name):
             continue
         elif event == "published":
             state.next_version = max(state.next_version, number_of(name) + 1)
+        elif event == "removed" and name not in state.removed:
+            state.next_version = max(state.next_version, number_of(name) + 1)
+            state.removed.append(name)
+        elif event == "deleted" and name in state.removed:
+            state.removed.remove(name)
         elif event == "pinned" and name not in state.pins:
             state.pins.append(name)
         elif event == "unpinned" and name in state.pins:
@@ -67,7 +76,7 @@ def supersede(state: State, entry: dict[str, Any]) -> None:
     names, resumed_at = entry.get("versions"), entry.get("resumed_at")
     if not isinstance(names, list) or not journal.is_count(resumed_at):
         return
-    for name in filter(_is_name, names):
+    for name in filter(is_name, names):
         state.superseded.setdefault(name, {"resumed_at": resumed_at, "at": entry.get("at")})
 
 
@@ -75,7 +84,7 @@ def number_of(name: str) -> int:
     return int(LIKE_A_NAME.fullmatch(name)[1])
 
 
-def _is_name(name: Any) -> bool:
+def is_name(name: Any) -> bool:
     return isinstance(name, str) and NAME.fullmatch(name) is not None
 
 
@@ -86,15 +95,16 @@ def _parse(path: Path) -> State:
         # Not damage: rebuilding would throw away what a newer program wrote.
         raise RegistryError(f"{path}: schema_version {schema} is newer than {SCHEMA_VERSION}: upgrade verl_autoexport")
     next_version, superseded = data.get("next_version"), data.get("superseded")
-    pins, pointers = data.get("pins"), data.get("pointers")
+    pins, pointers, removed = data.get("pins"), data.get("pointers"), data.get("removed", [])
     if schema != SCHEMA_VERSION or not journal.is_count(next_version):
         raise ValueError(f"schema_version {schema!r} or next_version {next_version!r} is not as it must be")
-    if not isinstance(superseded, dict) or not all(map(_is_name, superseded)):
+    if not isinstance(superseded, dict) or not all(map(is_name, superseded)):
         raise ValueError("superseded: expected an object keyed by version directories")
     if not all(isinstance(mark, dict) and journal.is_count(mark.get("resumed_at")) for mark in superseded.values()):
         raise ValueError("superseded: expected objects with resumed_at")
-    if not isinstance(pins, list) or not all(map(_is_name, pins)):
-        raise ValueError("pins: expected a list of version directories")
-    if not isinstance(pointers, dict) or not all(POINTER.fullmatch(k) and _is_name(v) for k, v in pointers.items()):
+    for key, names in (("pins", pins), ("removed", removed)):
+        if not isinstance(names, list) or not all(map(is_name, names)):
+            raise ValueError(f"{key}: expected a list of version directories")
+    if not isinstance(pointers, dict) or not all(POINTER.fullmatch(k) and is_name(v) for k, v in pointers.items()):
         raise ValueError("pointers: expected an object from latest, best… to version directories")
-    return State(next_version, superseded, pins, pointers)
+    return State(next_version, superseded, pins, pointers, removed)

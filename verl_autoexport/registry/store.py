@@ -4,6 +4,7 @@
     ROOT/latest, best…       relative links to versions
     ROOT/registry.json       what may change: pointers, pins, superseded versions
     ROOT/.staging/<id>/      being written, while <id>.lock beside it is held
+    ROOT/.trash/<id>/        removed, being deleted
     ROOT/.journal.jsonl      what was asked and what became of it, append-only
     ROOT/.requests/*.json    requests for a milestone
     ROOT/.lock               held for short critical sections
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,17 +27,18 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.events import ExportRecord, Milestone, Trigger
-from verl_autoexport.registry import journal, pointers, requests, staging
+from verl_autoexport.events import ExportRecord, Milestone
+from verl_autoexport.registry import journal, pointers, removal, requests, retention, staging
 from verl_autoexport.registry import state as states
 from verl_autoexport.registry.files import fsync_dir, fsync_tree, is_temp, temp_path, write_json_atomic
+from verl_autoexport.registry.memory import Exported, Memory
+from verl_autoexport.registry.retention import Judgement, Keep
 from verl_autoexport.registry.staging import Staging
 from verl_autoexport.registry.state import State
 from verl_autoexport.registry.versions import (
     LIKE_A_NAME,
     RECORD,
     Version,
-    created_at,
     names_like_versions,
     read_record,
     scan,
@@ -48,6 +49,7 @@ __all__ = ["Registry", "Staging", "Version", "read_record", "write_json_atomic"]
 
 LOCK_TIMEOUT_S = 60
 _LISTED = 20
+_AT_ONCE = 8  # versions removed before the lock is given up for a moment
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +88,9 @@ class Registry:
 
     def invalid(self) -> list[tuple[Path, str]]:
         """What has a version's name but is none, and why."""
-        return scan(self.root)[1]
+        found = scan(self.root)[1]
+        removed = states.load(self.root)[0].removed  # asked later: a removal notes itself before it begins
+        return [(path, why) for path, why in found if path.name not in removed and os.path.lexists(path)]
 
     def pointers(self) -> dict[str, str]:
         """What `latest`, `best`… mean: pointer -> directory name."""
@@ -96,13 +100,7 @@ class Registry:
         """The version called `v0001-step2`, `v1`, `1`, `step2` (its newest), `latest`, `best` or `best-NAME`."""
         self._check_root()
         versions = self.versions()
-        name = pointers.choose(versions).get(spec, spec)
-        found = [v for v in versions if v.name == name]
-        if number := re.fullmatch(r"v?([0-9]{1,18})", spec):
-            found = [v for v in versions if v.number == int(number[1])]
-        elif step := re.fullmatch(r"step([0-9]{1,18})", spec):
-            same = [v for v in versions if v.step == int(step[1])]
-            found = sorted(same, key=lambda v: (not v.superseded, v.number))[-1:]
+        found = pointers.matching(versions, spec)
         if len(found) > 1:
             names = ", ".join(v.name for v in found)
             raise RegistryError(f"{self.root}: {spec!r} means several versions: {names}; give the full name")
@@ -117,23 +115,26 @@ class Registry:
     def milestones(self, up_to_step: int | None = None) -> list[Milestone]:
         """What the triggers must remember, by step: published, pending, failed and dropped milestones.
 
-        What a rollback cancelled is left out. A published version since deleted stays in.
+        What a rollback cancelled is left out. A published version since removed or deleted stays in.
         """
-        fates, versions = self._fates()
-        by_step = {step: fate.milestone() for step, fate in fates.items()}
-        for version in versions:  # a step exported by hand as well keeps the reasons of both
-            known = by_step.get(version.step) or Milestone(version.step, created_at(version.record), ())
-            asked = known.triggers if known.status != "failed" else ()
-            triggers = dict.fromkeys((*asked, *map(Trigger.from_dict, version.record.triggers)))
-            by_step[version.step] = replace(known, triggers=tuple(triggers), status="published")
-        return [by_step[step] for step in sorted(by_step) if up_to_step is None or step <= up_to_step]
+        told = self._memory().milestones()
+        return [m for m in told if up_to_step is None or m.step <= up_to_step]
+
+    def exported(self) -> list[Exported]:
+        """What was published and no rollback cancelled, by number, removed versions included."""
+        return self._memory().exported()
 
     def outcomes(self) -> list[dict[str, Any]]:
         """The journal entries, with their triggers, of failed and dropped milestones not published since."""
-        fates, versions = self._fates()
-        bad = [f for _, f in sorted(fates.items()) if f.status in ("failed", "dropped")]
-        published = {v.step for v in versions}
-        return [{**f.entry, "triggers": [t.to_dict() for t in f.triggers]} for f in bad if f.step not in published]
+        return self._memory().outcomes()
+
+    def judge(self, keep: Keep) -> Judgement:
+        """What `prune` would remove, and why."""
+        return retention.judge(self.versions(), keep, pointers.links(self.root))
+
+    def noted_policy(self) -> Keep | None:
+        """The policy of the run that exports here, if one recorded it."""
+        return removal.noted_policy(self.journal_entries()[0])
 
     # -- writing ---------------------------------------------------------------------------
 
@@ -181,10 +182,10 @@ class Registry:
     def supersede_after(self, step: int) -> list[Version]:
         """Notes that the run was resumed at `step`; returns the versions that a later, now abandoned, past had made."""
         with self._locked():
-            state = states.load(self.root)[0]
-            gone = [v for v in self._versions(state) if not v.superseded and v.step > step]
-            if not gone and all(known <= step for known in journal.replay(self.journal_entries()[0])):
+            known = self._memory()
+            if known.latest_step() <= step:
                 return []
+            state, gone = known.state, [v for v in known.versions if not v.superseded and v.step > step]
             at = datetime.now(timezone.utc).isoformat(timespec="seconds")
             entry = {"resumed_at": step, "versions": [v.name for v in gone], "at": at}
             journal.append(self._journal, "superseded", entry)
@@ -199,6 +200,29 @@ class Registry:
     def unpin(self, version: Version | str) -> Version:
         """Takes a pin back."""
         return self._set_pin(version, False)
+
+    def note_policy(self, keep: Keep) -> None:
+        """Records the policy of a run, for whoever prunes by hand."""
+        with self._locked():
+            removal.note_policy(self._journal, keep)
+
+    def prune(self, keep: Keep) -> tuple[Judgement, list[str]]:
+        """Removes what `keep` does not keep, and tries again what could not be deleted before.
+
+        Returns the judgement and a line for every directory that cannot be deleted yet; that stops nothing else.
+        """
+        first, batch = None, True
+        while batch:
+            with self._locked():
+                state = states.load(self.root)[0]
+                removal.note_lost(state, self.journal_entries()[0])
+                state.next_version = self._next_number(state)
+                self._settle_logged(state)  # links first: none may lead to what goes
+                judgement = retention.judge(self._versions(state), keep, pointers.links(self.root))
+                first, batch = first or judgement, judgement.removed[:_AT_ONCE]
+                removal.condemn(self.root, self._journal, state, batch)
+            failed = self._delete_removed()[1]
+        return first, failed
 
     def journal(self, event: str, **fields: Any) -> None:
         """Adds a durable entry; `time` is now unless given. Asked, failed, dropped… need a `step`."""
@@ -221,6 +245,7 @@ class Registry:
         with self._locked():
             abandoned = staging.abandoned(self._staging)
             done = self._repair()
+        done += [line for lines in self._delete_removed() for line in lines]
         for staged in abandoned:  # deleting may take long, so not under the lock
             line = [f"{staged.path}: removed, its writer is gone"] if staged.path.is_dir() else []
             try:
@@ -261,6 +286,7 @@ class Registry:
         return [
             Version(record.version, record.step, path, record, path.name in state.superseded, path.name in state.pins)
             for path, record in scan(self.root)[0]
+            if path.name not in state.removed
         ]
 
     def _next_number(self, state: State) -> int:
@@ -310,12 +336,28 @@ class Registry:
                 state.write(self.root)
             return replace(found, pinned=pinned)
 
-    def _fates(self) -> tuple[dict[int, journal.Fate], list[Version]]:
-        """The journal's fates, less those of superseded versions, and the versions that are not superseded."""
+    def _memory(self) -> Memory:
         state = states.load(self.root)[0]
-        fates = journal.replay(self.journal_entries()[0])
-        alive = {s: f for s, f in fates.items() if f.entry.get("version") not in state.superseded}
-        return alive, [v for v in self._versions(state) if not v.superseded]
+        versions = self._versions(state)  # before the journal, which knows what is removed meanwhile
+        return Memory(state, self.journal_entries()[0], versions)
+
+    def _delete_removed(self) -> tuple[list[str], list[str]]:
+        """Goes on with every removal that was begun; returns a line for each that is done, and that cannot be yet."""
+        with self._locked():
+            state = states.load(self.root)[0]
+            removal.note_lost(state, self.journal_entries()[0])
+            failed = removal.withdraw(self.root, removed := state.removed)
+        failed |= removal.delete(self.root, removed, skip=failed)  # may take long, so not under the lock
+        if not removed and not failed:
+            return [], []
+        with self._locked():
+            state = states.load(self.root)[0]
+            removal.note_lost(state, self.journal_entries()[0])
+            free = removal.settle(self.root, self._journal, state, failed)
+        return (
+            [f"{self.root / name}: removed" for name in free],
+            [f"{path}: removed, but its data cannot be deleted yet: {reason}" for path, reason in failed.items()],
+        )
 
     def _repair(self) -> list[str]:
         done = []
@@ -327,6 +369,9 @@ class Registry:
         for name, mark in states.from_journal(entries).superseded.items():
             if state.superseded.setdefault(name, mark) is mark and not problem:
                 done.append(f"{self.root / name}: marked superseded, as the journal says")
+        for name in removal.note_lost(state, entries):
+            if not problem and (self.root / name).exists():
+                done.append(f"{self.root / name}: was removed, as the journal says")
         versions = self._versions(state)
         noted = {entry.get("version") for entry in entries if entry["event"] == "published"}
         for version in (v for v in versions if v.name not in noted):
