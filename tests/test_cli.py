@@ -16,8 +16,10 @@ import pytest
 from conftest import STEP
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_registry import best, publish
 
 from verl_autoexport import __version__
+from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
 
 COMMAND = [sys.executable, "-m", "verl_autoexport"]
@@ -127,6 +129,9 @@ def test_export_that_fails(own_checkpoint, tmp_path):
         (["export", "x", "--output", "a", "--registry", "b"], "not allowed with"),
         (["export", "x", "--output", "a", "--dtype", "int8"], "int8"),
         (["show", "x"], "VERSION"),
+        (["prune", "x", "--last", "0"], "--last: expected a whole number from 1 on, found '0'"),
+        (["prune", "x", "--best", "many"], "--best: expected a whole number from 1 on, found 'many'"),
+        (["prune", "x", "--max-bytes", "5XB"], "--max-bytes: expected a size such as 5GB"),
         (["frobnicate"], "frobnicate"),
     ],
 )
@@ -151,7 +156,10 @@ print(json.dumps([name for name in sys.argv[1].split(",") if name in sys.modules
 """
 
 
-@pytest.mark.parametrize("command", [["ls"], ["ls", "--json"], ["show", "latest"], ["request"], ["pin", "1"]])
+@pytest.mark.parametrize(
+    "command",
+    [["ls"], ["ls", "--json"], ["show", "latest"], ["request"], ["pin", "1"], ["prune", "--max-bytes", "9GB"]],
+)
 def test_commands_that_load_nothing_heavy(command, root):
     assert python(IMPORTED, "torch,ray,transformers,verl,numpy", command[0], root, *command[1:]) == []
 
@@ -241,7 +249,9 @@ def test_pin_and_unpin(root):
     assert not Registry(root).find("1").pinned
 
 
-@pytest.mark.parametrize("command", [["ls"], ["show", "1"], ["request"], ["pin", "1"], ["unpin", "1"]])
+@pytest.mark.parametrize(
+    "command", [["ls"], ["show", "1"], ["request"], ["pin", "1"], ["unpin", "1"], ["prune", "--last", "1"]]
+)
 def test_root_that_is_not_there(command, tmp_path):
     line = refused(command[0], tmp_path / "nowhere", *command[1:])
     assert f"{tmp_path / 'nowhere'}: no such directory" in line
@@ -252,6 +262,85 @@ def test_version_that_is_not_there(command, root):
     line = refused(command, root, "step3")
     assert "no version 'step3'" in line
     assert NAME in line
+
+
+# -- prune ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def five(root: Path) -> Path:
+    """Versions of the steps 10 to 50; 20 was the best, 10 is pinned."""
+    shutil.rmtree(root)
+    registry = Registry.create(root)
+    for step in range(10, 60, 10):
+        publish(registry, step, *[best(0.9)] * (step == 20), metrics={"val/acc": step / 100}, files=FILES)
+    registry.pin("step10")
+    return root
+
+
+FILES = ({"name": "model.safetensors", "bytes": 3_000_000_000, "sha256": "0"},)
+
+
+def test_prune(five):
+    rows = [
+        ["v0001-step10", "10", "3", "GB", "keep", "pinned"],
+        ["v0002-step20", "20", "3", "GB", "keep", "best"],
+        ["v0003-step30", "30", "3", "GB", "remove", "kept", "by", "none", "of", "last=2"],
+        ["v0004-step40", "40", "3", "GB", "keep", "last=2"],
+        ["v0005-step50", "50", "3", "GB", "keep", "latest;", "last=2"],
+    ]
+    before = snapshot(five)
+    *shown, last = cli("prune", five, "--dry-run", "--last", 2).stdout.splitlines()
+    assert [line.split() for line in shown] == [["VERSION", "STEP", "SIZE", "DECISION", "WHY"], *rows]
+    assert last == "would remove 1 of 5 versions, 3 GB (last=2)"
+    assert snapshot(five) == before, "a dry run changes nothing"
+    *shown, last = cli("prune", five, "--last", 2).stdout.splitlines()
+    assert [line.split() for line in shown[1:]] == rows
+    assert last == "removed 1 of 5 versions, 3 GB (last=2)"
+    assert not (five / "v0003-step30").exists()
+    assert "step30" not in cli("ls", five).stdout
+    assert "no version 'step30'" in refused("show", five, "step30")
+    data = json.loads(cli("prune", five, "--json", "--best", 1, "--every-n-steps", 20).stdout)
+    assert data["keep"] == {"last": None, "best": 1, "every_n_steps": 20, "max_bytes": None}
+    assert (data["dry_run"], data["warnings"], data["not_deleted"]) == (False, [], [])
+    assert [(v["step"], v["bytes"], v["keep"]) for v in data["versions"]] == [
+        (step, 3_000_000_000, True) for step in (10, 20, 40, 50)
+    ]
+
+
+def snapshot(root: Path) -> dict[str, tuple[int, float]]:
+    return {str(p): (s.st_ino, s.st_mtime) for p in (root, *root.rglob("*")) if (s := p.lstat())}
+
+
+def test_prune_uses_what_the_run_recorded(five):
+    done = cli("prune", five, code=2)
+    assert "no run has recorded any" in done.stderr
+    for option in ("--last", "--best", "--every-n-steps", "--max-bytes"):
+        assert option in done.stderr
+    Registry(five).note_policy(Keep(last=3))
+    assert "(last=3)" in cli("prune", five, "--dry-run").stdout
+    assert "(every_n_steps=50)" in cli("prune", five, "--dry-run", "--every-n-steps", 50).stdout, "replaced, not added"
+    Registry(five).note_policy(Keep())
+    assert "the run that exports there keeps all" in cli("prune", five, code=2).stderr
+    assert len(Registry(five).versions()) == 5
+
+
+def test_prune_that_cannot_do_all(five):
+    done = cli("prune", five, "--max-bytes", "5GB", code=1)
+    assert "max_bytes=5000000000 cannot be met: the 3 versions that are never removed hold 9 GB" in done.stderr
+    assert [v.step for v in Registry(five).versions()] == [10, 20, 50]
+    Registry(five).pin("step50")
+    assert cli("prune", five, "--max-bytes", "9GB").stdout.endswith(
+        "removed 0 of 3 versions, 0 B (max_bytes=9000000000)\n"
+    )
+
+
+def test_prune_by_a_metric_that_nothing_was_chosen_by(tmp_path):
+    registry = Registry.create(tmp_path / "exports")
+    publish(registry, 1)
+    publish(registry, 2)
+    assert "--best has no metric to rank by" in refused("prune", registry.root, "--best", 1)
+    assert len(registry.versions()) == 2
 
 
 # -- verify ---------------------------------------------------------------------------------

@@ -6,15 +6,17 @@ import importlib.util
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from verl_autoexport.config import AutoExportConfig, config_dir, load_config, parse_size
+from verl_autoexport.config import AutoExportConfig, KeepConfig, config_dir, load_config, parse_size
 from verl_autoexport.errors import ConfigError
 from verl_autoexport.preflight import CALLBACK, check_hook, check_length, check_run
+from verl_autoexport.registry.retention import Keep
 
 TRIGGER_KEYS = (
     "every_n_steps, at_steps, every_seconds, on_save, on_train_end, on_request, best, threshold, min_steps_between"
@@ -203,13 +205,29 @@ REFUSED = [  # the message goes on after `autoexport.`
         "trigger.threshold (a): expected one of above, below; found above=1.0",
     ),
     (trigger(threshold=[{"metric": "a", "above": 1}] * 2), "trigger.threshold: expected each threshold once"),
-    # not in this release
-    (
-        {"keep": {"last": 3}},
-        "keep.last=3 is not available in this release: versions are never removed; remove them by hand.",
+    *(
+        ({"keep": {key: value}}, f"keep.{key}: expected {expected}, found {shown}")
+        for key in ("last", "best", "every_n_steps")
+        for value, expected, shown in ((0, "1 or more", "0"), ("all", "a whole number", '"all"'), (-3, "1 or more", -3))
     ),
-    ({"keep": {"max_bytes": "1GB"}}, "keep.max_bytes=1000000000 is not available in this release"),
+    ({"keep": {"last": 2.5}}, "keep.last: expected a whole number, found 2.5"),
+    ({"keep": {"max_bytes": 0}}, "keep.max_bytes: expected a size such as 5GB or 512MiB, found 0"),
+    ({"keep": {"max_bytes": "much"}}, 'keep.max_bytes: expected a size such as 5GB or 512MiB, found "much"'),
+    ({"keep": {"max_bytes": True}}, "keep.max_bytes: expected a size such as 5GB or 512MiB, found true"),
+    ({"keep": {"newest": 3}}, "keep.newest is not a key."),
+    ({"keep": {"best": 3}}, "keep.best=3 needs autoexport.trigger.best, whose metric it ranks by."),
 ]
+
+
+def test_keep():
+    keep = load(
+        keep={"last": 3, "best": "2", "every_n_steps": 100, "max_bytes": "1.5TB"}, **trigger(best={"metric": "a"})
+    ).keep
+    assert keep == KeepConfig(last=3, best=2, every_n_steps=100, max_bytes=1_500_000_000_000)
+    assert load().keep == KeepConfig()
+    assert {f.name for f in fields(KeepConfig)} == {f.name for f in fields(Keep)}, (
+        "the run hands it over field by field"
+    )
 
 
 @pytest.mark.parametrize(("node", "message"), REFUSED, ids=lambda v: str(v)[:60])

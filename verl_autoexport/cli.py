@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from verl_autoexport import __version__
 from verl_autoexport.errors import AutoExportError, RegistryError
+from verl_autoexport.registry.retention import Keep, show_size
 from verl_autoexport.registry.store import Registry
 
 if TYPE_CHECKING:
     from verl_autoexport.export.pipeline import MergeRunner
     from verl_autoexport.export.spec import ExportSpec
+    from verl_autoexport.registry.retention import Judgement
     from verl_autoexport.registry.store import Version
+
+_KEEP = tuple(Keep().to_dict())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -235,6 +239,44 @@ def _pin(args: argparse.Namespace) -> int:
     return 0
 
 
+def _prune(args: argparse.Namespace) -> int:
+    registry = _existing(args.root)
+    given = {key: value for key in _KEEP if (value := getattr(args, key)) is not None}
+    keep = Keep(**given) if given else registry.noted_policy()
+    if not keep:
+        found = "the run that exports there keeps all" if keep is not None else "no run has recorded any"
+        options = ", ".join(f"--{key.replace('_', '-')}" for key in _KEEP)
+        args.parser.error(f"{args.root}: no autoexport.keep.* to go by ({found}): give one or more of {options}")
+    if args.best is not None and not registry.pointers().keys() - {"latest"}:
+        raise RegistryError(
+            f"{args.root}: no version was chosen by a `best` trigger, so --best has no metric to rank by"
+        )
+    judgement, failed = (registry.judge(keep), []) if args.dry_run else registry.prune(keep)
+    removed, problems = judgement.removed, [*judgement.warnings, *failed]
+    if args.json:
+        print(json.dumps(_judgement(args, keep, judgement, failed), indent=2))
+    else:
+        rows = [
+            (v.version.name, str(v.version.step), show_size(v.nbytes), "keep" if v.keep else "remove", v.reason)
+            for v in judgement.verdicts
+        ]
+        _table(("VERSION", "STEP", "SIZE", "DECISION", "WHY"), rows)
+        what = f"{len(removed)} of {len(rows)} versions, {show_size(sum(v.nbytes for v in removed))}"
+        print(f"{'would remove' if args.dry_run else 'removed'} {what} ({keep})")
+    if problems:
+        print(f"verl-autoexport: {'; '.join(problems)}", file=sys.stderr)
+    return 1 if problems and not args.dry_run else 0
+
+
+def _judgement(args: argparse.Namespace, keep: Keep, judgement: Judgement, failed: Sequence[str]) -> dict[str, Any]:
+    verdicts = [
+        {"version": v.version.name, "step": v.version.step, "bytes": v.nbytes, "keep": v.keep, "reason": v.reason}
+        for v in judgement.verdicts
+    ]
+    done = {"keep": keep.to_dict(), "dry_run": args.dry_run, "versions": verdicts}
+    return done | {"warnings": list(judgement.warnings), "not_deleted": list(failed)}
+
+
 def _existing(root: Path) -> Registry:
     if not root.is_dir():
         raise RegistryError(f"{root}: no such directory; expected a run's autoexport.output_dir.")
@@ -257,11 +299,12 @@ def _parser() -> argparse.ArgumentParser:
     request.add_argument("--note", help="why, for the record")
     pin = _add(commands, "pin", _pin, "mark a version as one to keep")
     unpin = _add(commands, "unpin", _pin, "take that mark back")
-    for command in (ls, show, request, pin, unpin):
+    prune = _add_prune(commands)
+    for command in (ls, show, request, pin, unpin, prune):
         command.add_argument("root", type=Path, metavar="ROOT", help="the run's autoexport.output_dir")
     for command in (show, pin, unpin):
         command.add_argument("version", metavar="VERSION", help="v0001-step2, 1, step2, latest, best or best-NAME")
-    for command in (verify, ls, show):
+    for command in (verify, ls, show, prune):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -291,6 +334,37 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:
     export.add_argument("--again", action="store_true", help="export a step that ROOT has already")
     export.add_argument("--ray-address", metavar="A", help="merge in the Ray cluster at A; no Ray without this")
     return export
+
+
+def _add_prune(commands: Any) -> argparse.ArgumentParser:
+    text = "remove the versions that no rule keeps; never latest, best… or a pinned one"
+    prune = _add(commands, "prune", _prune, text)
+    prune.set_defaults(parser=prune)
+    prune.add_argument("--dry-run", action="store_true", help="only say what would happen to each version, and why")
+    rules = prune.add_argument_group("rules", "any of them replaces all autoexport.keep.* of the run, the default")
+    rules.add_argument("--last", type=_count, metavar="N", help="keep the newest N")
+    rules.add_argument("--best", type=_count, metavar="N", help="keep the top N by the metric of each best…")
+    help_ = "keep the first version at or after each multiple of N"
+    rules.add_argument("--every-n-steps", type=_count, metavar="N", help=help_)
+    help_ = "such as 500GB; of what would stay, the least valuable go until the rest fits"
+    rules.add_argument("--max-bytes", type=_size, metavar="B", help=help_)
+    return prune
+
+
+def _count(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
+    return value
+
+
+def _size(text: str) -> int:
+    from verl_autoexport.config import parse_size
+
+    try:
+        return parse_size(text, "--max-bytes")
+    except AutoExportError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def _add(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:

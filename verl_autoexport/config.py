@@ -151,7 +151,7 @@ class VerifyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepConfig:
-    """Retention; nothing of it is available in this release."""
+    """Which versions stay: what any key keeps; nothing is removed while none is set. `max_bytes` limits all."""
 
     last: int | None = _rule(None, least=1)
     best: int | None = _rule(None, least=1)
@@ -203,13 +203,6 @@ class AutoExportConfig:
         return "checkpoint" if self.source == "auto" else self.source
 
 
-_KEEP = "versions are never removed; remove them by hand"
-_NOT_YET: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    # key, values that are available, what to do instead
-    *((f"keep.{f.name}", (None,), _KEEP) for f in dataclasses.fields(KeepConfig)),
-)
-
-
 def load_config(node: DictConfig | Mapping[str, Any]) -> AutoExportConfig:
     """Check the node `autoexport` and return it with types, defaults and absolute paths.
 
@@ -220,12 +213,8 @@ def load_config(node: DictConfig | Mapping[str, Any]) -> AutoExportConfig:
     _check_threshold(config.trigger.threshold)
     if config.verify.load is False and config.verify.generate is True:
         raise ConfigError(f"{ROOT}.verify.generate=true needs {ROOT}.verify.load=true or auto; found load=false.")
-    for key, available, instead in _NOT_YET:
-        value = config
-        for part in key.split("."):
-            value = getattr(value, part)
-        if value not in available:
-            raise ConfigError(f"{ROOT}.{key}={_show(value)} is not available in this release: {instead}.")
+    if config.keep.best is not None and not config.trigger.best:
+        raise ConfigError(f"{ROOT}.keep.best={config.keep.best} needs {ROOT}.trigger.best, whose metric it ranks by.")
     return config
 
 

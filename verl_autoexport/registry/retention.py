@@ -87,7 +87,7 @@ def judge(versions: Iterable[Version], keep: Keep, links: Mapping[str, str] | No
     verdicts, removed = [], []
     for version in versions:
         reasons, kept = why[version.name], bool(why[version.name]) and version.name not in cut
-        reason = "; ".join(reasons) or ("superseded by a rollback" if version.superseded else f"outside of {keep}")
+        reason = "; ".join(reasons) or ("superseded by a rollback" if version.superseded else f"kept by none of {keep}")
         verdicts.append(Verdict(version, kept, cut.get(version.name, reason)))
         removed += [] if kept else [verdicts[-1]]
     removed.sort(key=lambda r: (r.version.name in cut, value.get(r.version.name, 0), *_turn(r.version)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -19,6 +20,7 @@ from verl_autoexport.errors import AutoExportError, SourceError
 from verl_autoexport.events import Trigger
 from verl_autoexport.export.pipeline import export_to_registry
 from verl_autoexport.export.spec import ExportSpec
+from verl_autoexport.registry.retention import Keep, show_size
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.live import Snapshot
 from verl_autoexport.runtime.tasks import RayRunner
@@ -56,6 +58,11 @@ class ExportActor:
         self.registry = Registry.create(settings.output_dir)
         for line in self.registry.recover():
             logger.warning("verl_autoexport: recovered: %s", line)
+        self.keep = Keep(**dataclasses.asdict(settings.keep))
+        try:
+            self.registry.note_policy(self.keep)
+        except AutoExportError as e:
+            logger.warning("verl_autoexport: `verl-autoexport prune` will not know this run's keep.*: %s", e)
         merge = settings.merge
         self.runner = RayRunner(merge.workers, merge.num_cpus, merge.schedule_timeout_s)
         self.waiting: list[_Job] = []
@@ -132,6 +139,8 @@ class ExportActor:
                 job = self.waiting.pop(0)
                 self.running = 1
             outcome = self._export(job.request)
+            if outcome["status"] == "published":
+                self._retain()
             with self.changed:
                 self.running = 0
             job.done.set_result(outcome)
@@ -164,12 +173,26 @@ class ExportActor:
     def _published(self, request: Mapping[str, Any]) -> str | None:
         """The version that is this very milestone; one made by hand of the same step lacks its reasons."""
         wanted = {(t["policy"], t.get("name")) for t in request["triggers"]}
-        for version in self.registry.versions():
-            same = version.record.source.get("fingerprint") == request["fingerprint"]
-            has = {(t.get("policy"), t.get("name")) for t in version.record.triggers}
-            if version.step == request["step"] and same and not version.superseded and wanted <= has:
-                return version.name
+        for done in self.registry.exported():  # those that retention has removed since count too
+            has = {(t.get("policy"), t.get("name")) for t in done.triggers}
+            if done.step == request["step"] and done.fingerprint == request["fingerprint"] and wanted <= has:
+                return done.name
         return None
+
+    def _retain(self) -> None:
+        """Before the outcome is told, so that the end of a run waits for it. What goes wrong is tried again later."""
+        try:
+            judgement, failed = self.registry.prune(self.keep)
+        except (AutoExportError, OSError) as e:
+            logger.warning("verl_autoexport: old versions could not be removed: %s", e)
+            return
+        except Exception:  # a version too many harms nothing
+            logger.exception("verl_autoexport: old versions could not be removed")
+            return
+        for gone in judgement.removed:
+            logger.info("verl_autoexport: removed %s (%s): %s", gone.version.name, show_size(gone.nbytes), gone.reason)
+        for line in (*judgement.warnings, *failed):
+            logger.warning("verl_autoexport: keep: %s", line)
 
     def _settle(self, request: Mapping[str, Any], status: str, reason: str) -> Outcome:
         logger.warning("verl_autoexport: step %s %s: %s", request["step"], status, reason)
