@@ -39,7 +39,7 @@ def append(path: Path, event: str, fields: dict[str, Any]) -> None:
         if size and os.pread(fd, 1, size - 1) != b"\n":
             line = b"\n" + line  # a torn last line must not swallow this one
         if os.write(fd, line) != len(line):
-            raise OSError(errno.ENOSPC, f"{event!r} was written only in part", str(path))
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {event!r} was written only in part", str(path))
         os.fsync(fd)
     finally:
         os.close(fd)

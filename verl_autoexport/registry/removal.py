@@ -88,6 +88,7 @@ def _make_room(root: Path, log: Path, verdict: Verdict) -> None:
     name = verdict.version.name
     if not any(e["event"] == "published" and e.get("version") == name for e in journal.read(log)[0]):
         raise OSError(errno.ENOSPC, "no room to note what is removed", str(log))
+    (root / TRASH).mkdir(exist_ok=True)
     target = _in_trash(root, name)
     os.rename(root / name, target)
     _delete(target)

@@ -70,7 +70,7 @@ class Registry:
         """The registry in `root`, made if need be; RegistryError if it cannot be written to and locked."""
         registry = cls(root, lock_timeout_s)
         try:
-            for folder in (registry.root, registry._staging, registry._requests):
+            for folder in (registry.root, registry._staging, registry._requests, registry.root / removal.TRASH):
                 folder.mkdir(parents=True, exist_ok=True)
             probe = temp_path(registry.root / "probe")
             probe.touch()
