@@ -13,6 +13,7 @@ from verl_autoexport.config import load_config
 from verl_autoexport.errors import AutoExportError, ConfigError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.driver import ExportDriver, RunInfo
 from verl_autoexport.sources.pins import find_pins
@@ -48,10 +49,11 @@ class Script:
     def registry(self) -> Registry:
         return Registry(self.root / "exports")
 
-    def start(self, step: int = 0, last_step: int | None = None, **trigger) -> ExportDriver:
+    def start(self, step: int = 0, last_step: int | None = None, keep=None, **trigger) -> ExportDriver:
         if self.driver is not None:
             ray.kill(self.driver.actor)
         node = {"output_dir": str(self.root / "exports"), "verify": {"load": False}, "trigger": trigger}
+        node |= {"keep": keep} if keep else {}
         self.driver = ExportDriver(load_config(node), RunInfo(self.root, run={}))
         self.driver.begin(step, last_step)
         return self.driver
@@ -167,3 +169,29 @@ def test_a_request_is_kept_where_requests_are_off_and_used_where_they_are_on(run
     run.finish(False)
     assert run.live()[2] == {"on_request"}
     assert run.registry.pending_requests() == []
+
+
+def test_what_retention_removed_is_neither_exported_again_nor_forgotten_by_the_triggers(run):
+    options = {"best": BEST, "at_steps": [1, 3, 4], "on_train_end": False, "keep": {"last": 1}}
+    run.start(**options)
+    for step, value in ((1, 0.5), (2, 0.9), (3, 0.1)):
+        run.step(step, value)
+    run.finish(False)
+    assert sorted(run.live()) == [2, 3], "1 is gone; 2 is best, 3 is latest"
+    assert run.registry.noted_policy() == Keep(last=1)
+    first = run.registry.exported()[0]
+    (run.root / "exports/registry.json").unlink()
+    run.start(3, **options)
+    assert [m.step for m in run.driver.history] == [1, 2, 3]
+    request = {
+        "step": 1,
+        "triggers": list(first.triggers),
+        "fingerprint": first.fingerprint,
+        "pin": str(run.root / "none"),
+    }
+    again = ray.get(run.driver.actor.export.remote({**request, "time": 1.0}))
+    assert (again["status"], again["version"]) == ("published", "v0001-step1"), "as Ray asks again after a crash"
+    run.step(4, 0.6)
+    run.finish(False)
+    assert run.live() == {2: {"best"}, 4: {"at_steps"}}
+    assert [v.name for v in run.registry.versions()] == ["v0002-step2", "v0004-step4"]

@@ -216,7 +216,6 @@ class Registry:
             with self._locked():
                 state = states.load(self.root)[0]
                 removal.note_lost(state, self.journal_entries()[0])
-                state.next_version = self._next_number(state)
                 self._settle_logged(state)  # links first: none may lead to what goes
                 judgement = retention.judge(self._versions(state), keep, pointers.links(self.root))
                 first, batch = first or judgement, judgement.removed[:_AT_ONCE]
