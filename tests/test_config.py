@@ -293,6 +293,10 @@ IMPOSSIBLE = [
     ),
     (["trainer.save_freq=0"], "trainer.save_freq=0: exports are made"),
     (
+        [LIVE, "trainer.v1.trainer_mode=separate_async"],
+        "autoexport.source=live: trainer.v1.trainer_mode=separate_async, but the weights of a step",
+    ),
+    (
         [LIVE, "autoexport.trigger.on_save=true", "trainer.save_freq=-1"],
         "autoexport.trigger.on_save=true: trainer.save_freq=-1, this run saves nothing",
     ),
@@ -381,7 +385,7 @@ POSSIBLE = [
     [best("v*/acc"), "trainer.test_freq=2"],  # may match a val-* metric
     ["autoexport.enabled=false", "trainer.save_freq=-1"],
     # the live source needs no checkpoint
-    [LIVE, "trainer.save_freq=-1"],
+    [LIVE, "trainer.save_freq=-1", "trainer.v1.trainer_mode=colocate_async"],
     [LIVE, f"actor_rollout_ref.actor.{SAVE_CONTENTS}"],
     [LIVE, "autoexport.trigger.at_steps=[3]", "trainer.total_training_steps=11"],
     [LIVE, VAL, "trainer.save_freq=4", "trainer.test_freq=6", "trainer.total_training_steps=11"],

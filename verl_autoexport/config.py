@@ -176,6 +176,7 @@ class QueueConfig:
     overflow: str = _rule("coalesce", one_of=("coalesce", "wait", "skip"))
     wait_timeout_s: float = _rule(600.0, least=0)
     inflight_bytes: int | None = _size(None)
+    device_clone: bool = False
     drain_timeout_s: float = _rule(3600.0, least=0)
     drain_on_failure_s: float = _rule(120.0, least=0)
 

@@ -19,6 +19,7 @@ from verl_autoexport.errors import ConfigError
 
 CALLBACK = "verl_autoexport.AutoExportCallback"
 STRATEGIES = ("fsdp", "fsdp2")
+LIVE_MODES = ("sync", "colocate_async")
 _OTHER_TRAINERS = (("async_training", "fully async"), ("rollout.nnodes", "one-step-off"))
 """A key that only this trainer's configuration has; both inherit use_v1=True without obeying it."""
 
@@ -135,6 +136,15 @@ def _strategy(run: _Run) -> Iterator[str]:
         yield f"{key}={strategy}: exports need one of {', '.join(STRATEGIES)} in this release."
 
 
+def _live_mode(run: _Run) -> Iterator[str]:
+    mode = run.get("trainer.v1.trainer_mode")
+    if run.live and mode is not None and mode not in LIVE_MODES:
+        yield (
+            f"autoexport.source=live: trainer.v1.trainer_mode={mode}, but the weights of a step are known to be in the "
+            f"workers when it is logged only in {', '.join(LIVE_MODES)}; use autoexport.source=checkpoint."
+        )
+
+
 def _trains_lora(run: _Run) -> Iterator[str]:
     key, lora = f"{run.model_key}.lora_rank", run.settings.weights.lora
     rank = run.get(key)
@@ -211,6 +221,7 @@ _RULES: tuple[Callable[[_Run], Iterator[str]], ...] = (
     _saves,
     _saves_model,
     _strategy,
+    _live_mode,
     _trains_lora,
     _adapter_is_local,
     _has_critic,

@@ -91,7 +91,7 @@ class AutoExportCallback(CheckpointCallback):
             checkpoint=source.directory, step=0, dtype=settings.weights.dtype, base_model=info.base_model,
             trust_remote_code=info.trust_remote_code, external_lib=info.external_lib, lora=settings.weights.lora,
         )  # fmt: skip
-        source.prepare(capture_dtypes(spec, plan_model(spec, source.manifest())))
+        source.prepare(capture_dtypes(spec, plan_model(spec, source.manifest())), settings.queue.device_clone)
         logger.warning(
             "verl_autoexport: source=live: %.2f GB a snapshot, at most %d in flight", source.nbytes / 1e9, source.room
         )
