@@ -304,6 +304,31 @@ def test_lora_checkpoints_have_what_is_read_of_them() -> None:
     assert 'if "lora_" in k or ".adapter_" in k' in found["save_checkpoint"], "what save_lora_only keeps"
 
 
+def test_the_way_to_the_module_in_a_worker() -> None:
+    """What the live source follows; runtime/live.py."""
+    for file, line in (
+        ("workers/engine_workers.py", "self.actor = self.actor_worker_cls("),
+        ("workers/engine_workers.py", "self.engine"),
+        ("workers/engine/fsdp/transformer_impl.py", "self.module = module"),
+        ("workers/engine/fsdp/transformer_impl.py", "self.checkpoint_manager = FSDPCheckpointManager("),
+        ("utils/checkpoint/checkpoint_manager.py", "self.processing_class = processing_class"),
+        ("single_controller/ray/base.py", "self.worker_dict[key] = user_defined_cls("),
+        ("trainer/ppo/v1/trainer_base.py", "self.actor_rollout_wg = all_wg[str(actor_role)]"),
+        ("trainer/ppo/v1/trainer_base.py", "self.critic_wg = all_wg[str(Role.Critic)]"),
+    ):
+        assert line in (VERL / file).read_text(encoding="utf-8"), f"verl/{file} no longer has {line!r}"
+
+
+def test_what_fsdp1_tells_of_its_flattened_parameters() -> None:
+    """sources/live.py slices them by it."""
+    from torch.distributed.fsdp._flat_param import FlatParameter, _ShardParamInfo
+
+    names = ("in_shard", "offset_in_shard", "numel_in_shard", "intra_param_start_idx", "intra_param_end_idx")
+    assert _ShardParamInfo._fields == names, "torch describes the parts of a flattened parameter in another way"
+    told = FlatParameter.__annotations__
+    assert {"_fqns", "_shapes", "_shard_param_infos", "_sharded_size"} <= told.keys(), f"FlatParameter has {list(told)}"
+
+
 def test_lora_is_added_by_rank_and_in_the_base_dtype() -> None:
     source = (VERL / "workers/engine/fsdp/transformer_impl.py").read_text()
     assert "self._is_lora = self.model_config.lora_rank > 0" in source, "lora_adapter_path alone adds none"
@@ -317,7 +342,7 @@ KEYS = {
     "trainer.total_training_steps": None, "trainer.total_epochs": 30, "trainer.save_freq": -1, "trainer.test_freq": -1,
     "trainer.default_local_dir": "checkpoints/${trainer.project_name}/${trainer.experiment_name}",
     "trainer.project_name": "verl_examples", "trainer.experiment_name": "gsm8k",
-    "algorithm.adv_estimator": "gae", "critic.enable": None,
+    "algorithm.adv_estimator": "gae", "critic.enable": None, "trainer.v1.trainer_mode": "sync",
     **{f"{role}.strategy": "fsdp" for role in ROLES},
     **{f"{role}.checkpoint.save_contents": ["model", "optimizer", "extra"] for role in ROLES},
     **{

@@ -137,9 +137,9 @@ _busy: threading.Thread | None = None
 
 def find_engine(worker: Any, role: str) -> Any:
     """The training engine in one of verl's workers; raises SourceError where it is not the one that is known."""
-    for inner in (getattr(worker, "worker_dict", None) or {"": worker}).values():
+    for key, inner in (getattr(worker, "worker_dict", None) or {role: worker}).items():
         part = getattr(inner, "actor", None) if role == "actor" else inner
-        if part is not None and hasattr(getattr(part, "engine", None), "module"):
+        if role in key and hasattr(getattr(part, "engine", None), "module"):
             return part.engine
     raise SourceError(f"no training engine of the {role} in {type(worker).__name__}; use autoexport.source=checkpoint.")
 
