@@ -48,8 +48,8 @@ def make_checkpoints(cases: dict[Path, dict[str, Any]], world_size: int) -> None
     mp.start_processes(_rank, args=(cases, world_size, port), nprocs=world_size, start_method="spawn")
 
 
-def build(config: dict[str, Any], dtype: str) -> Any:
-    """The unsharded model, the same on every rank."""
+def build(config: dict[str, Any], dtype: str, scale: float = 0.05) -> Any:
+    """The unsharded model, the same on every rank; values are normal, `scale` their deviation."""
     import transformers
     from transformers import AutoConfig
 
@@ -59,7 +59,7 @@ def build(config: dict[str, Any], dtype: str) -> Any:
     model = getattr(transformers, config["architectures"][0])(hf_config).to(getattr(torch, dtype))
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randn_like(p, dtype=torch.float32) * 0.05)  # norms too: no value may be a default
+            p.copy_(torch.randn_like(p, dtype=torch.float32) * scale)  # norms too: no value may be a default
         for b in (b for name, b in model.named_buffers() if name in model.state_dict()):
             b.fill_(LARGE_INT) if b.dtype == torch.int64 else b.uniform_(0.5, 1.5)
     return model
@@ -78,6 +78,7 @@ def _make(
     rank: int, world: int, out: Path, *, config: dict[str, Any], strategy: str = "fsdp2", dtype: str = "float32",
     mesh: tuple[int, ...] = (), reference: bool = True, role: str = "actor", saved: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None, lora_only: bool = False, zero: bool = False, live: str | None = None,
+    scale: float = 0.05,
 ) -> None:  # fmt: skip
     """`strategy`: `fsdp`, `fsdp2`, or `placed`: matrices sharded on their inner dimensions, vectors plain.
 
@@ -86,7 +87,7 @@ def _make(
     saves as verl's `save_lora_only`, `zero` leaves lora_B as it begins. `live`: the live source's copy
     of the same weights, cast to that dtype, goes to `out/live`.
     """
-    model = build(config, dtype)
+    model = build(config, dtype, scale)
     actor = out / role
     if lora is not None:
         model = _add_lora(model, lora, zero, out if rank == 0 else None)
