@@ -1,8 +1,11 @@
 # Every target sets up what it needs: Python 3.11 and make are enough.
 BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.stamp
+# What must be equal with every transformers that is allowed.
+FIDELITY := contract export base critic lora bad_input remote_code
 DEMO := demo_out
 
 .DEFAULT_GOAL := help
@@ -14,11 +17,13 @@ help:  ## this list
 setup: $(STAMP)  ## .venv with torch, verl and this project
 
 # torch first and alone: what verl asks for must not choose another build of it.
-$(STAMP): pyproject.toml
-	test -x $(BIN)/pip || $(BASE_PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e '.[verl,peft,dev]'
+$(STAMP) $(OLDEST)/.stamp: pyproject.toml
+	test -x $(@D)/bin/pip || $(BASE_PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet torch==2.13.0
+	$(@D)/bin/pip install --quiet -e '.[verl,peft,dev]' $(ALSO)
 	touch $@
+
+$(OLDEST)/.stamp: ALSO = $(shell sed -nE 's/.*"(transformers)>=([0-9.]+).*/\1==\2/p' pyproject.toml)
 
 lint: $(STAMP)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -27,8 +32,9 @@ lint: $(STAMP)  ## ruff: rules and formatting
 test: $(STAMP)  ## what CI runs
 	$(BIN)/python -m pytest -m "not full"
 
-test-full: $(STAMP)  ## the long proofs too
+test-full: $(STAMP) $(OLDEST)/.stamp  ## the long proofs too, and exports with the oldest transformers allowed
 	$(BIN)/python -m pytest
+	$(OLDEST)/bin/python -m pytest $(FIDELITY:%=tests/test_%.py)
 
 bench: $(STAMP)  ## table of benchmarks
 	$(BIN)/python tests/benchmarks/bench_export.py
@@ -41,5 +47,5 @@ demo: $(STAMP)  ## train a tiny model with real GRPO on the CPU, list its versio
 	$(BIN)/python examples/cpu_grpo/demo.py $(DEMO)/checkpoints/exports
 
 clean:  ## remove everything made here
-	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

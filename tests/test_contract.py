@@ -14,6 +14,7 @@ import inspect
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -412,6 +413,74 @@ def test_loading_onto_meta_records_where_the_bytes_are(tmp_path: Path) -> None:
 
 # -- transformers --------------------------------------------------------------------------
 
+PACKAGE = Path(__file__).parent.parent / "verl_autoexport"
+
+
+def test_transformers_are_those_that_verl_allows() -> None:
+    """What is declared here must not let in a version that verl rules out, nor rule out one that it allows."""
+    from packaging.requirements import Requirement
+
+    required = [Requirement(text) for text in metadata.requires("verl") or ()]
+    (theirs,) = (r.specifier for r in required if r.name == "transformers" and r.specifier and not r.marker)
+    declared = re.search(r'"(transformers[^"]+)"', (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert Requirement(declared[1]).specifier == theirs, f"verl asks for transformers{theirs}; change pyproject.toml"
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    assert all(s.version in readme for s in theirs if s.operator == ">="), f"README does not say transformers{theirs}"
+
+
+PRIVATE = {  # name → where it must be, and the module here that uses it
+    "_from_config": ("transformers.PreTrainedModel", "export/naming.py"),
+    "_get_dtype_plan": ("transformers.PreTrainedModel", "export/naming.py"),
+    "_keys_to_ignore_on_save": ("transformers.PreTrainedModel", "export/naming.py"),
+    "_keys_to_ignore_on_load_unexpected": ("transformers.PreTrainedModel", "export/contract.py"),
+    "_model_mapping": ("transformers.AutoModelForTokenClassification", "export/heads.py"),
+    "_local_tensor": ("torch.distributed.tensor.DTensor", "sources/fsdp_files.py"),
+    "_cdata": ("torch.UntypedStorage", "export/layout.py"),
+}
+"""Private names of torch and transformers that the package uses."""
+IMPORTED = {
+    "transformers.core_model_loading": {"build_glob_alternation", "revert_weight_conversion"},
+    "transformers.dynamic_module_utils": {"get_class_from_dynamic_module"},
+    "torch.utils._python_dispatch": {"TorchDispatchMode"},
+}
+"""Modules that they do not document, and what is imported from them."""
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_private_names_are_where_they_are_looked_for(name: str) -> None:
+    import importlib
+
+    place, user = PRIVATE[name]
+    module, _, owner = place.rpartition(".")
+    assert hasattr(getattr(importlib.import_module(module), owner), name), f"{place}.{name} is gone; {user} needs it"
+
+
+def test_every_private_name_that_is_used_is_pinned_here() -> None:
+    used, defined, imported = set(), set(), {}
+    for node in (n for f in sorted(PACKAGE.rglob("*.py")) for n in ast.walk(ast.parse(f.read_text(encoding="utf-8")))):
+        if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+            used.add(node.attr)
+            defined |= {node.attr} if isinstance(node.ctx, ast.Store) else set()
+        elif isinstance(node, ast.FunctionDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.AnnAssign):
+            defined.add(ast.unparse(node.target))
+        elif isinstance(node, ast.ImportFrom) and re.match(r"transformers\.|torch\.(.*\.)?_", node.module or ""):
+            imported.setdefault(node.module, set()).update(alias.name for alias in node.names)
+    assert used - defined == PRIVATE.keys(), "keep PRIVATE as the package is"
+    assert imported == IMPORTED, "keep IMPORTED as the package is"
+
+
+@pytest.mark.parametrize("module", IMPORTED)
+def test_undocumented_modules_have_what_is_imported(module: str) -> None:
+    import importlib
+
+    try:
+        gone = {name for name in IMPORTED[module] if not hasattr(importlib.import_module(module), name)}
+    except ImportError:
+        gone = {"the module itself"}
+    assert not gone, f"{module}: {sorted(gone)} gone; export/naming.py and export/layout.py import from there"
+
 
 def _skeleton(**changes: Any) -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -430,21 +499,104 @@ def test_skeletons_are_built_without_memory_in_the_dtype_asked_for() -> None:
     assert found == {torch.bfloat16}, f"_from_config(dtype=torch.bfloat16) builds {found}"
 
 
-def test_conversion_to_disk_names_works_tensor_by_tensor() -> None:
+def test_skeletons_set_the_dtype_of_nested_configs() -> None:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text, vision = {"model_type": "llama", **sizes}, {"model_type": "clip_vision_model", **sizes}
+    config = LlavaConfig(text_config=text, vision_config=vision)
+    with torch.device("meta"):
+        config = LlavaForConditionalGeneration._from_config(config, dtype=torch.float16).config
+    found = {name: getattr(config, name).to_dict()["dtype"] for name in ("text_config", "vision_config")}
+    assert set(found.values()) == {"float16"}, f"_from_config leaves {found}; export/assets.py writes them so"
+
+
+def test_auto_classes_map_configs_to_classes() -> None:
+    from transformers import AutoModelForTokenClassification, Qwen2Config, Qwen2ForTokenClassification
+
+    found = AutoModelForTokenClassification._model_mapping.get(Qwen2Config, None)
+    classes = found if isinstance(found, tuple) else (found,)
+    assert classes == (Qwen2ForTokenClassification,), f"_model_mapping gives {found}; export/heads.py expects a class"
+
+
+def test_conversion_to_disk_names_takes_a_model_and_tensors() -> None:
     from transformers.core_model_loading import revert_weight_conversion
 
-    assert list(inspect.signature(revert_weight_conversion).parameters) == ["model", "state_dict"]
+    found = list(inspect.signature(revert_weight_conversion).parameters)
+    assert found == ["model", "state_dict"], f"revert_weight_conversion takes {found}; export/naming.py gives it two"
     model = _skeleton()
     state = model.state_dict()
-    whole = revert_weight_conversion(model, dict(state))
-    single: dict[str, torch.Tensor] = {}
-    for name, tensor in state.items():
-        single |= revert_weight_conversion(model, {name: tensor})
-    shapes = [{k: tuple(t.shape) for k, t in tensors.items()} for tensors in (whole, single)]
-    assert shapes[0] == shapes[1], "one tensor at a time gives other names than the whole state dict"
-    assert "model.layers.0.mlp.experts.3.down_proj.weight" in whole, "packed experts are not unpacked"
-    kept = {id(t) for t in whole.values()}
+    made = revert_weight_conversion(model, dict(state))
+    assert isinstance(made, dict), f"revert_weight_conversion returns {type(made)}; export/naming.py expects a dict"
+    assert "model.layers.0.mlp.experts.3.down_proj.weight" in made, "packed experts are not unpacked"
+    kept = {id(t) for t in made.values()}
     assert id(state["model.norm.weight"]) in kept, "a tensor that is only renamed is no longer passed through as it is"
+    some = {k: v for k, v in state.items() if "layers.1." in k}
+    names = {k for k in made if "layers.1." in k}
+    assert revert_weight_conversion(model, some).keys() == names, "a part of a model gets other names than the whole"
+
+
+MERGED = (["experts.*.gate.weight", "experts.*.up.weight"], "experts.gate_up")
+OPERATIONS = {  # on loading → patterns in files, patterns in memory, operations, shapes in memory
+    "MergeModulelist": ("experts.*.down.weight", "experts.down", [("MergeModulelist", {"dim": 0})], [(3, 4, 5)]),
+    "Concatenate": (*MERGED, [("MergeModulelist", {"dim": 0}), ("Concatenate", {"dim": 1})], [(3, 8, 5)]),
+    "Chunk": ("qkv.weight", ["q.weight", "k.weight", "v.weight"], [("Chunk", {"dim": 0})], [(4, 5)] * 3),
+    "Transpose": ("x.weight", "y.weight", [("Transpose", {"dim0": 0, "dim1": 1})], [(4, 5)]),
+    "Conv3dToLinear": (
+        "conv.weight", "flat.weight", [("Conv3dToLinear", {"in_channels": 3, "kernel_size": (2, 4, 4)})], [(5, 96)],
+    ),
+    "ErnieFuseAndSplitTextVisionExperts": (
+        MERGED[0], ["text.gate_up", "vision.gate_up"],
+        [("ErnieFuseAndSplitTextVisionExperts", {"stack_dim": 0, "concat_dim": 1})], [(2, 8, 5)] * 2,
+    ),
+}  # fmt: skip
+"""The operations of transformers' conversions, each with an example."""
+
+
+def test_every_conversion_of_transformers_is_known() -> None:
+    from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
+
+    transforms = [t for found in _build_checkpoint_conversion_mapping().values() for t in found]
+    used = {type(op).__name__ for t in transforms for op in getattr(t, "operations", ())}
+    assert len(used) > 3
+    new = sorted(used - OPERATIONS.keys())
+    assert not new, f"transformers converts with {new} now: see if export/layout.py follows, add examples to OPERATIONS"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_conversions_are_followed_on_meta_tensors(operation: str) -> None:
+    """What `trace` says that the results are made of is what transformers makes of real values."""
+    from transformers import core_model_loading as loading
+
+    from verl_autoexport.export import naming
+
+    on_disk, in_memory, operations, shapes = OPERATIONS[operation]
+    if not all(hasattr(loading, name) for name, _ in operations):
+        pytest.skip(f"{operation} came with a later transformers")
+    model = _skeleton()
+    converters = [getattr(loading, name)(**arguments) for name, arguments in operations]
+    model._weight_conversions = [loading.WeightConverter(on_disk, in_memory, operations=converters)]
+    names = [f"model.{name}" for name in ([in_memory] if isinstance(in_memory, str) else in_memory)]
+    values = {n: torch.randn(shape) for n, shape in zip(names, shapes, strict=True)}
+    expected = naming.reverse(model, values)
+    assert expected.keys() != values.keys(), f"{operation} is not applied on the way back"
+    outputs = naming.trace(partial(naming.reverse, model), {k: v.to("meta") for k, v in values.items()})
+    assert [o.name for o in outputs] == list(expected), f"{operation}: other names on meta tensors"
+    for output in outputs:
+        found = _put_together(output, values)
+        assert torch.equal(found, expected[output.name]), f"{operation}: export/layout.py misreads {output.name}"
+
+
+def _put_together(output: Any, sources: dict[str, torch.Tensor]) -> torch.Tensor:
+    made = torch.full(output.shape, torch.nan)
+    for piece in output.pieces:
+        box = sources[piece.fqn][tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.shape, strict=True))]
+        if piece.dims is None:
+            return box.reshape(output.shape)
+        named = [d for d in piece.dims if d is not None]
+        box = box.permute(*named, *(d for d in range(box.ndim) if d not in named)).reshape(piece.extent)
+        made[tuple(slice(o, o + n) for o, n in zip(piece.at, piece.extent, strict=True))] = box
+    return made
 
 
 def test_tied_names_are_known_on_a_skeleton() -> None:
