@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from verl_autoexport.errors import PlanError
 from verl_autoexport.export.plan import Output, Piece, whole
@@ -27,14 +28,14 @@ def trace(convert: Callable[[Tensors], Tensors], sources: Tensors) -> list[Outpu
 
     Raises PlanError where a result is more than a rearrangement of its sources' values.
     """
-    joins = _Joins()
-    with joins, torch.no_grad():
+    ops = _Ops()
+    with ops, torch.no_grad():
         made = convert(sources)
     known = {_storage(t): fqn for fqn, t in sources.items()}
     outputs = []
     for name, tensor in made.items():
         try:
-            pieces = _pieces(tensor, known, sources, joins.made)
+            pieces = _pieces(tensor, known, sources, ops)
         except _Unknown as e:
             raise PlanError(
                 f"{name}: transformers makes it on the way to disk in a way that cannot be followed ({e}); nothing is "
@@ -58,12 +59,13 @@ class _Join:
     dim: int
 
 
-class _Joins(TorchDispatchMode):
-    """Makes copies aliases and remembers concatenations, by the storage of their results."""
+class _Ops(TorchDispatchMode):
+    """Makes copies aliases, and remembers by their storage what was concatenated and what was written to in place."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: dict[int, _Join] = {}
+        self.joins: dict[int, _Join] = {}
+        self.written: dict[int, torch.Tensor] = {}  # kept, so that no other storage gets the same id
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is _aten.clone.default:
@@ -73,9 +75,11 @@ class _Joins(TorchDispatchMode):
             args = ([t.unsqueeze(dim) for t in args[0]], dim)
             func = _aten.cat.default
         result = func(*args, **(kwargs or {}))
+        if func._schema.is_mutable:
+            self.written |= {_storage(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         if func is _aten.cat.default:
             dim = args[1] if len(args) > 1 else 0
-            self.made[_storage(result)] = _Join(result, tuple(args[0]), dim % result.ndim)
+            self.joins[_storage(result)] = _Join(result, tuple(args[0]), dim % result.ndim)
         return result
 
 
@@ -83,20 +87,20 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _pieces(
-    tensor: torch.Tensor, known: Mapping[int, str], sources: Tensors, joins: Mapping[int, _Join]
-) -> tuple[Piece, ...]:
+def _pieces(tensor: torch.Tensor, known: Mapping[int, str], sources: Tensors, ops: _Ops) -> tuple[Piece, ...]:
     key = _storage(tensor)
+    if key in ops.written or tensor.is_neg() or tensor.is_conj():
+        raise _Unknown("values are changed in place")
     if key in known:
         return _view(tensor, known[key], sources[known[key]])
-    if key not in joins:
+    if key not in ops.joins:
         raise _Unknown("new values are computed")
-    join = joins[key]
+    join = ops.joins[key]
     if (tensor.shape, tensor.stride()) != (join.result.shape, join.result.stride()):
         raise _Unknown("tensors are joined and split again")
     found, position = [], 0
     for part in join.parts:
-        for piece in _pieces(part, known, sources, joins):
+        for piece in _pieces(part, known, sources, ops):
             if piece.dims is None:
                 raise _Unknown("reshaped tensors are joined")
             at = list(piece.at)
