@@ -112,12 +112,17 @@ class ExportActor:
             raise SourceError(f"the snapshot of ranks {missing[:8]} is lost: {reason}.")
         return Snapshot(live, found)
 
-    def _forget(self, live: Mapping[str, Any] | None) -> None:
+    def forget(self, ident: str) -> None:
         """Let go of a snapshot's blocks; what comes later is not taken."""
-        if live is not None:
-            with self.changed:
-                self.forgotten.add(live["id"])
-                self.delivered.pop(live["id"], None)
+        with self.changed:
+            self.forgotten.add(ident)
+            self.delivered.pop(ident, None)
+
+    def _release(self, request: Mapping[str, Any]) -> None:
+        if request["pin"] is not None:
+            pins.release(Path(request["pin"]))
+        if live := request.get("live"):
+            self.forget(live["id"])
 
     def _surplus(self) -> tuple[_Job, str] | None:
         """The milestone that back pressure drops, and why: never `best`, `at_steps`, `threshold`, `on_train_end`."""
@@ -149,7 +154,7 @@ class ExportActor:
         step = request["step"]
         try:
             if version := self._published(request):
-                _release(request)
+                self._release(request)
                 return {"step": step, "status": "published", "version": version, "reason": "was published already"}
             version = export_to_registry(self._spec(request), self.registry, self.runner)
         except AutoExportError as e:
@@ -158,8 +163,7 @@ class ExportActor:
             logger.exception("verl_autoexport: export of step %s", step)
             return self._settle(request, "failed", f"unexpected {type(e).__name__}: {e}")
         finally:
-            self._forget(request.get("live"))
-        _release(request)
+            self._release(request)
         logger.info(
             "verl_autoexport: published %s (%s)", version.path, ", ".join(t["reason"] for t in request["triggers"])
         )
@@ -197,8 +201,7 @@ class ExportActor:
     def _settle(self, request: Mapping[str, Any], status: str, reason: str) -> Outcome:
         logger.warning("verl_autoexport: step %s %s: %s", request["step"], status, reason)
         self._journal(status, request, reason=reason)
-        self._forget(request.get("live"))
-        _release(request)
+        self._release(request)
         return {"step": request["step"], "status": status, "reason": reason}
 
     def _journal(self, event: str, request: Mapping[str, Any], **fields: Any) -> None:
@@ -206,11 +209,6 @@ class ExportActor:
             self.registry.journal(event, step=request["step"], **fields)
         except (AutoExportError, OSError) as e:  # e.g. the full disk that made the export fail
             logger.warning("verl_autoexport: step %s: %r could not be journaled: %s", request["step"], event, e)
-
-
-def _release(request: Mapping[str, Any]) -> None:
-    if request["pin"] is not None:
-        pins.release(Path(request["pin"]))
 
 
 def make_spec(request: Mapping[str, Any], settings: AutoExportConfig) -> ExportSpec:

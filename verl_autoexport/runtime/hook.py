@@ -24,11 +24,9 @@ from verl.utils.tracking import Tracking
 from verl_autoexport.config import AutoExportConfig, load_config
 from verl_autoexport.errors import ConfigError
 from verl_autoexport.export.contract import check_start
-from verl_autoexport.export.model import capture_dtypes, plan_model
-from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.preflight import check_length, check_run
 from verl_autoexport.runtime.driver import ExportDriver, ExportFailed, RunInfo
-from verl_autoexport.runtime.live import LiveSource
+from verl_autoexport.runtime.live import LiveSource, start_live
 
 logger = logging.getLogger(__name__)
 _active: AutoExportCallback | None = None
@@ -81,21 +79,10 @@ class AutoExportCallback(CheckpointCallback):
         self.driver.begin(trainer.global_steps, last_step, self._live(trainer))
 
     def _live(self, trainer: PPOTrainer) -> LiveSource | None:
-        """Raises PlanError or SourceError, at any `on_error`, where snapshots could not be exported."""
         if self.settings.export_source != "live":
             return None
-        settings, info = self.settings, self.driver.info
         group = trainer.critic_wg if self.settings.role == "critic" else trainer.actor_rollout_wg
-        source = LiveSource(group.workers, settings.role, settings.output_dir, settings.queue.inflight_bytes)
-        spec = ExportSpec(
-            checkpoint=source.directory, step=0, dtype=settings.weights.dtype, base_model=info.base_model,
-            trust_remote_code=info.trust_remote_code, external_lib=info.external_lib, lora=settings.weights.lora,
-        )  # fmt: skip
-        source.prepare(capture_dtypes(spec, plan_model(spec, source.manifest())), settings.queue.device_clone)
-        logger.warning(
-            "verl_autoexport: source=live: %.2f GB a snapshot, at most %d in flight", source.nbytes / 1e9, source.room
-        )
-        return source
+        return start_live(group.workers, self.settings, self.driver.info)
 
     def _check_base(self) -> None:
         """Raises PlanError or ConfigError, at any `on_error`: exports of this base model could not be right."""

@@ -11,14 +11,20 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
+from verl_autoexport.config import AutoExportConfig
 from verl_autoexport.errors import SourceError
 from verl_autoexport.export.assets import model_files
+from verl_autoexport.export.model import capture_dtypes, plan_model
+from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.sources.base import ShardManifest
 from verl_autoexport.sources.live import Copier, Layout, held_parts, is_flat, lay_out, make_manifest
+
+if TYPE_CHECKING:
+    from verl_autoexport.runtime.driver import RunInfo
 
 logger = logging.getLogger(__name__)
 CHUNK = 64 << 20  # bytes of a block in the object store: a merge task pulls only those that its file needs
@@ -105,7 +111,11 @@ class LiveSource:
         """
         self._call(_ready, wait_s, timeout_s=wait_s + _CAPTURE_S)
         ident = uuid.uuid4().hex
-        self._call(_capture, ident, actor, timeout_s=_CAPTURE_S)
+        try:
+            self._call(_capture, ident, actor, timeout_s=_CAPTURE_S)
+        except SourceError:
+            actor.forget.remote(ident)  # what the other workers hand over
+            raise
         return {"id": ident, "layouts": self.known, "backend": self.backend, "directory": str(self.directory)}
 
     def _call(self, function: Callable[..., Any], *args: Any, timeout_s: float) -> list[Any]:
@@ -122,6 +132,20 @@ class LiveSource:
             path = self.directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+
+
+def start_live(workers: Sequence[Any], settings: AutoExportConfig, info: RunInfo) -> LiveSource:
+    """The live source of a run whose workers are up; raises PlanError or SourceError where it could export nothing."""
+    source = LiveSource(workers, settings.role, settings.output_dir, settings.queue.inflight_bytes)
+    spec = ExportSpec(
+        checkpoint=source.directory, step=0, dtype=settings.weights.dtype, base_model=info.base_model,
+        trust_remote_code=info.trust_remote_code, external_lib=info.external_lib, lora=settings.weights.lora,
+    )  # fmt: skip
+    source.prepare(capture_dtypes(spec, plan_model(spec, source.manifest())), settings.queue.device_clone)
+    logger.warning(
+        "verl_autoexport: source=live: %.2f GB a snapshot, at most %d in flight", source.nbytes / 1e9, source.room
+    )
+    return source
 
 
 class _Nothing:
@@ -178,7 +202,7 @@ def _hand_over(rank: int, ident: str, actor: Any, finish: Callable[[], None]) ->
         refs = [ray.put(chunk.numpy()) for chunk in _copier.chunks]
         ray.get(actor.deliver.remote(ident, rank, [refs], None))
     except Exception as e:  # the export fails with this reason; training must not notice
-        logger.warning("verl_autoexport: rank %s could not hand over its shards", rank, exc_info=True)
+        logger.exception("verl_autoexport: rank %s could not hand over its shards", rank)
         actor.deliver.remote(ident, rank, None, f"rank {rank}: {type(e).__name__}: {e}")
 
 

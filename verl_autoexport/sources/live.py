@@ -74,6 +74,8 @@ def held_parts(module: torch.nn.Module, rank: int) -> list[tuple[Part, Values]]:
     Of replicas (HSDP, plain tensors) the first rank's is taken. Raises SourceError for a
     layout that is not known. What is returned is good as long as `identity` stays the same.
     """
+    if torch.distributed.is_initialized() and rank != (found := torch.distributed.get_rank()):
+        raise SourceError(f"the worker at place {rank} is rank {found}; the order of the workers is not that of ranks.")
     if is_flat(module):
         return [*_flat_parts(module), *(_buffers(module) if rank == 0 else ())]
     module.state_dict()  # FSDP2 registers the sharded parameters again for it, where it left gathered ones
