@@ -5,7 +5,7 @@ OLDEST := .venv-oldest
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.stamp
 # What must be equal with every transformers that is allowed.
-FIDELITY := contract layout export base critic lora bad_input cross_check remote_code
+FIDELITY := contract layout export families base critic lora bad_input cross_check remote_code
 DEMO := demo_out
 
 .DEFAULT_GOAL := help

@@ -248,10 +248,11 @@ def config(name: str) -> dict[str, Any]:
 
 
 def names() -> list[str]:
-    """Every family that the installed transformers has."""
+    """Every family that the installed transformers has, and whose `config.json` it can read."""
     import transformers
 
-    return [*WRITTEN, *(name for name in SHRUNK if hasattr(transformers, name))]
+    kinds = {name: getattr(transformers, name).config_class for name in SHRUNK if hasattr(transformers, name)}
+    return [*WRITTEN, *(name for name, kind in kinds.items() if kind.model_type in transformers.CONFIG_MAPPING)]
 
 
 def _shrunk(kind: type) -> dict[str, Any]:
