@@ -70,7 +70,7 @@ def refuses(request: pytest.FixtureRequest, tmp_path: Path) -> Refuses:
 def leftovers(where: Path) -> list[str]:
     """What is there beyond the empty folders and the lock of a registry."""
     assert Registry(where).versions() == []
-    return [p.name for p in where.rglob("*") if p.name not in (".staging", ".requests", ".lock", "filler")]
+    return [p.name for p in where.rglob("*") if p.name not in (".staging", ".requests", ".trash", ".lock", "filler")]
 
 
 def rank_file(checkpoint: Path, rank: int) -> Path:

@@ -56,10 +56,16 @@ def model_files(module: Any, tokenizer: Any) -> dict[str, bytes]:
     As in `fsdp_checkpoint_manager.py` (verl 0.9.1), which makes the generation config of the base model's.
     """
     from transformers import GenerationConfig
+    from transformers.dynamic_module_utils import custom_object_save
 
     with tempfile.TemporaryDirectory() as folder:
         beside = Path(folder) / "huggingface"
+        if auto_map := getattr(module.config, "auto_map", None):
+            module.config.auto_map = {k: v for k, v in auto_map.items() if k is not None}
         module.config.save_pretrained(beside)
+        if auto_map:
+            base = module.get_base_model() if hasattr(module, "get_base_model") else module
+            custom_object_save(base, beside, config=module.config)
         if module.can_generate() and module.config.name_or_path:
             with suppress(OSError, ValueError):  # it has none
                 GenerationConfig.from_pretrained(module.config.name_or_path).save_pretrained(beside)

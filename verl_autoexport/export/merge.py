@@ -158,6 +158,9 @@ def _check_finite(output: Output, manifest: ShardManifest, out: torch.Tensor) ->
     nan = int(torch.isnan(out).sum())
     inf = int(torch.isinf(out).sum())
     entry = manifest.tensors[output.pieces[0].fqn]
+    if output.dtype == entry.dtype == "float16" and inf and not nan:  # the live source has cast already
+        hint = "a cast to float16 overflowed, or training diverged"
+        raise MergeError(f"{output.name}: {inf} Inf values: {hint}. A model like this is not published.")
     cause = f"the weights of {entry.fqn} hold them, or" if output.dtype != entry.dtype else "the weights hold them:"
     hint = f"the cast {entry.dtype} → {output.dtype} overflowed" if output.dtype != entry.dtype else "training diverged"
     raise MergeError(

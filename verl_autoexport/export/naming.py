@@ -57,7 +57,10 @@ def model_class(config: PretrainedConfig, directory: Path, trust_remote_code: bo
     if remote and trust_remote_code:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        return get_class_from_dynamic_module(remote, str(directory))
+        try:
+            return get_class_from_dynamic_module(remote, str(directory))
+        except Exception as e:
+            raise PlanError(f"{directory / 'config.json'}: its code {remote} cannot be loaded: {e}") from e
     cls = getattr(transformers, name, None)
     if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
         return cls
@@ -123,7 +126,13 @@ def name_outputs(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str)
         entry = manifest.tensors[fqn]
         target = getattr(torch, rule(fqn, entry.value_dtype))
         metas[fqn] = torch.empty(entry.shape, dtype=target, device="meta")
-    return trace(partial(reverse, skeleton), metas)
+    outputs = trace(partial(reverse, skeleton), metas)
+    if lost := sorted(metas.keys() - {piece.fqn for output in outputs for piece in output.pieces}):
+        raise PlanError(
+            f"{type(skeleton).__name__}: transformers writes nothing of {_brief(lost)} on the way to disk; "
+            "an export would lack what was trained."
+        )
+    return outputs
 
 
 def names_on_disk(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:

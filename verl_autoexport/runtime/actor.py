@@ -29,6 +29,8 @@ from verl_autoexport.sources import pins
 logger = logging.getLogger(__name__)
 MAX_WAITING = 2
 """Exports that may wait behind the one that runs before `queue.overflow` applies."""
+_HAND_OVER_S = 600.0  # from the copy in a worker to its blocks being here
+_RESTART_S = 30.0  # the same for what may have been lost with an earlier instance of the actor
 _THREADS = 64  # calls of `export` that Ray lets in at a time; each only waits
 
 Outcome = dict[str, Any]
@@ -101,7 +103,7 @@ class ExportActor:
         layouts = ray.get(live["layouts"])
         ranks = {layout.rank for layout in layouts}
         lost = ray.get_runtime_context().was_current_actor_reconstructed and asked < self.started
-        timeout = 0 if lost else self.settings.queue.wait_timeout_s
+        timeout = _RESTART_S if lost else _HAND_OVER_S
         with self.changed:
             self.changed.wait_for(lambda: self.delivered.get(live["id"], {}).keys() >= ranks, timeout)
             found = dict(self.delivered.get(live["id"], {}))

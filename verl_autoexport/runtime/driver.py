@@ -145,13 +145,8 @@ class ExportDriver:
             self.undecided.append((replace(event, last=succeeded and finished), pin))
             self.held = None
         self._decide_all(hold_last=False)
-        if (
-            self.live is None
-            and succeeded
-            and trained
-            and self.settings.trigger.on_train_end
-            and not self._asked(self.logged_step)
-        ):
+        wanted = self.settings.trigger.on_train_end and self.live is None and succeeded and trained
+        if wanted and not self._asked(self.logged_step):
             self._note(self.logged_step, "failed", "on_train_end: verl saved no checkpoint of the final step")
 
     def drain(self, timeout_s: float) -> str:
@@ -236,6 +231,10 @@ class ExportDriver:
             self.undecided.pop(0)
 
     def _decide(self, event: StepEvent, pin: Pin | None) -> None:
+        if pin is None and event.step != self.logged_step:  # the workers hold later weights by now
+            if (missed := decide(self.policies, event, self.history, self.start)) is not None:
+                self._lost(missed, "it could not be judged while the workers held its weights")
+            return
         failures = self.poll()
         if failures and self.settings.on_error == "raise":
             raise ExportFailed(f"step {failures[0]['step']}: {failures[0]['reason']}")
@@ -273,8 +272,9 @@ class ExportDriver:
         done, _ = ray.wait(refs, num_returns=surplus, timeout=queue.wait_timeout_s)
         logger.warning("verl_autoexport: training waited %.1f s for exports", time.monotonic() - started)
         self.poll()
-        if len(done) < surplus and decision.droppable:
-            return self._drop(decision, f"no export finished within queue.wait_timeout_s={queue.wait_timeout_s:g}")
+        if len(done) < surplus and (decision.droppable or self.live is not None):
+            why = f"no export finished within queue.wait_timeout_s={queue.wait_timeout_s:g}"
+            return self._drop(decision, why) if decision.droppable else self._lost(decision, why)
         return True
 
     def _drop(self, decision: Decision, why: str) -> bool:
@@ -305,9 +305,11 @@ class ExportDriver:
             "directory": live["directory"], "fingerprint": live["id"], "live": live,
         }  # fmt: skip
 
-    def _lost(self, decision: Decision, reason: str) -> None:
+    def _lost(self, decision: Decision, reason: str) -> bool:
+        """Always False."""
         self._note(decision.step, "failed", reason)
         self._remember(decision, "failed")
+        return False
 
     def _request(self, decision: Decision, event: StepEvent, pin: Pin | None) -> dict[str, Any]:
         info = self.info

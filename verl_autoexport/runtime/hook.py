@@ -169,7 +169,7 @@ def _wrap_verl() -> None:
         try:
             result = fit(self, *args, **kwargs)
         except BaseException:
-            with contextlib.suppress(ExportFailed):  # training's own error is the one to raise
+            with contextlib.suppress(Exception):  # training's own error is the one to raise
                 _active.on_fit_end(False)
             raise
         _active.on_fit_end(True)

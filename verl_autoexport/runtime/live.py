@@ -7,9 +7,10 @@ and use no collective: verl's own methods may be suspended at an await meanwhile
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,10 +81,10 @@ class LiveSource:
     def __init__(self, workers: Sequence[Any], role: str, output_dir: Path, inflight_bytes: int | None) -> None:
         self.workers, self.role = list(workers), role
         self.directory = output_dir / FOLDER
-        self.inflight_bytes = inflight_bytes or int(_SHARE * ray.cluster_resources().get("object_store_memory", 0))
         found = self._call(_describe, role, timeout_s=_START_S)
-        self.layouts = [layout for layout, _ in found]
+        self.layouts = [layout for layout, _, _ in found]
         self.backend = found[0][1]
+        self.inflight_bytes = inflight_bytes or int(_SHARE * _stores({node for _, _, node in found}))
         self._write(self._call(_read_assets, role, timeout_s=_START_S)[0])
 
     def manifest(self) -> ShardManifest:
@@ -91,9 +92,9 @@ class LiveSource:
         files = [[_Nothing()] * len(layout.chunks) for layout in self.layouts]
         return make_manifest(self.layouts, files, self.backend, "")
 
-    def prepare(self, dtypes: Mapping[str, str], clone: bool = False) -> None:
-        """Every worker begins to take the memory of its copy, cast to `dtypes` (by fqn); see `Copier` for `clone`."""
-        self.layouts = self._call(_prepare, self.role, dict(dtypes), clone, timeout_s=_START_S)
+    def prepare(self, dtypes: Mapping[str, str], only: Collection[str], clone: bool = False) -> None:
+        """Every worker begins to take the memory of its copy; see `Copier` for the arguments."""
+        self.layouts = self._call(_prepare, self.role, dict(dtypes), set(only), clone, timeout_s=_START_S)
         self.nbytes = sum(sum(layout.chunks) for layout in self.layouts)
         self.room = self.inflight_bytes // max(1, self.nbytes)
         if self.room < 1:
@@ -128,6 +129,7 @@ class LiveSource:
             raise SourceError(f"a worker of the {self.role} is lost or stuck: {str(e).splitlines()[0]}") from e
 
     def _write(self, files: Mapping[str, bytes]) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)  # what an earlier run of another model left
         for name, content in files.items():
             path = self.directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,11 +143,19 @@ def start_live(workers: Sequence[Any], settings: AutoExportConfig, info: RunInfo
         checkpoint=source.directory, step=0, dtype=settings.weights.dtype, base_model=info.base_model,
         trust_remote_code=info.trust_remote_code, external_lib=info.external_lib, lora=settings.weights.lora,
     )  # fmt: skip
-    source.prepare(capture_dtypes(spec, plan_model(spec, source.manifest())), settings.queue.device_clone)
+    planned = plan_model(spec, source.manifest(), values=False)
+    needed = set().union(*(file.sources for file in planned.plan.files))
+    source.prepare(capture_dtypes(spec, planned), needed, settings.queue.device_clone)
     logger.warning(
         "verl_autoexport: source=live: %.2f GB a snapshot, at most %d in flight", source.nbytes / 1e9, source.room
     )
     return source
+
+
+def _stores(nodes: set[str]) -> float:
+    """Bytes of the object stores of these nodes: a worker's blocks lie in that of its own."""
+    found = (n["Resources"].get("object_store_memory", 0) for n in ray.nodes() if n["NodeID"] in nodes)
+    return sum(found)
 
 
 class _Nothing:
@@ -168,15 +178,18 @@ def find_engine(worker: Any, role: str) -> Any:
     raise SourceError(f"no training engine of the {role} in {type(worker).__name__}; use autoexport.source=checkpoint.")
 
 
-def _describe(worker: Any, rank: int, role: str) -> tuple[Layout, str]:
+def _describe(worker: Any, rank: int, role: str) -> tuple[Layout, str, str]:
     module = find_engine(worker, role).module
     parts = [part for part, _ in held_parts(module, rank)]
-    return lay_out(rank, parts, {}, CHUNK), "fsdp" if is_flat(module) else "fsdp2"
+    backend = "fsdp" if is_flat(module) else "fsdp2"
+    return lay_out(rank, parts, {}, CHUNK), backend, ray.get_runtime_context().get_node_id()
 
 
-def _prepare(worker: Any, rank: int, role: str, dtypes: Mapping[str, str], clone: bool) -> Layout:
+def _prepare(
+    worker: Any, rank: int, role: str, dtypes: Mapping[str, str], only: Collection[str], clone: bool
+) -> Layout:
     global _copier, _busy
-    _copier = Copier(find_engine(worker, role).module, rank, dtypes, CHUNK, clone)
+    _copier = Copier(find_engine(worker, role).module, rank, dtypes, CHUNK, clone, only)
     _busy = threading.Thread(target=_copier.allocate, name="autoexport", daemon=True)
     _busy.start()
     return _copier.layout

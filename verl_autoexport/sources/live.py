@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -194,16 +194,22 @@ def flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 
 
 class Copier:
-    """Copies a rank's values into host memory, cast to `dtypes` (by fqn; others keep theirs).
+    """Copies a rank's values (of `only` these tensors) into host memory, cast to `dtypes` by fqn.
 
     The memory is taken once, by `allocate`, and reused: pinned where there is a device. With
     `clone` values on a device are first copied there, and `copy` returns at once.
     """
 
     def __init__(
-        self, module: torch.nn.Module, rank: int, dtypes: Mapping[str, str], chunk_bytes: int, clone: bool = False
+        self,
+        module: torch.nn.Module,
+        rank: int,
+        dtypes: Mapping[str, str],
+        chunk_bytes: int,
+        clone: bool = False,
+        only: Collection[str] | None = None,
     ) -> None:
-        self.module, self.rank, self.clone = module, rank, clone
+        self.module, self.rank, self.clone, self.only = module, rank, clone, only
         self._look()
         self.layout = lay_out(rank, self.parts, dtypes, chunk_bytes)
         self.chunks: list[torch.Tensor] = []
@@ -212,6 +218,8 @@ class Copier:
         """Takes seconds for gigabytes of pinned memory; where that cannot be had, it is pageable."""
         sizes = self.layout.chunks
         pinned = torch.accelerator.is_available() and _may_pin(sum(sizes))
+        if torch.accelerator.is_available() and not pinned:
+            logger.warning("verl_autoexport: rank %s: pinned memory would not fit; copies will be slower", self.rank)
         try:
             self.chunks = [torch.empty(n, dtype=torch.uint8, pin_memory=pinned) for n in sizes]
         except RuntimeError as e:
@@ -228,6 +236,8 @@ class Copier:
             self._look()
             if self.parts != known:
                 raise SourceError(f"rank {self.rank}: its shards are laid out otherwise than at the start of training.")
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # verl offloads parameters to the CPU without waiting for it
         values = {fqn: get() for fqn, get in self.values.items()}
         with torch.no_grad():
             if self.clone and (device := _device(values)) is not None:
@@ -239,14 +249,17 @@ class Copier:
         return lambda: None
 
     def _look(self) -> None:
-        held = held_parts(self.module, self.rank)
+        held = [(p, v) for p, v in held_parts(self.module, self.rank) if self.only is None or p.fqn in self.only]
         self.identity = identity(self.module)
         self.parts = [part for part, _ in held]
         self.values = {part.fqn: get for part, get in held}
 
-    def _finish(self, clones: Mapping[str, torch.Tensor], device: torch.device) -> None:
-        with torch.no_grad(), torch.Stream(device):
-            self._fill(clones)
+    def _finish(self, clones: dict[str, torch.Tensor], device: torch.device) -> None:
+        try:
+            with torch.no_grad(), torch.Stream(device):
+                self._fill(clones)
+        finally:
+            clones.clear()  # the device's memory; whoever called still holds this closure
 
     def _fill(self, values: Mapping[str, torch.Tensor]) -> None:
         for part in self.layout.parts:

@@ -34,14 +34,14 @@ def model_files(directory: Path) -> ShardManifest:
 
 
 def _files(directory: Path) -> list[Path]:
+    if (single := directory / "model.safetensors").is_file():  # as transformers looks for them
+        return [single]
     if (index := directory / INDEX).is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise SourceError(f"{index}: not a readable index of safetensors files: {e!r}") from e
         return [directory / name for name in names]
-    if (single := directory / "model.safetensors").is_file():
-        return [single]
     raise SourceError(f"{directory}: no model.safetensors and no {INDEX}; expected a model in safetensors files.")
 
 
