@@ -447,7 +447,7 @@ PRIVATE = {  # name → where it must be, and the module here that uses it
 """Private names of torch and transformers that the package uses, but for those of FSDP1's flat parameters."""
 IMPORTED = {
     "transformers.core_model_loading": {"build_glob_alternation", "revert_weight_conversion"},
-    "transformers.dynamic_module_utils": {"get_class_from_dynamic_module"},
+    "transformers.dynamic_module_utils": {"custom_object_save", "get_class_from_dynamic_module"},
     "torch.utils._python_dispatch": {"TorchDispatchMode"},
     "torch.utils._pytree": {"tree_leaves"},
 }
