@@ -1,4 +1,4 @@
-"""Checkpoints that several files of tests read; each is made once per session, when first asked for."""
+"""What several files of tests share: checkpoints, made once per session when first asked for, and a registry."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from sharding import QWEN2, QWEN3_MOE, make_checkpoints
+
+from verl_autoexport.registry.store import Registry
 
 STEP = 7
 RESNET = {
@@ -57,3 +59,13 @@ def own_checkpoint(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callabl
         return shutil.copytree(checkpoint(name), tmp_path / name / f"global_step_{STEP}")
 
     return get
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "exports"
+
+
+@pytest.fixture
+def registry(root: Path) -> Registry:
+    return Registry.create(root)

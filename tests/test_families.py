@@ -115,8 +115,10 @@ def test_logits(family, made, tmp_path):
     with torch.inference_mode():
         try:
             expected = reference(input_ids=ids).logits
-        except Exception as e:  # noqa: BLE001 - a tiny model of this family does not run at all
-            pytest.skip(f"{type(e).__name__}: {e}")
+        except Exception as e:  # noqa: BLE001 - a tiny model of this family does not run at all: neither may ours
+            with pytest.raises(type(e)):
+                model(input_ids=ids)
+            return
         assert torch.equal(model(input_ids=ids).logits, expected)
         assert expected.std() > 0
 

@@ -62,16 +62,6 @@ def rewrite(path: Path, **changes) -> None:
     path.write_text(json.dumps(read_json(path) | changes))
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "exports"
-
-
-@pytest.fixture
-def registry(root: Path) -> Registry:
-    return Registry.create(root)
-
-
 # -- publish, list, find ------------------------------------------------------------------
 
 

@@ -30,16 +30,6 @@ from verl_autoexport.registry.versions import Version, version_name
 SETTINGS = settings(max_examples=400, deadline=None)
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "exports"
-
-
-@pytest.fixture
-def registry(root: Path) -> Registry:
-    return Registry.create(root)
-
-
 def version(number: int, step: int, *triggers, nbytes: int = 1, superseded=False, pinned=False, **metrics) -> Version:
     files = ({"name": "model.safetensors", "bytes": nbytes},)
     made = record(step, *triggers, metrics=metrics, files=files, version=number)

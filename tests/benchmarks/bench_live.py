@@ -46,6 +46,7 @@ def main() -> None:
     for clone in (False, True):
         _copies(model, clone, args.repeat, rows)
     _others(model, rows)
+    rows["live, parameters just offloaded to the CPU: stall of training"] = _offloaded(model, args.repeat)
     for name, seconds in rows.items():
         print(f"{name:64} {seconds:9.4f}  {seconds / limit:8.2f} x")
     dist.destroy_process_group()
@@ -144,6 +145,22 @@ def _others(model: torch.nn.Module, rows: dict[str, float]) -> None:
         full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         model.save_pretrained(f"{folder}/hf", state_dict={k: v.bfloat16() for k, v in full.items()})
         rows["gather and save_pretrained, as verl's hf_model: stall"] = time.monotonic() - started
+
+
+def _offloaded(model: torch.nn.Module, repeat: int) -> float:
+    """As verl offloads: without waiting for the copies to the host, which the snapshot must do."""
+    stalls = []
+    for _ in range(repeat):
+        model.to("cuda")
+        copier = Copier(model, 0, dict.fromkeys(model.state_dict(), "bfloat16"), CHUNK)
+        copier.allocate()
+        torch.cuda.synchronize()
+        model.to("cpu", non_blocking=True)
+        started = time.monotonic()
+        copier.copy()()
+        stalls.append(time.monotonic() - started)
+        _check(model, copier)
+    return statistics.median(stalls)
 
 
 def _median(call: Callable[[], object], repeat: int) -> float:

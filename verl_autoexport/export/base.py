@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verl_autoexport.errors import PlanError, VerifyError
-from verl_autoexport.export.plan import INDEX_NAME, SAFETENSORS_DTYPE
-from verl_autoexport.export.verify import read_header, read_json
+from verl_autoexport.errors import PlanError, SourceError, VerifyError
+from verl_autoexport.export.verify import read_json
 from verl_autoexport.sources.base import FLOATING
-
-_TORCH_DTYPE = {short: name for name, short in SAFETENSORS_DTYPE.items()}
+from verl_autoexport.sources.safetensors_files import INDEX_NAME, model_files, weight_files
 
 
 @dataclass(frozen=True)
@@ -53,42 +51,18 @@ def find_base(path: str | None) -> tuple[BaseModel | None, str]:
     directory = Path(path).expanduser()
     if not directory.is_dir():
         return None, f"the base model {path} is no local directory"
-    files = _weight_files(directory)
-    if not files:
-        return None, f"the base model {directory} has no model.safetensors and no {INDEX_NAME}"
-    if not (directory / "config.json").is_file():
-        return None, f"the base model {directory} has no config.json"
     try:
+        if not weight_files(directory):
+            return None, f"the base model {directory} has no model.safetensors and no {INDEX_NAME}"
+        if not (directory / "config.json").is_file():
+            return None, f"the base model {directory} has no config.json"
         config = read_json(directory / "config.json")
         if "quantization_config" in config:
             return None, f"the base model {directory} is quantized; its tensors are not those of training"
-        return BaseModel(directory, _read_tensors(directory, files), config), ""
-    except (VerifyError, KeyError, TypeError, AttributeError) as e:
+        held = model_files(directory).tensors
+    except (SourceError, VerifyError, TypeError) as e:
         raise PlanError(f"the base model {directory} is damaged: {type(e).__name__}: {e}") from e
-
-
-def _weight_files(directory: Path) -> list[str]:
-    """As transformers looks for them: one file first, then the index."""
-    if (directory / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    if not (directory / INDEX_NAME).is_file():
-        return []
-    try:
-        return sorted(set(read_json(directory / INDEX_NAME)["weight_map"].values()))
-    except (VerifyError, KeyError, TypeError, AttributeError) as e:
-        raise PlanError(f"{directory / INDEX_NAME}: no weight_map can be read from it: {type(e).__name__}: {e}") from e
-
-
-def _read_tensors(directory: Path, files: Iterable[str]) -> dict[str, BaseTensor]:
-    tensors = {}
-    for file in files:
-        for name, entry in read_header(directory / file).items():
-            if name != "__metadata__":
-                dtype = _TORCH_DTYPE.get(entry["dtype"], entry["dtype"])
-                tensors[name] = BaseTensor(tuple(entry["shape"]), dtype)
-    if not tensors:
-        raise VerifyError(f"{directory}: its safetensors hold no tensors.")
-    return tensors
+    return BaseModel(directory, {name: BaseTensor(t.shape, t.dtype) for name, t in held.items()}, config), ""
 
 
 def brief(names: Iterable[str], limit: int = 8) -> str:

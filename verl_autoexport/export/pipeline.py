@@ -21,11 +21,12 @@ from verl_autoexport.events import ExportRecord
 from verl_autoexport.export import assets, lora, naming, peft_config, verify
 from verl_autoexport.export.merge import MergeJob, WrittenFile
 from verl_autoexport.export.model import ADAPTER_FOLDER, Planned, plan_model
-from verl_autoexport.export.plan import INDEX_NAME, MergePlan
+from verl_autoexport.export.plan import MergePlan
 from verl_autoexport.export.record import make_record
 from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.sources.fsdp_files import FsdpFiles
+from verl_autoexport.sources.safetensors_files import INDEX_NAME
 
 RECORD_NAME = "export.json"
 _SPARE = 64 << 20  # bytes of disk left free beyond the estimate

@@ -17,14 +17,10 @@ from typing import Any
 
 from verl_autoexport.errors import PlanError
 from verl_autoexport.sources.base import ITEMSIZE, ShardManifest
+from verl_autoexport.sources.safetensors_files import TORCH_DTYPE
 
-SAFETENSORS_DTYPE = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
+SAFETENSORS_DTYPE = {name: short for short, name in TORCH_DTYPE.items()}
 """torch's dtype name → the name in a safetensors header."""
-INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)

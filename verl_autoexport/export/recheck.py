@@ -15,8 +15,9 @@ from verl_autoexport.export import naming, verify
 from verl_autoexport.export.lora import WEIGHTS_NAME, base_directory
 from verl_autoexport.export.model import ADAPTER_FOLDER
 from verl_autoexport.export.peft_config import CONFIG_NAME, read_settings
-from verl_autoexport.export.plan import INDEX_NAME, SAFETENSORS_DTYPE
+from verl_autoexport.export.plan import SAFETENSORS_DTYPE
 from verl_autoexport.registry.store import read_record
+from verl_autoexport.sources.safetensors_files import INDEX_NAME
 
 
 def check_directory(directory: Path, *, load: bool = True, trust_remote_code: bool = False) -> dict[str, verify.Check]:

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 
 from verl_autoexport.errors import VerifyError
-from verl_autoexport.export.plan import INDEX_NAME, MergePlan
+from verl_autoexport.export.plan import MergePlan
+from verl_autoexport.sources.safetensors_files import INDEX_NAME
 
 Check = dict[str, str]
 _OVERHEAD = 1 << 30  # bytes: imports of torch and transformers, activations of a few tokens

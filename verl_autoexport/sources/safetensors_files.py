@@ -10,18 +10,23 @@ from typing import Any
 from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.base import Shard, ShardManifest, TensorEntry
 
-INDEX = "model.safetensors.index.json"
-_DTYPES = {
+INDEX_NAME = "model.safetensors.index.json"
+TORCH_DTYPE = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
+"""The name in a safetensors header → torch's dtype name."""
 _MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
 
 
 def model_files(directory: Path) -> ShardManifest:
     """Every tensor of the model in `directory`, under its name on disk; raises SourceError naming the file."""
-    files = _files(directory)
+    files = weight_files(directory)
+    if not files:
+        raise SourceError(
+            f"{directory}: no model.safetensors and no {INDEX_NAME}; expected a model in safetensors files."
+        )
     tensors: dict[str, TensorEntry] = {}
     for number, path in enumerate(files):
         for name, dtype, shape, offset in _read_header(path):
@@ -30,19 +35,22 @@ def model_files(directory: Path) -> ShardManifest:
             tensors[name] = TensorEntry(
                 name, dtype, shape, (Shard(0, (0,) * len(shape), shape, number, offset),)
             )  # fmt: skip
+    if not tensors:
+        raise SourceError(f"{directory}: its safetensors hold no tensors.")
     return ShardManifest(tuple(files), tensors, 1, "safetensors", "")
 
 
-def _files(directory: Path) -> list[Path]:
-    if (single := directory / "model.safetensors").is_file():  # as transformers looks for them
+def weight_files(directory: Path) -> list[Path]:
+    """As transformers looks for them: one file first, then the index; none where there is neither."""
+    if (single := directory / "model.safetensors").is_file():
         return [single]
-    if (index := directory / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise SourceError(f"{index}: not a readable index of safetensors files: {e!r}") from e
-        return [directory / name for name in names]
-    raise SourceError(f"{directory}: no model.safetensors and no {INDEX}; expected a model in safetensors files.")
+    if not (index := directory / INDEX_NAME).is_file():
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise SourceError(f"{index}: no weight_map can be read from it: {e!r}") from e
+    return [directory / name for name in names]
 
 
 def _read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
@@ -58,6 +66,6 @@ def _read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
             begin, end = entry["data_offsets"]
             if 8 + length + end > size:
                 raise SourceError(f"{path}: {name} ends beyond the file's {size} bytes; the file is truncated.")
-            yield name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin
+            yield name, TORCH_DTYPE.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]), 8 + length + begin
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise SourceError(f"{path}: not a readable safetensors file: {e!r}") from e
