@@ -67,24 +67,14 @@ def swap_ranks(made: Path, rng: random.Random, sources: Sources) -> None:
     b.write_bytes(content)
 
 
-def rank_of_three(made: Path, rng: random.Random, sources: Sources) -> None:
-    rank = rng.randrange(2)
-    shutil.copy(rank_file(sources.three, rank), rank_file(made, rank))
+def files_of(other: str, both: bool) -> Change:
+    """The files of both ranks, or of one, are those of another checkpoint: `three` ranks, or `another` size."""
 
+    def change(made: Path, rng: random.Random, sources: Sources) -> None:
+        for rank in range(2) if both else [rng.randrange(2)]:
+            shutil.copy(rank_file(getattr(sources, other), rank), rank_file(made, rank))
 
-def two_of_three(made: Path, rng: random.Random, sources: Sources) -> None:
-    for rank in range(2):
-        shutil.copy(rank_file(sources.three, rank), rank_file(made, rank))
-
-
-def rank_of_another_size(made: Path, rng: random.Random, sources: Sources) -> None:
-    rank = rng.randrange(2)
-    shutil.copy(rank_file(sources.another, rank), rank_file(made, rank))
-
-
-def all_of_another_size(made: Path, rng: random.Random, sources: Sources) -> None:
-    for rank in range(2):
-        shutil.copy(rank_file(sources.another, rank), rank_file(made, rank))
+    return change
 
 
 def config_of_another_size(made: Path, rng: random.Random, sources: Sources) -> None:
@@ -170,10 +160,10 @@ CHANGES: dict[str, Change] = {
     "truncated": lambda made, rng, _: truncate(p := rank_file(made, 1), rng.randrange(1, p.stat().st_size)),
     "rank missing": lambda made, rng, _: rank_file(made, rng.randrange(2)).unlink(),
     "ranks swapped": swap_ranks,
-    "a rank of three": rank_of_three,
-    "two of three ranks": two_of_three,
-    "a rank of another size": rank_of_another_size,
-    "ranks of another size": all_of_another_size,
+    "a rank of three": files_of("three", both=False),
+    "two of three ranks": files_of("three", both=True),
+    "a rank of another size": files_of("another", both=False),
+    "ranks of another size": files_of("another", both=True),
     "config of another size": config_of_another_size,
     "config of another family": config_of_another_family,
     "a number in the config": config_number,
