@@ -182,7 +182,7 @@ def test_what_retention_removed_is_neither_exported_again_nor_forgotten_by_the_t
     first = run.registry.exported()[0]
     (run.root / "exports/registry.json").unlink()
     run.start(3, **options)
-    assert [m.step for m in run.driver.history] == [1, 2, 3]
+    assert [m.step for m in run.driver.ledger.history] == [1, 2, 3]
     request = {
         "step": 1,
         "triggers": list(first.triggers),

@@ -96,10 +96,10 @@ def test_the_actor_dies_with_a_snapshot(workers, start):
     train(workers, driver, 1)
     ray.kill(driver.actor, no_restart=False)
     deadline = time.monotonic() + 120
-    while driver.pending[0].outcome is None and time.monotonic() < deadline:
-        driver.poll()
+    while driver.ledger.pending[0].outcome is None and time.monotonic() < deadline:
+        driver.ledger.poll()
         time.sleep(0.2)
-    first = driver.pending[0].outcome
+    first = driver.ledger.pending[0].outcome
     assert first["status"] == "published" or "the export actor died with it" in first["reason"]
     train(workers, driver, 2, 3)
     line = driver.drain(120)

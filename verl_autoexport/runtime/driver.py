@@ -14,10 +14,11 @@ import ray
 
 from verl_autoexport.config import AutoExportConfig, may_be_val
 from verl_autoexport.errors import AutoExportError, SourceError
-from verl_autoexport.events import Decision, Milestone, StepEvent, Trigger
+from verl_autoexport.events import Decision, StepEvent, Trigger
 from verl_autoexport.policies import RunStart, build_policies, check_metrics, decide, measured_on
 from verl_autoexport.registry.store import Registry
-from verl_autoexport.runtime.actor import MAX_WAITING, Outcome, start_actor
+from verl_autoexport.runtime.actor import MAX_WAITING, start_actor
+from verl_autoexport.runtime.ledger import Ledger
 from verl_autoexport.runtime.live import Busy, LiveSource
 from verl_autoexport.sources import pins
 from verl_autoexport.sources.pins import Pin
@@ -36,13 +37,6 @@ class RunInfo:
     lora_adapter: str | None = None
     trust_remote_code: bool = False
     external_lib: str | None = None
-
-
-@dataclass
-class _Pending:
-    decision: Decision
-    ref: Any
-    outcome: Outcome | None = None
 
 
 class ExportFailed(AutoExportError):
@@ -65,8 +59,7 @@ class ExportDriver:
         self.actor = start_actor(settings)
         self.start = RunStart(0, time.time())
         self.last_step: int | None = None
-        self.history: list[Milestone] = []
-        self.pending: list[_Pending] = []
+        self.ledger = Ledger(self.registry, self.actor)
         self.live: LiveSource | None = None
         self.saved_step = 0
         self.pins: dict[int, Pin] = {}
@@ -77,7 +70,6 @@ class ExportDriver:
         self.past_cut = False
         self.logged_step = 0
         self.metrics_checked = not settings.trigger.metrics
-        self.problems: list[str] = []
         self.stall_s = 0.0
 
     # -- the run's events --------------------------------------------------------------
@@ -86,7 +78,7 @@ class ExportDriver:
         """Training is about to start from `step` (0, or the resumed one); `live` copies shards of its workers."""
         self.live = live
         self.start, self.last_step, self.logged_step = RunStart(step, time.time()), last_step, step
-        self.history = self.registry.milestones(up_to_step=step)
+        self.ledger.history = self.registry.milestones(up_to_step=step)
         for pin in pins.find_pins(self.info.checkpoints):
             if pin.request is None and pin.step == step:
                 self.pins[step] = pin  # saved, but the run died before it was decided
@@ -94,10 +86,10 @@ class ExportDriver:
                 self._resubmit(pin)
             else:
                 self.beyond.append(pin)
-        resumed = {p.decision.step for p in self.pending}
-        for lost in [m for m in self.history if m.status == "pending" and m.step not in resumed]:
-            self._note(lost.step, "failed", "interrupted, and its checkpoint was not kept")
-            self._remember(Decision(lost.step, lost.time, lost.triggers), "failed")
+        resumed = {p.decision.step for p in self.ledger.pending}
+        for lost in [m for m in self.ledger.history if m.status == "pending" and m.step not in resumed]:
+            self.ledger.note(lost.step, "failed", "interrupted, and its checkpoint was not kept")
+            self.ledger.remember(Decision(lost.step, lost.time, lost.triggers), "failed")
 
     def saved(self, step: int, checkpoint_dir: Path) -> None:
         """verl has written the checkpoint of `step`; raises SourceError when its shards are not all there."""
@@ -146,51 +138,12 @@ class ExportDriver:
             self.held = None
         self._decide_all(hold_last=False)
         wanted = self.settings.trigger.on_train_end and self.live is None and succeeded and trained
-        if wanted and not self._asked(self.logged_step):
-            self._note(self.logged_step, "failed", "on_train_end: verl saved no checkpoint of the final step")
+        if wanted and not self.ledger.asked(self.logged_step):
+            self.ledger.note(self.logged_step, "failed", "on_train_end: verl saved no checkpoint of the final step")
 
     def drain(self, timeout_s: float) -> str:
         """Wait at most `timeout_s` seconds for what is pending; returns the run's report in one line."""
-        refs = [p.ref for p in self.pending if p.outcome is None]
-        if refs:
-            logger.warning("verl_autoexport: finishing %d export(s), at most %.0f s", len(refs), timeout_s)
-            ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
-        self.poll()
-        line = self.report()
-        self._journal("report", line=line)
-        return line
-
-    def poll(self) -> list[Outcome]:
-        """Take in the outcomes that are there, without waiting; returns the new failures."""
-        refs = {p.ref: p for p in self.pending if p.outcome is None}
-        failures = []
-        for ref in ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else ():
-            pending = refs[ref]
-            try:
-                pending.outcome = ray.get(ref)
-            except ray.exceptions.RayError as e:
-                reason = f"the export actor was lost: {type(e).__name__}: {e}".splitlines()[0]
-                pending.outcome = {"step": pending.decision.step, "status": "failed", "reason": reason}
-                self._journal("failed", step=pending.decision.step, reason=reason)
-            if pending.outcome["status"] == "failed":
-                failures.append(pending.outcome)
-            self._remember(pending.decision, pending.outcome["status"])
-        return failures
-
-    def report(self) -> str:
-        """One line: what was exported, what was not and why."""
-        outcomes = [p.outcome for p in self.pending if p.outcome is not None]
-        published = [o["version"] for o in outcomes if o["status"] == "published"]
-        parts = [f"{len(published)} published" + (f" ({', '.join(published)})" if published else "")]
-        for status in ("failed", "dropped"):
-            which = [f"step {o['step']}: {o['reason']}" for o in outcomes if o["status"] == status]
-            parts += [f"{len(which)} {status} ({'; '.join(which)})"] if which else []
-        if open_steps := [str(p.decision.step) for p in self.pending if p.outcome is None]:
-            parts.append(
-                f"not finished in time: step {', '.join(open_steps)}; the next start of this run finishes them"
-            )
-        parts += self.problems
-        return f"verl_autoexport: {'; '.join(parts)}; in {self.settings.output_dir}"
+        return self.ledger.drain(timeout_s)
 
     # -- inside -----------------------------------------------------------------------
 
@@ -212,7 +165,9 @@ class ExportDriver:
             logger.warning("verl_autoexport: %s superseded: resumed at step %s", version.path, self.start.step)
         for pin in self.beyond:
             if pin.request is not None:
-                self._note(pin.step, "dropped", f"the run went back to step {self.start.step} before it was exported")
+                self.ledger.note(
+                    pin.step, "dropped", f"the run went back to step {self.start.step} before it was exported"
+                )
             pins.release(pin.path)
         self.past_cut = True
 
@@ -232,13 +187,15 @@ class ExportDriver:
 
     def _decide(self, event: StepEvent, pin: Pin | None) -> None:
         if pin is None and event.step != self.logged_step:  # the workers hold later weights by now
-            if (missed := decide(self.policies, event, self.history, self.start)) is not None:
-                self._lost(missed, "it could not be judged while the workers held its weights")
+            if (missed := decide(self.policies, event, self.ledger.history, self.start)) is not None:
+                self.ledger.lost(missed, "it could not be judged while the workers held its weights")
             return
-        failures = self.poll()
+        failures = self.ledger.poll()
         if failures and self.settings.on_error == "raise":
             raise ExportFailed(f"step {failures[0]['step']}: {failures[0]['reason']}")
-        decision = decide(self.policies, event, self.history, self.start, self.settings.trigger.min_steps_between)
+        decision = decide(
+            self.policies, event, self.ledger.history, self.start, self.settings.trigger.min_steps_between
+        )
         if decision is None or not self._make_room(decision):
             if pin is not None:
                 pins.release(pin.path)
@@ -253,14 +210,14 @@ class ExportDriver:
                 logger.warning("verl_autoexport: %s: %s; step %s would not survive a kill", pin.path, e, pin.step)
         if request is None:
             return
-        self._submit(decision, request)
+        self.ledger.submit(decision, request)
         if event.requested:
             self._clear_requests()
 
     def _make_room(self, decision: Decision) -> bool:
         """With `queue.overflow=wait`: hold training until an export has finished, or the time is up."""
         queue = self.settings.queue
-        refs = [p.ref for p in self.pending if p.outcome is None]
+        refs = self.ledger.open
         surplus = len(refs) - MAX_WAITING
         if self.live is not None:  # the object store is full: nothing more can wait, whatever the policy
             surplus = max(surplus if queue.overflow == "wait" else 0, len(refs) + 1 - self.live.room)
@@ -271,19 +228,22 @@ class ExportDriver:
         started = time.monotonic()
         done, _ = ray.wait(refs, num_returns=surplus, timeout=queue.wait_timeout_s)
         logger.warning("verl_autoexport: training waited %.1f s for exports", time.monotonic() - started)
-        self.poll()
+        self.ledger.poll()
         if len(done) < surplus and (decision.droppable or self.live is not None):
             why = f"no export finished within queue.wait_timeout_s={queue.wait_timeout_s:g}"
-            return self._drop(decision, why) if decision.droppable else self._lost(decision, why)
+            if decision.droppable:
+                return self._drop(decision, why)
+            self.ledger.lost(decision, why)
+            return False
         return True
 
     def _drop(self, decision: Decision, why: str) -> bool:
         """Always False: there is no room. To coalesce, a live milestone stays due: a later step takes its place."""
         if self.live is not None and self.settings.queue.overflow == "coalesce":
-            self._note(decision.step, "dropped", f"coalesced into a later step: {why}")
+            self.ledger.note(decision.step, "dropped", f"coalesced into a later step: {why}")
         else:
-            self._note(decision.step, "dropped", f"skipped: {why}")
-            self._remember(decision, "dropped")
+            self.ledger.note(decision.step, "dropped", f"skipped: {why}")
+            self.ledger.remember(decision, "dropped")
         return False
 
     def _captured(self, decision: Decision, event: StepEvent) -> dict[str, Any] | None:
@@ -296,20 +256,14 @@ class ExportDriver:
             if decision.droppable:
                 self._drop(decision, str(e))
                 return None
-            self._lost(decision, f"{e}, for more than queue.wait_timeout_s={queue.wait_timeout_s:g}")
+            self.ledger.lost(decision, f"{e}, for more than queue.wait_timeout_s={queue.wait_timeout_s:g}")
             return None
         except SourceError as e:
-            self._lost(decision, str(e))
+            self.ledger.lost(decision, str(e))
             return None
         return self._request(decision, event, None) | {
             "directory": live["directory"], "fingerprint": live["id"], "live": live,
         }  # fmt: skip
-
-    def _lost(self, decision: Decision, reason: str) -> bool:
-        """Always False."""
-        self._note(decision.step, "failed", reason)
-        self._remember(decision, "failed")
-        return False
 
     def _request(self, decision: Decision, event: StepEvent, pin: Pin | None) -> dict[str, Any]:
         info = self.info
@@ -331,32 +285,17 @@ class ExportDriver:
             "external_lib": info.external_lib,
         }
 
-    def _submit(self, decision: Decision, request: Mapping[str, Any]) -> None:
-        self._remember(decision, "pending")
-        self.pending.append(_Pending(decision, self.actor.export.remote(request)))
-        logger.warning(
-            "verl_autoexport: step %s is a milestone: %s", decision.step, ", ".join(t.reason for t in decision.triggers)
-        )
-
     def _resubmit(self, pin: Pin) -> None:
         # The run directory may have been moved since.
         request = {**(pin.request or {}), "pin": str(pin.path), "directory": str(pin.directory)}
         try:
             decision = Decision(pin.step, request["time"], tuple(map(Trigger.from_dict, request["triggers"])))
         except (KeyError, TypeError, AttributeError) as e:
-            self._note(pin.step, "failed", f"its request in {pin.path} cannot be read: {e!r}")
+            self.ledger.note(pin.step, "failed", f"its request in {pin.path} cannot be read: {e!r}")
             pins.release(pin.path)
             return
         logger.warning("verl_autoexport: step %s was interrupted; exporting it now", pin.step)
-        self._submit(decision, request)
-
-    def _remember(self, decision: Decision, status: str) -> None:
-        self.history = [m for m in self.history if m.step != decision.step]
-        self.history.append(Milestone(decision.step, decision.time, decision.triggers, status))
-        self.history.sort(key=lambda m: m.step)
-
-    def _asked(self, step: int) -> bool:
-        return any(m.step == step and m.status in ("pending", "published") for m in self.history)
+        self.ledger.submit(decision, request)
 
     def _requests(self) -> Sequence[Path]:
         if not self.settings.trigger.on_request:
@@ -374,18 +313,6 @@ class ExportDriver:
             self.registry.clear_requests(self.requests)
         except (AutoExportError, OSError) as e:
             logger.warning("verl_autoexport: %s", e)
-
-    def _note(self, step: int, status: str, reason: str) -> None:
-        """A milestone that never reached the actor."""
-        logger.warning("verl_autoexport: step %s %s: %s", step, status, reason)
-        self.problems.append(f"step {step} {status}: {reason}")
-        self._journal(status, step=step, reason=reason)
-
-    def _journal(self, event: str, **fields: Any) -> None:
-        try:
-            self.registry.journal(event, **fields)
-        except (AutoExportError, OSError) as e:  # the output directory may be what is broken
-            logger.warning("verl_autoexport: %r could not be journaled: %s", event, e)
 
 
 def _numbers(data: Mapping[str, Any]) -> dict[str, float]:

@@ -112,7 +112,7 @@ class AutoExportCallback(CheckpointCallback):
 
     def _drain(self, timeout_s: float, may_raise: bool) -> None:
         print(self.driver.drain(timeout_s), flush=True)
-        failed = [p.outcome for p in self.driver.pending if p.outcome and p.outcome["status"] == "failed"]
+        failed = [p.outcome for p in self.driver.ledger.pending if p.outcome and p.outcome["status"] == "failed"]
         if failed and may_raise and self.settings.on_error == "raise":
             raise ExportFailed(f"step {failed[0]['step']}: {failed[0]['reason']}")
 
@@ -130,7 +130,7 @@ class AutoExportCallback(CheckpointCallback):
             logger.warning(
                 "verl_autoexport: %s at step %s failed; training goes on", call.__name__, step, exc_info=True
             )
-            self.driver.problems.append(f"{call.__name__} at step {step} failed: {type(e).__name__}: {e}")
+            self.driver.ledger.problems.append(f"{call.__name__} at step {step} failed: {type(e).__name__}: {e}")
 
 
 def _build_chained(config: DictConfig, fqn: str | None) -> CheckpointCallback | None:

@@ -1,0 +1,118 @@
+"""What the run asked of the export actor, and what became of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from verl_autoexport.errors import AutoExportError
+from verl_autoexport.events import Decision, Milestone
+from verl_autoexport.registry.store import Registry
+from verl_autoexport.runtime.actor import Outcome
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Pending:
+    decision: Decision
+    ref: Any
+    outcome: Outcome | None = None
+
+
+class Ledger:
+    """The milestones of a run: `history` is the triggers' memory, `pending` what this process submitted.
+
+    Nothing here raises for a journal that cannot be written: the output directory may be what is broken.
+    """
+
+    def __init__(self, registry: Registry, actor: Any) -> None:
+        self.registry = registry
+        self.actor = actor
+        self.history: list[Milestone] = []
+        self.pending: list[_Pending] = []
+        self.problems: list[str] = []
+
+    @property
+    def open(self) -> list[Any]:
+        """The refs of submitted exports that have no outcome yet, as far as `poll` has seen."""
+        return [p.ref for p in self.pending if p.outcome is None]
+
+    def submit(self, decision: Decision, request: Mapping[str, Any]) -> None:
+        self.remember(decision, "pending")
+        self.pending.append(_Pending(decision, self.actor.export.remote(request)))
+        logger.warning(
+            "verl_autoexport: step %s is a milestone: %s", decision.step, ", ".join(t.reason for t in decision.triggers)
+        )
+
+    def poll(self) -> list[Outcome]:
+        """Take in the outcomes that are there, without waiting; returns the new failures."""
+        refs = {p.ref: p for p in self.pending if p.outcome is None}
+        failures = []
+        for ref in ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else ():
+            pending = refs[ref]
+            try:
+                pending.outcome = ray.get(ref)
+            except ray.exceptions.RayError as e:
+                reason = f"the export actor was lost: {type(e).__name__}: {e}".splitlines()[0]
+                pending.outcome = {"step": pending.decision.step, "status": "failed", "reason": reason}
+                self.journal("failed", step=pending.decision.step, reason=reason)
+            if pending.outcome["status"] == "failed":
+                failures.append(pending.outcome)
+            self.remember(pending.decision, pending.outcome["status"])
+        return failures
+
+    def drain(self, timeout_s: float) -> str:
+        """Wait at most `timeout_s` seconds for what is pending; returns the run's report in one line."""
+        if refs := self.open:
+            logger.warning("verl_autoexport: finishing %d export(s), at most %.0f s", len(refs), timeout_s)
+            ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+        self.poll()
+        line = self.report()
+        self.journal("report", line=line)
+        return line
+
+    def report(self) -> str:
+        """One line: what was exported, what was not and why."""
+        outcomes = [p.outcome for p in self.pending if p.outcome is not None]
+        published = [o["version"] for o in outcomes if o["status"] == "published"]
+        parts = [f"{len(published)} published" + (f" ({', '.join(published)})" if published else "")]
+        for status in ("failed", "dropped"):
+            which = [f"step {o['step']}: {o['reason']}" for o in outcomes if o["status"] == status]
+            parts += [f"{len(which)} {status} ({'; '.join(which)})"] if which else []
+        if open_steps := [str(p.decision.step) for p in self.pending if p.outcome is None]:
+            parts.append(
+                f"not finished in time: step {', '.join(open_steps)}; the next start of this run finishes them"
+            )
+        parts += self.problems
+        return f"verl_autoexport: {'; '.join(parts)}; in {self.registry.root}"
+
+    def remember(self, decision: Decision, status: str) -> None:
+        self.history = [m for m in self.history if m.step != decision.step]
+        self.history.append(Milestone(decision.step, decision.time, decision.triggers, status))
+        self.history.sort(key=lambda m: m.step)
+
+    def asked(self, step: int) -> bool:
+        """Whether this step is exported, or is going to be."""
+        return any(m.step == step and m.status in ("pending", "published") for m in self.history)
+
+    def note(self, step: int, status: str, reason: str) -> None:
+        """A milestone that never reached the actor."""
+        logger.warning("verl_autoexport: step %s %s: %s", step, status, reason)
+        self.problems.append(f"step {step} {status}: {reason}")
+        self.journal(status, step=step, reason=reason)
+
+    def lost(self, decision: Decision, reason: str) -> None:
+        """A milestone that never reached the actor and never will."""
+        self.note(decision.step, "failed", reason)
+        self.remember(decision, "failed")
+
+    def journal(self, event: str, **fields: Any) -> None:
+        try:
+            self.registry.journal(event, **fields)
+        except (AutoExportError, OSError) as e:
+            logger.warning("verl_autoexport: %r could not be journaled: %s", event, e)
