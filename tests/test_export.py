@@ -82,11 +82,12 @@ def test_equals_transformers(name, dtype, checkpoint, tmp_path):
 def test_the_cases_are_what_they_claim(checkpoint):
     manifests = {name: FsdpFiles(checkpoint(name) / "actor").manifest() for name in ("uneven", "hsdp", "inner", "grid")}
     uneven = manifests["uneven"].tensors["model.embed_tokens.weight"]
-    assert [s.shape for s in uneven.shards] == [(44, 48), (44, 48), (43, 48)]
-    assert {s.rank for t in manifests["hsdp"].tensors.values() for s in t.shards} == {0, 1}  # 2 and 3 are replicas
+    assert [(s.count, s.shape) for s in uneven.shards] == [(2, (44, 48)), (1, (43, 48))]
+    last = {s.rank + s.count - 1 for t in manifests["hsdp"].tensors.values() for s in t.shards}
+    assert max(last) == 1  # ranks 2 and 3 are replicas
     experts = "model.layers.0.mlp.experts.gate_up_proj"
-    assert [s.shape for s in manifests["inner"].tensors[experts].shards] == [(6, 24, 32)] * 2
-    assert [s.shape for s in manifests["grid"].tensors[experts].shards] == [(6, 24, 16)] * 4
+    assert [(s.count, s.dim, s.shape) for s in manifests["inner"].tensors[experts].shards] == [(2, 1, (6, 24, 32))]
+    assert [(s.count, s.shape) for s in manifests["grid"].tensors[experts].shards] == [(2, (6, 24, 16))] * 2
     assert {m.backend for m in manifests.values()} == {"fsdp2"}
     assert FsdpFiles(checkpoint("fsdp1") / "actor").manifest().backend == "fsdp"
 

@@ -7,11 +7,8 @@ position.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -20,11 +17,14 @@ import torch
 
 from verl_autoexport.errors import MergeError
 from verl_autoexport.export import lora
-from verl_autoexport.export.plan import Output, Piece, PlannedFile
-from verl_autoexport.export.reader import MAX_BLOCK, Index, ShardReader, as_bytes, boxes, overlap, within
+from verl_autoexport.export.plan import Output, Piece, PlannedFile, nbytes
+from verl_autoexport.export.reader import MAX_BLOCK, ShardReader, as_bytes, boxes, overlap, within
+from verl_autoexport.export.writer import FileWriter
 from verl_autoexport.sources.base import FLOATING, ITEMSIZE, ShardManifest
+from verl_autoexport.sources.tiling import Index
 
 Progress = Callable[[int], None]
+_WORTH_A_COPY = 1 << 20  # bytes; below that a system call costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,16 @@ class WrittenFile:
 
 @dataclass(frozen=True)
 class MergeJob:
-    """All that a worker in another process needs to write one file; `memory_budget` in bytes."""
+    """All that a worker in another process needs to write one file; `memory_budget` in bytes.
+
+    `cached` False keeps the page cache free of what is read and written.
+    """
 
     planned: PlannedFile
     manifest: ShardManifest
     path: Path
     memory_budget: int
+    cached: bool = True
 
     def run(self, progress: Progress = lambda nbytes: None) -> WrittenFile:
         """Write the file (which must not exist) and fsync it; `progress` is called with the bytes of each block.
@@ -61,12 +65,13 @@ class MergeJob:
         # Two output blocks (one is written while the next is filled) and two for reading, of at most 4x the width.
         block = max(4096, min(MAX_BLOCK, self.memory_budget // 8))
         ring = cycle([torch.empty(block, dtype=torch.uint8) for _ in range(2)])
-        with ShardReader(self.manifest) as reader, _Writer(self.path) as writer:
+        with ShardReader(self.manifest, self.cached) as reader, FileWriter(self.path, self.cached) as writer:
             source = _Source(reader, self.planned)
             writer.write(self.planned.header)
             for output in self.planned.outputs:
-                for data in _blocks(output, source, ring, block):
-                    writer.write(data)
+                copied = _copy(output, source, writer)
+                for data in _blocks(output, copied or source, self.manifest, ring, block):
+                    (writer.hashed if copied else writer.write)(data)
                     progress(len(data))
             digest, size = writer.finish()
         if size != self.planned.nbytes:
@@ -106,7 +111,35 @@ class _Source:
         return fused
 
 
-def _blocks(output: Output, source: _Source, ring: Iterator[torch.Tensor], block: int) -> Iterator[memoryview]:
+class _Copied:
+    """An output that the kernel copied into the file, read back from it front to back."""
+
+    def __init__(self, writer: FileWriter, position: int) -> None:
+        self.writer, self.position = writer, position
+
+    def fill(self, fqn: str, offsets: Index, shape: Index, out: torch.Tensor) -> None:
+        data = as_bytes(out)
+        self.writer.read_back(data, self.position)
+        self.position += len(data)
+
+
+def _copy(output: Output, source: _Source, writer: FileWriter) -> _Copied | None:
+    """Where bytes need no change, let the kernel copy whole rows of shards; None where that is not possible."""
+    piece, position = output.pieces[0], writer.size
+    entry = source.reader.manifest.tensors[piece.fqn]
+    same = output.dtype == entry.dtype == entry.value_dtype and piece.fqn not in source.fusions
+    if not same or len(output.pieces) > 1 or not piece.in_order or nbytes(output) < _WORTH_A_COPY:
+        return None
+    ranges = source.reader.ranges(entry, piece.offsets, piece.shape)
+    if ranges and all(writer.copy(*where) for where in ranges):
+        return _Copied(writer, position)
+    writer.size = position  # what was copied before one could not be is written over
+    return None
+
+
+def _blocks(
+    output: Output, source: _Source | _Copied, manifest: ShardManifest, ring: Iterator[torch.Tensor], block: int
+) -> Iterator[memoryview]:
     """The bytes of `output`, front to back. A block must be used before the one after the next is asked for."""
     first, size = output.pieces[0], ITEMSIZE[output.dtype]
     straight = len(output.pieces) == 1 and first.in_order
@@ -117,7 +150,7 @@ def _blocks(output: Output, source: _Source, ring: Iterator[torch.Tensor], block
             source.fill(first.fqn, tuple(map(sum, zip(first.offsets, offsets, strict=True))), shape, out)
         else:
             _fill(output, source, offsets, shape, out)
-        _check_finite(output, source.reader.manifest, out)
+        _check_finite(output, manifest, out)
         yield as_bytes(out)
 
 
@@ -166,51 +199,3 @@ def _check_finite(output: Output, manifest: ShardManifest, out: torch.Tensor) ->
     raise MergeError(
         f"{output.name}: {nan} NaN and {inf} Inf values; {cause} {hint}. A model like this is not published."
     )
-
-
-class _Writer:
-    """Writes and hashes blocks in order, in two threads, one block behind the caller."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.hash = hashlib.sha256()
-        self.size = 0
-        self.pending: list[Future[None]] = []
-
-    def __enter__(self) -> _Writer:
-        try:
-            self.file = open(self.path, "xb", buffering=0)
-        except OSError as e:
-            raise MergeError(f"{self.path}: cannot be created: {e.strerror}.") from e
-        self.pool = ThreadPoolExecutor(2)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.shutdown(wait=True)
-        self.file.close()
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Hand over a block; `data` must not change until the next call returns."""
-        self._wait()
-        self.pending = [self.pool.submit(self.hash.update, data), self.pool.submit(self._write, data)]
-
-    def finish(self) -> tuple[str, int]:
-        self._wait()
-        try:
-            os.fsync(self.file.fileno())
-        except OSError as e:
-            raise MergeError(f"{self.path}: cannot be flushed to disk: {e.strerror}.") from e
-        return self.hash.hexdigest(), self.size
-
-    def _wait(self) -> None:
-        for future in self.pending:
-            future.result()
-
-    def _write(self, data: bytes | memoryview) -> None:
-        rest = memoryview(data)
-        try:
-            while rest:
-                rest = rest[self.file.write(rest) :]
-        except OSError as e:
-            raise MergeError(f"{self.path}: cannot be written: {e.strerror}.") from e
-        self.size += len(data)

@@ -18,12 +18,15 @@ from typing import Any
 from verl_autoexport.errors import PlanError
 from verl_autoexport.sources.base import ITEMSIZE, ShardManifest
 from verl_autoexport.sources.safetensors_files import TORCH_DTYPE
+from verl_autoexport.sources.tiling import Box, Flaw, find_flaw
 
 SAFETENSORS_DTYPE = {name: short for short, name in TORCH_DTYPE.items()}
 """torch's dtype name → the name in a safetensors header."""
+_AS_IT_IS = {n: tuple(range(n)) for n in range(9)}
+"""Number of dimensions → `Piece.dims` of a tensor that is written as it is."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A box of the source tensor `fqn`, and where it goes in an output tensor.
 
@@ -48,7 +51,9 @@ class Piece:
     @property
     def extent(self) -> tuple[int, ...]:
         """The shape of the box in the output."""
-        return self.shape if self.dims is None else tuple(1 if d is None else self.shape[d] for d in self.dims)
+        if self.dims is None or self.dims == _AS_IT_IS.get(len(self.shape)):
+            return self.shape
+        return tuple(1 if d is None else self.shape[d] for d in self.dims)
 
 
 def whole(fqn: str, shape: tuple[int, ...]) -> tuple[Piece]:
@@ -57,7 +62,7 @@ def whole(fqn: str, shape: tuple[int, ...]) -> tuple[Piece]:
     return (Piece(fqn, zeros, shape, tuple(range(len(shape))), zeros),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Output:
     """A tensor on disk: its name, shape, dtype (torch's name without `torch.`), and what it is made of."""
 
@@ -151,11 +156,12 @@ def make_plan(
     bins: list[list[Output]] = [[]]
     room = max_shard_size
     for output in outputs:
-        if bins[-1] and nbytes(output) > room:
+        size = nbytes(output)
+        if bins[-1] and size > room:
             bins.append([])
             room = max_shard_size
         bins[-1].append(output)
-        room -= nbytes(output)
+        room -= size
     names = ["model.safetensors"]
     if len(bins) > 1:
         names = [f"model-{i:05d}-of-{len(bins):05d}.safetensors" for i in range(1, len(bins) + 1)]
@@ -177,20 +183,35 @@ def plan_one(manifest: ShardManifest, outputs: Sequence[Output], name: str) -> P
 
 
 def _check(manifest: ShardManifest, outputs: Sequence[Output]) -> None:
+    """Every element of an output comes from one place, and every element of a source goes to one place.
+
+    That the shards tile the sources was checked when the manifest was made.
+    """
     if not outputs:
         raise PlanError("the shards hold no tensors at all.")
-    names, used = Counter(o.name for o in outputs), Counter()
+    names = Counter(o.name for o in outputs)
     if twice := [name for name, times in names.items() if times > 1]:
         raise PlanError(f"{twice[0]} would be written twice ({len(twice)} such names).")
+    used: dict[str, list[Box]] = {}
     for output in outputs:
-        made = sum(math.prod(p.shape) for p in output.pieces)
-        if made != math.prod(output.shape):
-            raise PlanError(f"{output.name} {list(output.shape)}: only {made} elements of it are known.")
+        made = [(p.at, p.extent) for p in output.pieces if p.dims is not None]
+        if made and (flaw := find_flaw(made, output.shape)):
+            raise PlanError(f"{output.name} {list(output.shape)}: {_explain(flaw, made)}.")
         for piece in output.pieces:
-            used[piece.fqn] += math.prod(piece.shape)
-    for fqn, written in used.items():
-        if written != math.prod(manifest.tensors[fqn].shape):
-            raise PlanError(f"{fqn}: {list(manifest.tensors[fqn].shape)} in the shards, {written} elements planned.")
+            if piece.dims is None and (len(output.pieces), math.prod(piece.shape)) != (1, math.prod(output.shape)):
+                raise PlanError(f"{output.name}: {list(piece.shape)} cannot be reshaped to {list(output.shape)}.")
+            used.setdefault(piece.fqn, []).append((piece.offsets, piece.shape))
+    for fqn, read in used.items():
+        shape = manifest.tensors[fqn].shape
+        if flaw := find_flaw(read, shape):
+            raise PlanError(f"{fqn}: {list(shape)} in the shards, but for the output {_explain(flaw, read)}.")
+
+
+def _explain(flaw: Flaw, boxes: Sequence[Box]) -> str:
+    if flaw.kind == "volume":
+        return f"{flaw.found} elements are planned"
+    which = " and ".join(f"{list(boxes[i][1])} at {list(boxes[i][0])}" for i in flaw.boxes)
+    return f"{which} lies outside" if flaw.kind == "outside" else f"{which} overlap"
 
 
 def _plan_file(name: str, outputs: Sequence[Output], fusions: Mapping[str, Fusion]) -> PlannedFile:

@@ -11,16 +11,19 @@ import torch
 
 from verl_autoexport.errors import MergeError, SourceError
 from verl_autoexport.sources.base import ITEMSIZE, Shard, ShardManifest, TensorEntry
+from verl_autoexport.sources.tiling import Index
 
 MAX_BLOCK = 16 << 20  # bytes; larger blocks were not faster, smaller ones cost system calls
-Index = tuple[int, ...]
 
 
 class ShardReader:
-    """Positional reads, each file opened once. A context manager; it closes the files."""
+    """Positional reads, each file opened once. A context manager; it closes the files.
 
-    def __init__(self, manifest: ShardManifest) -> None:
-        self.manifest = manifest
+    `cached` False then lets go of the page cache of what was read.
+    """
+
+    def __init__(self, manifest: ShardManifest, cached: bool = True) -> None:
+        self.manifest, self.cached = manifest, cached
         self.fds: dict[int, int] = {}
         self.buffer = torch.empty(0, dtype=torch.uint8)
 
@@ -29,6 +32,8 @@ class ShardReader:
 
     def __exit__(self, *_: object) -> None:
         for fd in self.fds.values():
+            if not self.cached:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(fd)
 
     def whole(self, fqn: str) -> torch.Tensor:
@@ -46,7 +51,7 @@ class ShardReader:
         """
         entry = self.manifest.tensors[fqn]
         filled = 0
-        for shard in entry.shards:
+        for shard in self._touching(entry, offsets, shape):
             lo, extent = overlap(offsets, shape, shard.offsets, shard.shape)
             if not math.prod(extent):
                 continue
@@ -56,6 +61,26 @@ class ShardReader:
             filled += part.numel()
         if filled != math.prod(shape):
             raise MergeError(f"{fqn}: {filled} of {math.prod(shape)} elements at {list(offsets)} are covered.")
+
+    def ranges(self, entry: TensorEntry, offsets: Index, shape: Index) -> list[tuple[int, int, int]]:
+        """(file descriptor, offset, bytes) of what the box is in row-major order; empty unless it is whole rows."""
+        found = []
+        inner, size = math.prod(shape[1:]), ITEMSIZE[entry.dtype]
+        for shard in sorted(self._touching(entry, offsets, shape), key=lambda s: s.offsets):
+            lo, extent = overlap(offsets, shape, shard.offsets, shard.shape)
+            if not math.prod(extent):
+                continue
+            if (
+                not isinstance(self.manifest.files[shard.file], Path)
+                or (extent[1:], shard.shape[1:]) != (shape[1:],) * 2
+            ):
+                return []
+            begin = shard.byte_offset + (lo[0] - shard.offsets[0]) * inner * size if shape else shard.byte_offset
+            found.append((self._open(shard, entry.fqn), begin, math.prod(extent) * size))
+        return found
+
+    def _touching(self, entry: TensorEntry, offsets: Index, shape: Index) -> Iterator[Shard]:
+        return (one for run in entry.shards for one in run.touching(offsets, shape))
 
     def _read(self, entry: TensorEntry, shard: Shard, local: Index, extent: Index) -> torch.Tensor:
         """The box at `local` of the shard, one read for each run of it that is contiguous in the file."""
@@ -75,17 +100,24 @@ class ShardReader:
             self._pread(shard, into, shard.byte_offset + first * size, entry.fqn)
         return view.view(getattr(torch, entry.dtype)).reshape(extent)
 
+    def _open(self, shard: Shard, fqn: str) -> int:
+        if shard.file not in self.fds:
+            path = self.manifest.files[shard.file]
+            try:
+                self.fds[shard.file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as e:
+                raise SourceError(f"{path} (rank {shard.rank}): {fqn} cannot be read: {e.strerror}.") from e
+        return self.fds[shard.file]
+
     def _pread(self, shard: Shard, into: memoryview, offset: int, fqn: str) -> None:
         path = self.manifest.files[shard.file]
         if not isinstance(path, Path):
-            into[:] = path.view()[offset : offset + len(into)]
+            path.read(into, offset)
             return
+        fd, done = self._open(shard, fqn), 0
         try:
-            if shard.file not in self.fds:
-                self.fds[shard.file] = os.open(path, os.O_RDONLY)
-            done = 0
             while done < len(into):
-                n = os.preadv(self.fds[shard.file], [into[done:]], offset + done)
+                n = os.preadv(fd, [into[done:]], offset + done)
                 if n == 0:
                     raise SourceError(
                         f"{path} (rank {shard.rank}): ends at byte {offset + done}, but {fqn} goes on to "

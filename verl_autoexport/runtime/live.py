@@ -46,9 +46,9 @@ class RayBlock:
     def __init__(self, ref: Any) -> None:
         self.ref = ref
 
-    def view(self) -> memoryview:
+    def read(self, into: memoryview, offset: int) -> None:
         try:
-            return memoryview(ray.get(self.ref, timeout=_FETCH_S))
+            into[:] = memoryview(ray.get(self.ref, timeout=_FETCH_S))[offset : offset + len(into)]
         except ray.exceptions.RayError as e:
             reason = str(e).strip().splitlines()[0]
             raise SourceError(f"a part of the snapshot is lost, with the worker that held it: {reason}") from e
@@ -159,7 +159,7 @@ def _stores(nodes: set[str]) -> float:
 
 
 class _Nothing:
-    def view(self) -> memoryview:
+    def read(self, into: memoryview, offset: int) -> None:
         raise SourceError("nothing was copied yet.")
 
 

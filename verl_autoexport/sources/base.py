@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from verl_autoexport.errors import SourceError
+from verl_autoexport.sources.tiling import Index, find_flaw
 
 ITEMSIZE = {
     "float64": 8, "int64": 8, "uint64": 8,
@@ -20,22 +21,78 @@ ITEMSIZE = {
 FLOATING = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """A box of a tensor: `shape` elements from `offsets` on (both in elements, per dimension).
 
     Its bytes lie contiguous and row-major in file number `file` of the manifest from
-    `byte_offset` on.
+    `byte_offset` on. With `count` > 1 it stands for that many of them, one after the other
+    along `dim`: number i belongs to rank `rank + i * stride`, in file `file + i * stride`. So a
+    tensor that is spread evenly over a thousand ranks is one Shard.
     """
 
     rank: int
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
+    offsets: Index
+    shape: Index
     file: int
     byte_offset: int
+    count: int = 1
+    dim: int = 0
+    stride: int = 1
+
+    @property
+    def extent(self) -> Index:
+        """The shape of the box that all of them fill together."""
+        if self.count == 1:
+            return self.shape
+        return (*self.shape[: self.dim], self.shape[self.dim] * self.count, *self.shape[self.dim + 1 :])
+
+    def number(self, i: int) -> Shard:
+        """The i-th alone."""
+        offsets = (*self.offsets[: self.dim], self.offsets[self.dim] + i * self.shape[self.dim])
+        step = i * self.stride
+        return Shard(
+            self.rank + step, offsets + self.offsets[self.dim + 1 :], self.shape, self.file + step, self.byte_offset
+        )
+
+    def touching(self, offsets: Index, shape: Index) -> Iterator[Shard]:
+        """One by one, those that may share elements with the box of `shape` at `offsets`."""
+        if self.count == 1:
+            yield self
+            return
+        size, begin = self.shape[self.dim], offsets[self.dim] - self.offsets[self.dim]
+        for i in range(max(0, begin // size), min(self.count, -(-(begin + shape[self.dim]) // size))):
+            yield self.number(i)
 
 
-@dataclass(frozen=True)
+def join_runs(shards: Iterable[Shard]) -> tuple[Shard, ...]:
+    """The same, with those that differ only in rank, file and place along one dimension as one Shard each."""
+    runs: list[Shard] = []
+    for shard in shards:
+        longer = _longer(runs[-1], shard) if runs else None
+        if longer is None:
+            runs.append(shard)
+        else:
+            runs[-1] = longer
+    return tuple(runs)
+
+
+def _longer(run: Shard, shard: Shard) -> Shard | None:
+    """`run` with `shard` behind it; None where that is not what comes next."""
+    if shard.shape != run.shape or shard.byte_offset != run.byte_offset or shard.count != 1:
+        return None
+    moved = [d for d, (a, b) in enumerate(zip(run.offsets, shard.offsets, strict=True)) if a != b]
+    step = shard.rank - run.rank
+    if run.count == 1:
+        longer = replace(run, count=2, dim=moved[0], stride=step) if len(moved) == 1 and step > 0 else None
+    else:
+        longer = replace(run, count=run.count + 1) if moved == [run.dim] else None
+    if longer is None or not run.shape[longer.dim] or longer.number(longer.count - 1) != shard:
+        return None
+    return longer
+
+
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """A tensor under its in-memory name, with its global shape and every shard of it once.
 
@@ -44,7 +101,7 @@ class TensorEntry:
 
     fqn: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Index
     shards: tuple[Shard, ...]
     loaded: str | None = None
 
@@ -58,10 +115,10 @@ class TensorEntry:
 
 
 class Memory(Protocol):
-    """A block of bytes that is no file; it can be sent to other processes."""
+    """Bytes that are in no file of this node; it can be sent to other processes."""
 
-    def view(self) -> memoryview:
-        """The bytes; raises SourceError when they are lost."""
+    def read(self, into: memoryview, offset: int) -> None:
+        """Fill `into` with the bytes from `offset` on; raises SourceError when they are lost."""
 
 
 @dataclass(frozen=True)
@@ -99,30 +156,26 @@ class ShardSource(Protocol):
 
 def check_coverage(entry: TensorEntry) -> None:
     """Raise SourceError unless the shards tile the tensor: every element exactly once."""
-    total = math.prod(entry.shape)
-    volume = sum(math.prod(s.shape) for s in entry.shards)
-    if volume != total:
-        parts = ", ".join(f"rank {s.rank}: {list(s.shape)} at {list(s.offsets)}" for s in entry.shards[:8])
+    shards = entry.shards
+    flaw = find_flaw([(s.offsets, s.extent) for s in shards], entry.shape)
+    if flaw is None:
+        return
+    if flaw.kind == "volume":
+        parts = ", ".join(f"{_ranks(s)}: {list(s.extent)} at {list(s.offsets)}" for s in shards[:8])
         raise SourceError(
-            f"{entry.fqn}: the local shapes do not add up to the global shape {list(entry.shape)}: expected {total} "
-            f"elements, found {volume} ({parts}). The checkpoint is incomplete or mixed; save it again."
+            f"{entry.fqn}: the local shapes do not add up to the global shape {list(entry.shape)}: expected "
+            f"{math.prod(entry.shape)} elements, found {flaw.found} ({parts}). The checkpoint is incomplete or mixed; "
+            "save it again."
         )
-    solid = sorted((s for s in entry.shards if math.prod(s.shape)), key=lambda s: s.offsets)
-    for shard in solid:
-        if any(o < 0 or o + n > d for o, n, d in zip(shard.offsets, shard.shape, entry.shape, strict=True)):
-            raise SourceError(
-                f"{entry.fqn}: rank {shard.rank} holds {list(shard.shape)} at {list(shard.offsets)}, "
-                f"which is outside the global shape {list(entry.shape)}."
-            )
-    for i, a in enumerate(solid):
-        for b in solid[i + 1 :]:
-            if b.offsets[:1] and b.offsets[0] >= a.offsets[0] + a.shape[0]:
-                break  # sorted by the first dimension: nothing further can overlap `a`
-            if _overlap(a, b):
-                raise SourceError(f"{entry.fqn}: ranks {a.rank} and {b.rank} hold overlapping parts.")
+    blamed = [shards[i] for i in flaw.boxes]
+    if flaw.kind == "outside":
+        raise SourceError(
+            f"{entry.fqn}: {_ranks(blamed[0])} holds {list(blamed[0].extent)} at {list(blamed[0].offsets)}, "
+            f"which is outside the global shape {list(entry.shape)}."
+        )
+    raise SourceError(f"{entry.fqn}: {_ranks(blamed[0])} and {_ranks(blamed[1])} hold overlapping parts.")
 
 
-def _overlap(a: Shard, b: Shard) -> bool:
-    return all(
-        ao < bo + bn and bo < ao + an for ao, an, bo, bn in zip(a.offsets, a.shape, b.offsets, b.shape, strict=True)
-    )
+def _ranks(shard: Shard) -> str:
+    last = shard.rank + (shard.count - 1) * shard.stride
+    return f"rank {shard.rank}" if shard.count == 1 else f"ranks {shard.rank} to {last}"

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.sources.base import ITEMSIZE, Shard, ShardManifest, TensorEntry, check_coverage
+from verl_autoexport.sources.base import ITEMSIZE, Shard, ShardManifest, TensorEntry, check_coverage, join_runs
 
 RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 _DAMAGED = "The file is truncated or damaged, or holds objects that `weights_only` loading refuses."
@@ -284,7 +284,7 @@ def _assemble(fqn: str, pieces: Sequence[Piece], paths: Sequence[Path]) -> Tenso
                     f"{list(p.local_shape)} at {list(p.offsets)}: of different saves, or diverged in training."
                 )
         shards = [s for s in unique.values() if math.prod(s.shape) or not math.prod(first.shape)]
-    entry = TensorEntry(fqn, first.dtype, first.shape, tuple(shards))
+    entry = TensorEntry(fqn, first.dtype, first.shape, join_runs(shards))
     check_coverage(entry)
     return entry
 
