@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl_autoexport import __version__
-from verl_autoexport.errors import AutoExportError, RegistryError
+from verl_autoexport.errors import AutoExportError, RegistryError, SourceError
 from verl_autoexport.registry.retention import Keep, show_size
 from verl_autoexport.registry.store import Registry
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from verl_autoexport.export.spec import ExportSpec
     from verl_autoexport.registry.retention import Judgement
     from verl_autoexport.registry.store import Version
+    from verl_autoexport.sources.base import ShardSource
 
 _KEEP = tuple(Keep().to_dict())
 
@@ -53,14 +54,15 @@ def _export(args: argparse.Namespace) -> int:
 def _export_once(args: argparse.Namespace) -> int:
     from verl_autoexport.export import pipeline
 
+    runner = _runner(args)
     spec = pipeline.checkpoint_spec(
-        args.checkpoint, dtype=args.dtype, max_shard_size=args.max_shard_size, base_model=args.base_model,
-        lora=args.lora, memory_budget=args.memory_budget, verify=not args.no_verify,
+        args.checkpoint, source=_spread(args), dtype=args.dtype, max_shard_size=args.max_shard_size,
+        base_model=args.base_model, lora=args.lora, memory_budget=args.memory_budget, verify=not args.no_verify,
         trust_remote_code=args.trust_remote_code, lora_config=args.lora_config,
     )  # fmt: skip
     if args.output is not None:
         with _Bar() as bar:
-            pipeline.export_to_directory(spec, args.output, _runner(args), bar)
+            pipeline.export_to_directory(spec, args.output, runner, bar)
         print(args.output)
         return 0
     registry = Registry.create(args.registry)
@@ -68,7 +70,7 @@ def _export_once(args: argparse.Namespace) -> int:
         print(f"step {spec.step} is published already as {there.path}; --again exports it once more")
         return 0
     with _Bar() as bar:
-        version = pipeline.export_to_registry(spec, registry, _runner(args), bar)
+        version = pipeline.export_to_registry(spec, registry, runner, bar)
     print(version.path)
     return 0
 
@@ -91,6 +93,21 @@ def _runner(args: argparse.Namespace) -> MergeRunner:
     except (ConnectionError, ValueError) as e:
         raise AutoExportError(f"--ray-address {args.ray_address}: no Ray cluster answers there: {e}") from e
     return RayRunner(args.workers, num_cpus=1, schedule_timeout_s=30)
+
+
+def _spread(args: argparse.Namespace) -> ShardSource | None:
+    """The shards on the disks of the cluster's nodes, where they are not all on this machine's."""
+    from verl_autoexport.sources.checkpoints import find_checkpoint, rank_files
+
+    if args.ray_address is None:
+        return None
+    try:
+        rank_files(find_checkpoint(args.checkpoint))
+    except SourceError:
+        from verl_autoexport.runtime.nodes import Nodes, SpreadFiles
+
+        return SpreadFiles(Nodes(), args.checkpoint.absolute(), "actor")
+    return None
 
 
 class _Bar:

@@ -12,7 +12,7 @@ from verl_autoexport.config import VerifyConfig, parse_size
 from verl_autoexport.errors import ConfigError
 from verl_autoexport.events import Trigger
 from verl_autoexport.sources.base import ShardSource
-from verl_autoexport.sources.fsdp_files import find_checkpoint
+from verl_autoexport.sources.checkpoints import find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,21 @@ def checkpoint_spec(
     verify: bool = True,
     trust_remote_code: bool = False,
     lora_config: str | os.PathLike[str] | None = None,
+    source: ShardSource | None = None,
 ) -> ExportSpec:
-    """The spec of an export by hand; the step is read from the path. Raises ConfigError or SourceError."""
+    """The spec of an export by hand; the step is read from the path. Raises ConfigError or SourceError.
+
+    `source`: the shards of `checkpoint` where they are not all on this machine.
+    """
     if dtype not in ("bfloat16", "float16", "float32", "source", "base"):
         raise ConfigError(f"dtype {dtype!r}: expected bfloat16, float16, float32, source or base.")
     if lora not in ("fused", "adapter", "both"):
         raise ConfigError(f"lora {lora!r}: expected fused, adapter or both.")
-    directory = find_checkpoint(checkpoint)
+    directory = find_checkpoint(checkpoint) if source is None else checkpoint
     return ExportSpec(
-        checkpoint=directory,
+        checkpoint=directory if source is None else source.directory,
         step=step_of(directory),
+        source=source,
         dtype=dtype,
         max_shard_size=parse_size(max_shard_size, "max_shard_size"),
         memory_budget=parse_size(memory_budget, "memory_budget"),

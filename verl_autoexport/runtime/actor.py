@@ -23,6 +23,7 @@ from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.registry.retention import Keep, show_size
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.live import Snapshot
+from verl_autoexport.runtime.nodes import Nodes, SpreadFiles
 from verl_autoexport.runtime.tasks import RayRunner
 from verl_autoexport.sources import pins
 
@@ -72,6 +73,7 @@ class ExportActor:
         self.forgotten: set[str] = set()
         self.started = time.time()
         self.running = 0
+        self.nodes: Nodes | None = None  # that keep checkpoints on their own disks
         self.changed = threading.Condition()
         threading.Thread(target=self._work, name="autoexport", daemon=True).start()
 
@@ -123,6 +125,8 @@ class ExportActor:
     def _release(self, request: Mapping[str, Any]) -> None:
         if request["pin"] is not None:
             pins.release(Path(request["pin"]))
+            if self.nodes is not None and request.get("spread"):
+                self.nodes.release(Path(request["pin"]))
         if live := request.get("live"):
             self.forget(live["id"])
 
@@ -173,8 +177,13 @@ class ExportActor:
 
     def _spec(self, request: Mapping[str, Any]) -> ExportSpec:
         spec = make_spec(request, self.settings)
-        live = request.get("live")
-        return replace(spec, source=self._snapshot(live, request["time"])) if live else spec
+        if live := request.get("live"):
+            return replace(spec, source=self._snapshot(live, request["time"]))
+        if not request.get("spread"):
+            return spec
+        self.nodes = self.nodes or Nodes()
+        source = SpreadFiles(self.nodes, spec.checkpoint, self.settings.role)
+        return replace(spec, source=source, checkpoint=source.directory)
 
     def _published(self, request: Mapping[str, Any]) -> str | None:
         """The version that is this very milestone; one made by hand of the same step lacks its reasons."""

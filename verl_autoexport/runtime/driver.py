@@ -20,6 +20,7 @@ from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.actor import MAX_WAITING, start_actor
 from verl_autoexport.runtime.ledger import Ledger
 from verl_autoexport.runtime.live import Busy, LiveSource
+from verl_autoexport.runtime.nodes import Nodes
 from verl_autoexport.sources import pins
 from verl_autoexport.sources.pins import Pin
 
@@ -61,6 +62,7 @@ class ExportDriver:
         self.last_step: int | None = None
         self.ledger = Ledger(self.registry, self.actor)
         self.live: LiveSource | None = None
+        self.nodes: Nodes | None = None
         self.saved_step = 0
         self.pins: dict[int, Pin] = {}
         self.undecided: list[tuple[StepEvent, Pin | None]] = []  # the live source needs no pin
@@ -74,12 +76,20 @@ class ExportDriver:
 
     # -- the run's events --------------------------------------------------------------
 
-    def begin(self, step: int, last_step: int | None, live: LiveSource | None = None) -> None:
-        """Training is about to start from `step` (0, or the resumed one); `live` copies shards of its workers."""
-        self.live = live
+    def begin(
+        self, step: int, last_step: int | None, live: LiveSource | None = None, nodes: Nodes | None = None
+    ) -> None:
+        """Training is about to start from `step` (0, or the resumed one).
+
+        `live` copies shards of its workers; `nodes` are those that keep checkpoints on disks of their own.
+        """
+        self.live, self.nodes = live, nodes
         self.start, self.last_step, self.logged_step = RunStart(step, time.time()), last_step, step
         self.ledger.history = self.registry.milestones(up_to_step=step)
-        for pin in pins.find_pins(self.info.checkpoints):
+        found = pins.find_pins(self.info.checkpoints)
+        if nodes is not None:
+            nodes.ask("release_others", str(self.info.checkpoints), [pin.path.name for pin in found])
+        for pin in found:
             if pin.request is None and pin.step == step:
                 self.pins[step] = pin  # saved, but the run died before it was decided
             elif pin.request is not None and pin.step <= step:
@@ -97,7 +107,8 @@ class ExportDriver:
             self.saved_step = step
             return
         started = time.monotonic()
-        pin = pins.make_pin(checkpoint_dir, step, self.settings.role)
+        pin_step = pins.make_pin if self.nodes is None else self.nodes.pin
+        pin = pin_step(checkpoint_dir, step, self.settings.role)
         if not pin.linked:
             logger.warning(
                 "verl_autoexport: %s: no hard links on this file system; verl may delete step %s before it is exported",
@@ -168,7 +179,7 @@ class ExportDriver:
                 self.ledger.note(
                     pin.step, "dropped", f"the run went back to step {self.start.step} before it was exported"
                 )
-            pins.release(pin.path)
+            self._release(pin)
         self.past_cut = True
 
     def _decide_all(self, hold_last: bool) -> None:
@@ -198,7 +209,7 @@ class ExportDriver:
         )
         if decision is None or not self._make_room(decision):
             if pin is not None:
-                pins.release(pin.path)
+                self._release(pin)
             return
         if pin is None:
             request = self._captured(decision, event)
@@ -213,6 +224,11 @@ class ExportDriver:
         self.ledger.submit(decision, request)
         if event.requested:
             self._clear_requests()
+
+    def _release(self, pin: Pin) -> None:
+        pins.release(pin.path)
+        if pin.spread and self.nodes is not None:
+            self.nodes.release(pin.path)
 
     def _make_room(self, decision: Decision) -> bool:
         """With `queue.overflow=wait`: hold training until an export has finished, or the time is up."""
@@ -274,6 +290,7 @@ class ExportDriver:
             "metrics": {k: v if math.isfinite(v) else None for k, v in event.metrics.items()},
             "measured_on": measured_on(decision.triggers),
             "pin": pin and str(pin.path),
+            "spread": pin is not None and pin.spread,
             "directory": pin and str(pin.directory),
             "origin": pin and pin.origin,
             "fingerprint": pin and pin.fingerprint,
@@ -292,7 +309,7 @@ class ExportDriver:
             decision = Decision(pin.step, request["time"], tuple(map(Trigger.from_dict, request["triggers"])))
         except (KeyError, TypeError, AttributeError) as e:
             self.ledger.note(pin.step, "failed", f"its request in {pin.path} cannot be read: {e!r}")
-            pins.release(pin.path)
+            self._release(pin)
             return
         logger.warning("verl_autoexport: step %s was interrupted; exporting it now", pin.step)
         self.ledger.submit(decision, request)

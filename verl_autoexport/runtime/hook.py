@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from verl_autoexport.export.contract import check_start
 from verl_autoexport.preflight import check_length, check_run
 from verl_autoexport.runtime.driver import ExportDriver, ExportFailed, RunInfo
 from verl_autoexport.runtime.live import LiveSource, start_live
+from verl_autoexport.runtime.nodes import find_nodes
 
 logger = logging.getLogger(__name__)
 _active: AutoExportCallback | None = None
@@ -76,13 +77,15 @@ class AutoExportCallback(CheckpointCallback):
         last_saved = last_step == trainer.total_training_steps  # if the epochs end before, verl stops without a save
         check_length(self.settings, self.config, last_step, last_saved)
         self._check_base()
-        self.driver.begin(trainer.global_steps, last_step, self._live(trainer))
-
-    def _live(self, trainer: PPOTrainer) -> LiveSource | None:
-        if self.settings.export_source != "live":
-            return None
         group = trainer.critic_wg if self.settings.role == "critic" else trainer.actor_rollout_wg
-        return start_live(group.workers, self.settings, self.driver.info)
+        if self.settings.export_source == "live":
+            self.driver.begin(trainer.global_steps, last_step, self._live(group.workers))
+        else:
+            nodes = find_nodes(group.workers, self.driver.info.checkpoints)
+            self.driver.begin(trainer.global_steps, last_step, nodes=nodes)
+
+    def _live(self, workers: Sequence[Any]) -> LiveSource:
+        return start_live(workers, self.settings, self.driver.info)
 
     def _check_base(self) -> None:
         """Raises PlanError or ConfigError, at any `on_error`: exports of this base model could not be right."""

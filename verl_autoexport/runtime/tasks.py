@@ -81,10 +81,14 @@ class RayRunner:
 
     def _stop(self) -> None:
         """No attempt of this run may write into the staging directory any more."""
-        for ref in self.refs:
+        if not self.refs:
+            return
+        # Cancelling a task that has just finished can abort the whole process (Ray 2.60): only those that have not.
+        _, running = ray.wait(self.refs, num_returns=len(self.refs), timeout=0)
+        for ref in running:
             ray.cancel(ref, force=False)
-        if self.refs:
-            ray.wait(self.refs, num_returns=len(self.refs), timeout=_CANCEL_S)
+        if running:
+            ray.wait(running, num_returns=len(running), timeout=_CANCEL_S)
 
     def _submit(self, job: MergeJob, nonce: Path, number: int, here: bool = False, losses: int = 0) -> _Attempt:
         part = job.path.with_name(f"{job.path.name}.part{number}")

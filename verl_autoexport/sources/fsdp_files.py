@@ -7,16 +7,13 @@ read later by position, so a file truncated meanwhile is an error and not a SIGB
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-import os
-import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +23,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.sources.base import ITEMSIZE, Shard, ShardManifest, TensorEntry, check_coverage, join_runs
+from verl_autoexport.sources.base import ITEMSIZE, Memory, Shard, ShardManifest, TensorEntry, check_coverage, join_runs
+from verl_autoexport.sources.checkpoints import BLOCK, brief, check_sums, digest, rank_files, stats
 
-RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 _DAMAGED = "The file is truncated or damaged, or holds objects that `weights_only` loading refuses."
-_BLOCK = 1 << 20  # bytes read at a time where whole files or tensors are compared
 
 
 @dataclass(frozen=True)
@@ -59,15 +55,15 @@ class FsdpFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.paths = rank_files(self.directory)
-        self._seen = _stat(self.paths)
+        self._seen = stats(self.paths)
 
     @property
     def fingerprint(self) -> str:
-        return _digest(self._seen)
+        return digest(self._seen)
 
     def check_unchanged(self) -> None:
         """verl rewrites a step's files in place when it saves that step again; links keep no old content."""
-        if (now := _stat(self.paths)) != self._seen:
+        if (now := stats(self.paths)) != self._seen:
             changed = [a[0] for a, b in zip(self._seen, now, strict=True) if a != b]
             raise SourceError(
                 f"{self.directory}: {', '.join(changed)} changed while being exported (size, time or inode differ). "
@@ -78,67 +74,23 @@ class FsdpFiles:
         """Read every file whole and compare with the CRC-32 that torch wrote beside each storage."""
         try:
             with ThreadPoolExecutor(min(4, len(self.paths))) as pool:
-                list(pool.map(_check_sums, self.paths))
+                list(pool.map(check_sums, self.paths))
         except SourceError:
             self.check_unchanged()  # then that is the reason
             raise
 
     def manifest(self) -> ShardManifest:
         ranks = [read_rank_file(path, rank) for rank, path in enumerate(self.paths)]
-        _check_same_keys(self.paths, ranks)
-        tensors = {fqn: _assemble(fqn, [r[fqn] for r in ranks], self.paths) for fqn in ranks[0]}
-        return ShardManifest(
-            files=tuple(self.paths),
-            tensors=tensors,
-            world_size=len(self.paths),
-            backend=_backend(self.directory),
-            fingerprint=self.fingerprint,
-        )
+        return make_manifest(self.directory, ranks, self.paths, self.fingerprint)
 
 
-def find_checkpoint(path: Path, role: str = "actor") -> Path:
-    """The directory with the rank files: `path` itself, or `path/<role>` for a `global_step_N`.
-
-    Raises SourceError naming what was looked for.
-    """
-    if not path.is_dir():
-        raise SourceError(f"{path}: no such directory; expected a verl checkpoint, `global_step_N` or its `{role}/`.")
-    for candidate in (path, path / role):
-        if candidate.is_dir() and any(RANK_FILE.fullmatch(p.name) for p in candidate.iterdir()):
-            return candidate
-    raise SourceError(
-        f"{path}: no FSDP shards here or in {role}/: expected model_world_size_W_rank_R.pt. Either the step was "
-        "rotated away, or checkpoint.save_contents did not include 'model', or the strategy is not fsdp/fsdp2."
-    )
-
-
-def rank_files(directory: Path) -> list[Path]:
-    """The model files of all ranks, in order of rank; raises SourceError unless each is there exactly once."""
-    found: dict[int, dict[int, Path]] = {}
-    for path in directory.iterdir() if directory.is_dir() else ():
-        if match := RANK_FILE.fullmatch(path.name):
-            found.setdefault(int(match[1]), {})[int(match[2])] = path
-    if not found:
-        raise SourceError(f"{directory}: no model_world_size_W_rank_R.pt found; expected the shards of an FSDP model.")
-    if len(found) > 1:
-        raise SourceError(
-            f"{directory}: shards of different world sizes are mixed: {sorted(found)}. Two runs wrote to the same "
-            "step; remove the files of the older one."
-        )
-    world_size, files = next(iter(found.items()))
-    if missing := sorted(set(range(world_size)) - files.keys()):
-        raise SourceError(
-            f"{directory}: world size {world_size}, but the files of rank{'s' if len(missing) > 1 else ''} "
-            f"{_brief(missing)} are missing. If each node keeps its own shards, copy them into one directory."
-        )
-    if extra := sorted(files.keys() - set(range(world_size))):
-        raise SourceError(f"{directory}: ranks {_brief(extra)} do not exist in world size {world_size}.")
-    return [files[rank] for rank in range(world_size)]
-
-
-def fingerprint(directory: Path) -> str:
-    """Identity of the shards' content, from name, inode, size and mtime of every rank file."""
-    return _digest(_stat(rank_files(directory)))
+def make_manifest(
+    directory: Path, ranks: Sequence[dict[str, Piece]], files: Sequence[Path | Memory], fingerprint: str
+) -> ShardManifest:
+    """All ranks' pieces, those of rank i in `files[i]`; `directory` holds `fsdp_config.json`. Raises SourceError."""
+    _check_same_keys(directory, ranks)
+    tensors = {fqn: _assemble(fqn, [r[fqn] for r in ranks], files) for fqn in ranks[0]}
+    return ShardManifest(tuple(files), tensors, len(files), _backend(directory), fingerprint)
 
 
 def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
@@ -251,18 +203,18 @@ def local_box(
     return tuple(local), tuple(offsets)
 
 
-def _check_same_keys(paths: Sequence[Path], ranks: Sequence[dict[str, Piece]]) -> None:
+def _check_same_keys(directory: Path, ranks: Sequence[dict[str, Piece]]) -> None:
     everything = set().union(*ranks)
     for key in sorted(everything):
         if lacking := [r for r, pieces in enumerate(ranks) if key not in pieces]:
             having = [r for r in range(len(ranks)) if r not in set(lacking)]
             raise SourceError(
-                f"{paths[0].parent}: {key} is in the file of rank {_brief(having)} but not in that of rank "
-                f"{_brief(lacking)} (world size {len(paths)}). The files are of different models or saves."
+                f"{directory}: {key} is in the file of rank {brief(having)} but not in that of rank "
+                f"{brief(lacking)} (world size {len(ranks)}). The files are of different models or saves."
             )
 
 
-def _assemble(fqn: str, pieces: Sequence[Piece], paths: Sequence[Path]) -> TensorEntry:
+def _assemble(fqn: str, pieces: Sequence[Piece], files: Sequence[Path | Memory]) -> TensorEntry:
     first = pieces[0]
     for rank, piece in enumerate(pieces):
         if (piece.dtype, piece.shape, piece.offsets is None) != (first.dtype, first.shape, first.offsets is None):
@@ -271,7 +223,7 @@ def _assemble(fqn: str, pieces: Sequence[Piece], paths: Sequence[Path]) -> Tenso
                 f"{list(piece.shape)}; the rank files are of different models, or hold rank-local tensors."
             )
     if first.offsets is None:
-        _check_replicas(fqn, pieces, paths)
+        _check_replicas(fqn, pieces, files)
         shards = [Shard(0, (0,) * len(first.shape), first.shape, 0, first.byte_offset)]
     else:
         unique: dict[Any, Shard] = {}  # replica groups (HSDP) hold the same boxes: the lowest rank's copy is taken
@@ -289,46 +241,29 @@ def _assemble(fqn: str, pieces: Sequence[Piece], paths: Sequence[Path]) -> Tenso
     return entry
 
 
-def _check_replicas(fqn: str, pieces: Sequence[Piece], paths: Sequence[Path]) -> None:
+def _check_replicas(fqn: str, pieces: Sequence[Piece], files: Sequence[Path | Memory]) -> None:
     """A plain tensor must be the same on every rank; if not, the ranks hold parts that nothing describes."""
     nbytes = math.prod(pieces[0].shape) * ITEMSIZE[pieces[0].dtype]
-    with ExitStack() as stack:
-        files = [stack.enter_context(path.open("rb")) for path in paths]
-        for file, piece in zip(files, pieces, strict=True):
-            file.seek(piece.byte_offset)
-        for start in range(0, nbytes, _BLOCK):
-            first, *others = (file.read(min(_BLOCK, nbytes - start)) for file in files)
-            if differ := [rank for rank, block in enumerate(others, 1) if block != first]:
-                raise SourceError(
-                    f"{fqn}: a plain tensor with different values on rank 0 and rank {differ[0]}: each rank holds a "
-                    "part of its own and the layout is not recorded; such a checkpoint cannot be merged."
-                )
+    everywhere = [_blocks(file, piece.byte_offset, nbytes) for file, piece in zip(files, pieces, strict=True)]
+    for first, *others in zip(*everywhere, strict=True):
+        if differ := [rank for rank, block in enumerate(others, 1) if block != first]:
+            raise SourceError(
+                f"{fqn}: a plain tensor with different values on rank 0 and rank {differ[0]}: each rank holds a "
+                "part of its own and the layout is not recorded; such a checkpoint cannot be merged."
+            )
 
 
-def _check_sums(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # 0: training has switched them off (`torch.serialization.set_crc32_options`)
-            for record in (r for r in archive.infolist() if r.CRC):
-                with archive.open(record) as f:
-                    while f.read(_BLOCK):
-                        pass
-    except Exception as e:  # zipfile raises what its parsers do: zlib.error, UnicodeDecodeError, NotImplementedError …
-        raise SourceError(
-            f"{path}: its bytes are not those that training wrote: {e!r}. A disk or a copy damaged it; copy or save it "
-            "again."
-        ) from e
-
-
-def _stat(paths: Sequence[Path]) -> list[tuple[str, int, int, int]]:
-    try:
-        return [(p.name, s.st_ino, s.st_size, s.st_mtime_ns) for p in paths for s in (os.stat(p),)]
-    except OSError as e:
-        raise SourceError(f"{e.filename}: {e.strerror}; the checkpoint was removed while it was being used.") from e
-
-
-def _digest(stats: Sequence[tuple[str, int, int, int]]) -> str:
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
+def _blocks(file: Path | Memory, offset: int, nbytes: int) -> Iterator[bytes]:
+    """`nbytes` from `offset` on, BLOCK at a time."""
+    with file.open("rb") if isinstance(file, Path) else nullcontext() as opened:
+        for start in range(offset, offset + nbytes, BLOCK):
+            block = bytearray(min(BLOCK, offset + nbytes - start))
+            if opened is None:
+                file.read(memoryview(block), start)
+            else:
+                opened.seek(start)
+                opened.readinto(block)
+            yield bytes(block)
 
 
 def _backend(directory: Path) -> str:
@@ -337,10 +272,6 @@ def _backend(directory: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         return "fsdp"
     return "fsdp" if version == 1 else f"fsdp{version}"
-
-
-def _brief(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks[:16])) + (f", … ({len(ranks)} in all)" if len(ranks) > 16 else "")
 
 
 @contextmanager

@@ -11,28 +11,34 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.sources.fsdp_files import find_checkpoint, fingerprint, rank_files
+from verl_autoexport.sources.checkpoints import find_checkpoint, fingerprint, rank_files
 
 FOLDER = ".autoexport"
 _INFO = "pin.json"
-_EXTRA = ("fsdp_config.json", "lora_train_meta.json", "adapter_config.json")
+_KEYS = ("step", "origin", "fingerprint", "linked", "request")
+EXTRA = ("fsdp_config.json", "lora_train_meta.json", "adapter_config.json")
+"""Small files beside the shards that tell how to read them."""
 
 
 @dataclass(frozen=True)
 class Pin:
-    """A pinned step. `directory` is where to read from: the links, or, where there can be none, the original."""
+    """A pinned step. `directory` is where to read from: the links, or, where there can be none, the original.
+
+    `spread`: each node has a directory of this name with the shards on its own disk.
+    """
 
     path: Path
     step: int
     origin: str
     fingerprint: str
     linked: bool
+    spread: bool = False
     request: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @property
@@ -47,23 +53,45 @@ def make_pin(checkpoint_dir: Path, step: int, role: str) -> Pin:
     False): then verl may delete the files before they are exported.
     """
     source = find_checkpoint(checkpoint_dir, role)
-    origin = str(source.absolute())
-    files = [*rank_files(source), *(source / name for name in _EXTRA)]
-    files += sorted(p for p in (source / "huggingface").rglob("*") if p.is_file() and not _is_weights(p))
-    mark = fingerprint(source)
-    path = checkpoint_dir.absolute().parent / FOLDER / f"step_{step}-{mark[:8]}"
-    linked = True
+    paths, mark = rank_files(source), fingerprint(source)
+    path = pin_path(checkpoint_dir, step, mark)
+    pin = Pin(path, step, str(source.absolute()), mark, link_files(source, paths, path))
+    record(pin)
+    return pin
+
+
+def pin_path(checkpoint_dir: Path, step: int, mark: str) -> Path:
+    """Where the pin of a step is, by the first characters of its fingerprint."""
+    return checkpoint_dir.absolute().parent / FOLDER / f"step_{step}-{mark[:8]}"
+
+
+def link_files(source: Path, paths: Iterable[Path], pin: Path) -> bool:
+    """Link these rank files, and what lies beside them, into the new directory `pin`; False where links cannot be.
+
+    Raises SourceError, and leaves nothing, where the directory cannot be made.
+    """
+    files = [*paths, *(source / name for name in EXTRA), *config_files(source)]
     try:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-        for file in files:
-            linked = linked and _link(file, path / file.relative_to(source))
-        pin = Pin(path, step, origin, mark, linked)
+        shutil.rmtree(pin, ignore_errors=True)
+        pin.mkdir(parents=True)
+        return all(_link(file, pin / file.relative_to(source)) for file in files)
+    except OSError as e:
+        release(pin)  # links left behind would keep the space that verl frees
+        raise SourceError(f"{pin}: cannot be pinned: {e}") from e
+
+
+def config_files(source: Path) -> list[Path]:
+    """What verl saved of the model beside its shards, weights left out."""
+    return sorted(p for p in (source / "huggingface").rglob("*") if p.is_file() and not _is_weights(p))
+
+
+def record(pin: Pin) -> None:
+    """Write what `find_pins` finds; raises SourceError, and leaves no links, where that cannot be."""
+    try:
         _write(pin)
     except OSError as e:
-        release(path)  # links left behind would keep the space that verl frees
-        raise SourceError(f"{path}: step {step} cannot be pinned: {e}") from e
-    return pin
+        release(pin.path)
+        raise SourceError(f"{pin.path}: step {pin.step} cannot be pinned: {e}") from e
 
 
 def choose(pin: Pin, request: Mapping[str, Any]) -> None:
@@ -82,7 +110,7 @@ def find_pins(checkpoints: Path) -> list[Pin]:
     for path in (checkpoints / FOLDER).glob("step_*"):
         try:
             info = json.loads((path / _INFO).read_text())
-            pins.append(Pin(path, **{k: info[k] for k in ("step", "origin", "fingerprint", "linked", "request")}))
+            pins.append(Pin(path, spread=bool(info.get("spread")), **{k: info[k] for k in _KEYS}))
         except (OSError, ValueError, KeyError, TypeError):
             release(path)
     return sorted(pins, key=lambda p: p.step)
@@ -106,7 +134,7 @@ def _is_weights(path: Path) -> bool:
 def _write(pin: Pin) -> None:
     info = {
         "step": pin.step, "origin": pin.origin, "fingerprint": pin.fingerprint, "linked": pin.linked,
-        "request": pin.request,
+        "spread": pin.spread, "request": pin.request,
     }  # fmt: skip
     temporary = pin.path / f".{_INFO}.tmp"
     temporary.write_text(json.dumps(info))

@@ -1,0 +1,220 @@
+"""Three real Ray nodes on one machine, each with checkpoints on a disk of its own: a mount in its own namespace."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from sharding import QWEN2, make_checkpoint
+from test_export import assert_same_model, export
+
+from verl_autoexport.config import load_config
+from verl_autoexport.errors import SourceError
+from verl_autoexport.runtime.driver import ExportDriver, RunInfo
+from verl_autoexport.runtime.nodes import find_nodes
+from verl_autoexport.sources.pins import find_pins
+
+RAY = Path(sys.executable).with_name("ray")
+WORLD = 3
+
+
+def can_unshare() -> bool:
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+
+
+pytestmark = pytest.mark.skipif(not can_unshare(), reason="needs root: each node mounts a directory of its own")
+
+
+class Cluster:
+    """A head without shards, where exports are merged, and `WORLD` nodes that each see only their own `shared`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.shared = folder, folder / "shared"
+        self.shared.mkdir()
+        paths = {"PYTHONPATH": os.pathsep.join((os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")))}
+        self.address = ray.init(
+            address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": paths},
+            _temp_dir=f"/tmp/nodes-{os.getpid()}",  # the path of a socket may not be long
+        ).address_info["gcs_address"]  # fmt: skip
+        self.processes: list[subprocess.Popen[bytes]] = []
+        for rank in range(WORLD):
+            self.start(rank)
+        self.workers = [Worker.options(resources={f"rank{r}": 1}).remote() for r in range(WORLD)]
+
+    def start(self, rank: int) -> None:
+        own = self.own(rank)
+        own.mkdir(exist_ok=True)
+        script = (
+            f"mount --make-rprivate / && mount --bind {own} {self.shared} && exec {RAY} start --address={self.address} "
+            f"--num-cpus=1 --resources='{{\"rank{rank}\": 1}}' --object-store-memory=200000000 --block"
+        )
+        log = (self.folder / f"node{rank}.log").open("wb")
+        command = ["unshare", "--mount", "bash", "-c", script]
+        env = os.environ | {"RAY_TMPDIR": f"/tmp/nodes-{os.getpid()}"}
+        self.processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=env))
+        deadline = time.monotonic() + 60
+        while not any(f"rank{rank}" in n["Resources"] and n["Alive"] for n in ray.nodes()):
+            assert time.monotonic() < deadline, (self.folder / f"node{rank}.log").read_text()
+            time.sleep(0.2)
+
+    def own(self, rank: int) -> Path:
+        """What node `rank` sees as `shared`."""
+        return self.folder / f"disk{rank}"
+
+    def spread(self, source: Path, step: int) -> Path:
+        """A checkpoint of `step` as verl leaves it: each rank's file on its own node, the config with rank 0."""
+        for rank in range(WORLD):
+            actor = self.own(rank) / f"global_step_{step}" / "actor"
+            shutil.rmtree(actor, ignore_errors=True)
+            actor.mkdir(parents=True)
+            shutil.copy(source / "actor" / f"model_world_size_{WORLD}_rank_{rank}.pt", actor)
+            if rank == 0:
+                shutil.copy(source / "actor/fsdp_config.json", actor)
+                shutil.copytree(source / "actor/huggingface", actor / "huggingface")
+        return self.shared / f"global_step_{step}"
+
+    def kill(self, rank: int) -> None:
+        for process in psutil.Process(self.processes[rank].pid).children(recursive=True):
+            process.send_signal(signal.SIGKILL)
+        self.processes[rank].kill()
+        self.processes[rank].wait()
+
+    def stop(self) -> None:
+        for rank, process in enumerate(self.processes):
+            if process.poll() is None:
+                self.kill(rank)
+        ray.shutdown()
+
+
+@ray.remote(num_cpus=0)
+class Worker:
+    """Where a rank of verl would be."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    cluster = Cluster(tmp_path_factory.mktemp("nodes"))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("source"), QWEN2 | {"vocab_size": 20000}, world_size=WORLD)
+
+
+@pytest.fixture
+def start(cluster, tmp_path):
+    drivers = []
+
+    def start(**merge) -> ExportDriver:
+        node = {
+            "output_dir": str(tmp_path / "exports"), "verify": {"load": False}, "merge": merge,
+            "trigger": {"every_n_steps": 1, "on_train_end": False},
+        }  # fmt: skip
+        drivers.append(driver := ExportDriver(load_config(node), RunInfo(cluster.shared, run={})))
+        nodes = find_nodes(cluster.workers, cluster.shared)
+        assert nodes is not None
+        driver.begin(0, 100, nodes=nodes)
+        return driver
+
+    yield start
+    for driver in drivers:
+        ray.kill(driver.actor)
+        driver.nodes.close()
+
+
+@pytest.fixture
+def driver(start):
+    return start()
+
+
+def left_over(cluster: Cluster) -> list[Path]:
+    deadline = time.monotonic() + 10  # releasing waits for nobody
+    while (found := list(cluster.folder.glob("*/.autoexport/step_*"))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def test_shards_on_three_nodes_make_the_same_model(cluster, source, driver, tmp_path):
+    driver.saved(1, cluster.spread(source, 1))
+    (pin,) = find_pins(cluster.shared)
+    assert (pin.spread, pin.linked) == (True, True)
+    for rank in range(WORLD):
+        shutil.rmtree(cluster.own(rank) / "global_step_1")  # verl rotates it away
+    driver.logged(1, {})
+    assert "1 published (v0001-step1)" in driver.drain(120)
+    export(source, tmp_path / "here")
+    version = driver.registry.find("latest")
+    assert_same_model(version.path, tmp_path / "here")
+    assert version.record.source["world_size"] == WORLD
+    assert left_over(cluster) == []
+
+
+def test_a_file_that_is_on_no_node_is_named_with_its_rank_and_host(cluster, source, driver):
+    checkpoint = cluster.spread(source, 2)
+    (cluster.own(1) / f"global_step_2/actor/model_world_size_{WORLD}_rank_1.pt").unlink()
+    started = time.monotonic()
+    host = os.uname().nodename
+    with pytest.raises(
+        SourceError, match=rf"ranks 1 of 3 are on no node of the cluster; expected on {host} \(rank 1\)"
+    ):
+        driver.saved(2, checkpoint)
+    assert time.monotonic() - started < 10
+    assert left_over(cluster) == []
+
+
+def test_the_command_line_finds_them_too(cluster, source, tmp_path):
+    checkpoint = cluster.spread(source, 3)
+    command = [
+        sys.executable,
+        "-m",
+        "verl_autoexport",
+        "export",
+        checkpoint,
+        "--output",
+        tmp_path / "out",
+        "--no-verify",
+    ]
+    alone = subprocess.run(command, capture_output=True, text=True)
+    assert alone.returncode == 1, alone.stderr
+    done = subprocess.run([*command, "--ray-address", cluster.address], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    export(source, tmp_path / "here")
+    assert_same_model(tmp_path / "out", tmp_path / "here")
+
+
+def test_a_damaged_shard_is_found_where_it_lies(cluster, source, driver):
+    checkpoint = cluster.spread(source, 4)
+    path = cluster.own(2) / f"global_step_4/actor/model_world_size_{WORLD}_rank_2.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    driver.saved(4, checkpoint)
+    driver.logged(4, {})
+    assert "rank_2.pt: its bytes are not those that training wrote" in driver.drain(120)
+
+
+def test_a_node_that_dies_in_the_middle_fails_the_export_and_nothing_else(cluster, source, start):
+    """The last test: the cluster is smaller afterwards."""
+    driver = start(memory_budget=65536)  # so that it takes a while
+    driver.saved(5, cluster.spread(source, 5))
+    driver.logged(5, {})
+    staging, deadline = driver.settings.output_dir / ".staging", time.monotonic() + 60
+    while not any(p.stat().st_size > 1 << 16 for p in staging.glob("*/*.part*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    cluster.kill(2)
+    line = driver.drain(120)
+    assert "1 failed (step 5: SourceError: " in line
+    assert f"model_world_size_{WORLD}_rank_2.pt (rank 2) on {ray.nodes()[0]['NodeManagerHostname']} is lost" in line
+    assert driver.registry.versions() == []
+    assert list(staging.iterdir()) == []
