@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from verl.utils.import_utils import load_class_from_fqn
 from verl.utils.tracking import Tracking
 
 from verl_autoexport.config import AutoExportConfig, load_config
-from verl_autoexport.errors import ConfigError
+from verl_autoexport.errors import ConfigError, SourceError
 from verl_autoexport.export.contract import check_start
-from verl_autoexport.preflight import check_length, check_run
+from verl_autoexport.preflight import check_length, check_run, choose_source
 from verl_autoexport.runtime.driver import ExportDriver, ExportFailed, RunInfo
 from verl_autoexport.runtime.live import LiveSource, start_live
 
@@ -76,13 +77,38 @@ class AutoExportCallback(CheckpointCallback):
         last_saved = last_step == trainer.total_training_steps  # if the epochs end before, verl stops without a save
         check_length(self.settings, self.config, last_step, last_saved)
         self._check_base()
-        self.driver.begin(trainer.global_steps, last_step, self._live(trainer))
+        self.driver.begin(trainer.global_steps, last_step, self._live(trainer, last_step, last_saved))
 
-    def _live(self, trainer: PPOTrainer) -> LiveSource | None:
-        if self.settings.export_source != "live":
-            return None
-        group = trainer.critic_wg if self.settings.role == "critic" else trainer.actor_rollout_wg
-        return start_live(group.workers, self.settings, self.driver.info)
+    def _live(self, trainer: PPOTrainer, *length: Any) -> LiveSource | None:
+        """The workers as the source, None where checkpoints are it; says which and why.
+
+        Raises SourceError or ConfigError where there can be neither.
+        """
+        kind, why = choose_source(self.config, self.settings)
+        live = None
+        if kind == "live":
+            group = trainer.critic_wg if self.settings.role == "critic" else trainer.actor_rollout_wg
+            try:
+                live = start_live(group.workers, self.settings, self.driver.info)
+                why = f"{live.nbytes / 1e9:.2f} GB a snapshot, at most {live.room} in flight"
+            except SourceError as e:
+                if self.settings.source != "auto":
+                    raise
+                kind, why = "checkpoint", str(e)
+                self._check_without_live(why, *length)
+        if live is not None and self.settings.source == "auto":
+            why += "; a step that verl saves is exported from its checkpoint"
+        logger.warning("verl_autoexport: source=%s: %s: %s", self.settings.source, kind, why)
+        return live
+
+    def _check_without_live(self, reason: str, last_step: int, last_saved: bool) -> None:
+        """Raises ConfigError where checkpoints alone leave nothing to export."""
+        settings = replace(self.settings, source="checkpoint")
+        try:
+            check_run(self.config, settings)
+            check_length(settings, self.config, last_step, last_saved)
+        except ConfigError as e:
+            raise ConfigError(f"autoexport.source=auto: the workers cannot be the source: {reason}\n{e}") from e
 
     def _check_base(self) -> None:
         """Raises PlanError or ConfigError, at any `on_error`: exports of this base model could not be right."""
