@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from verl_autoexport.sources.live import Layout, make_manifest
 
 _FETCH_S = 300.0
 _HAND_OVER_S = 600.0  # from the copy in a worker to its blocks being here
+_PROBE_S = 5.0  # after which the workers are asked whether they live
 _UNASKED_S = 60.0  # a snapshot whose export nobody asks for is not kept longer; the driver asks at once
 
 
@@ -93,15 +94,23 @@ class Deliveries:
             return True
 
     def whole(self, live: Mapping[str, Any]) -> Snapshot:
-        """Wait, bounded, for all ranks; raises SourceError naming those that did not come."""
+        """Wait, bounded, for all ranks; raises SourceError naming those that cannot or do not come."""
         ident, layouts = live["id"], ray.get(live["layouts"])
-        ranks = {layout.rank for layout in layouts}
-        found = self._wait(ident, lambda found: found.keys() >= ranks or _reasons(found))
-        if reasons := _reasons(found):
-            raise SourceError(f"the snapshot is not whole: {'; '.join(reasons[:4])}")
-        if missing := sorted(ranks - found.keys()):
-            raise SourceError(f"the snapshot lacks ranks {missing[:8]}: not handed over within {_HAND_OVER_S:g} s.")
-        return Snapshot(live, layouts, found, max(0.0, time.time() - live["captured"]))
+        ranks, deadline, probes = {layout.rank for layout in layouts}, time.monotonic() + _HAND_OVER_S, {}
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self._settled(ident, ranks), _PROBE_S)
+                found = dict(self.blocks.get(ident, {}))
+            missing = sorted(ranks - found.keys())
+            if reasons := [v for v in found.values() if isinstance(v, str)]:
+                raise SourceError(f"the snapshot is not whole: {'; '.join(reasons[:4])}")
+            if not missing:
+                return Snapshot(live, layouts, found, max(0.0, time.time() - live["captured"]))
+            why = _dead(probes, live["workers"], missing)
+            if why is None and time.monotonic() > deadline:
+                why = f"not handed over within {_HAND_OVER_S:g} s"
+            if why is not None:
+                raise SourceError(f"the snapshot lacks ranks {missing[:8]}: {why}.")
 
     def forget(self, ident: str) -> None:
         """Let go of a snapshot's blocks; what comes later is not taken."""
@@ -115,12 +124,20 @@ class Deliveries:
         self.first.pop(ident, None)
         self.blocks.pop(ident, None)
 
-    def _wait(self, ident: str, enough: Callable[[Mapping[int, Any]], object]) -> dict[int, Any]:
-        with self.changed:
-            self.changed.wait_for(lambda: enough(self.blocks.get(ident, {})), _HAND_OVER_S)
-            return dict(self.blocks.get(ident, {}))
+    def _settled(self, ident: str, ranks: set[int]) -> bool:
+        found = self.blocks.get(ident, {})
+        return found.keys() >= ranks or any(isinstance(v, str) for v in found.values())
 
 
-def _reasons(found: Mapping[int, list[Any] | str]) -> list[str]:
-    """Why ranks have nothing to hand over."""
-    return [v for v in found.values() if isinstance(v, str)]
+def _dead(probes: dict[int, Any], workers: Sequence[Any], missing: Sequence[int]) -> str | None:
+    """Which of `missing` is no more. A live worker answers a probe when it is free; until then it is taken to live."""
+    for rank in missing:
+        if rank not in probes:
+            probes[rank] = workers[rank].__ray_ready__.remote()
+    for ref in ray.wait([probes[r] for r in missing], num_returns=len(missing), timeout=1.0)[0]:
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayError as e:
+            rank = next(r for r, probe in probes.items() if probe == ref)
+            return f"rank {rank} has died: {str(e).strip().splitlines()[0].rstrip('.')}"
+    return None

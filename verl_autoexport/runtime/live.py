@@ -20,7 +20,7 @@ from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.runtime import capture
 from verl_autoexport.runtime.capture import Busy
 from verl_autoexport.sources.base import ShardManifest
-from verl_autoexport.sources.live import make_manifest
+from verl_autoexport.sources.live import Layout, make_manifest
 
 if TYPE_CHECKING:
     from verl_autoexport.runtime.driver import RunInfo
@@ -65,7 +65,7 @@ class LiveSource:
                 f"{self.inflight_bytes / 1e9:.2f} GB may be in flight (autoexport.queue.inflight_bytes): give Ray a "
                 "larger store (ray_kwargs.ray_init.object_store_memory), or use autoexport.source=checkpoint."
             )
-        pinned = self._pinned([left for _, left in found])
+        pinned = pinned_ranks(self.nodes, self.layouts, [left for _, left in found])
         self._call(capture.allocate, pinned, timeout_s=_START_S)
         self.known = ray.put(self.layouts)
 
@@ -84,31 +84,8 @@ class LiveSource:
             raise
         return {
             "id": ident, "layouts": self.known, "backend": self.backend, "directory": str(self.directory),
-            "captured": time.time(),
+            "captured": time.time(), "workers": self.workers,
         }  # fmt: skip
-
-    def _pinned(self, left: Sequence[int]) -> set[int]:
-        """The ranks whose copies may be pinned: those of nodes where the copies of all workers fit.
-
-        Beside a copy, as many bytes of a snapshot come to lie in the object store. Raises
-        SourceError for a node that has not even pageable memory for both.
-        """
-        ranks, pinned = defaultdict(list), set()
-        for rank, node in enumerate(self.nodes):
-            ranks[node].append(rank)
-        for node, members in ranks.items():
-            free, store = min(left[r] for r in members), sum(self.layouts[r].nbytes for r in members)
-            if 2 * store > free:
-                raise SourceError(
-                    f"node {node}: copies of the shards of its {len(members)} workers take {2 * store / 1e9:.2f} GB of "
-                    f"host memory, half of it in the object store, and {free / 1e9:.2f} GB are left below the limit of "
-                    "the machine or its control group: allow more, or use autoexport.source=checkpoint."
-                )
-            if store + sum(self.layouts[r].pinned_bytes for r in members) <= free:
-                pinned.update(members)
-            else:
-                logger.warning("verl_autoexport: node %s: pinned memory would not fit; copies will be slower", node)
-        return pinned
 
     def _call(self, function: Callable[..., Any], *args: Any, timeout_s: float) -> list[Any]:
         refs = [w.__ray_call__.remote(function, rank, *args) for rank, w in enumerate(self.workers)]
@@ -140,6 +117,30 @@ def start_live(workers: Sequence[Any], settings: AutoExportConfig, info: RunInfo
         groups |= dict.fromkeys(file.sources - groups.keys(), number)
     source.prepare(capture_dtypes(spec, planned), groups, settings.queue.device_clone)
     return source
+
+
+def pinned_ranks(nodes: Sequence[str], layouts: Sequence[Layout], left: Sequence[int]) -> set[int]:
+    """The ranks whose copies may be pinned: those of nodes where the copies of all workers fit. All arguments by rank.
+
+    Beside the copies, as many bytes of a snapshot come to lie in the object store. Raises
+    SourceError for a node that has not even pageable memory for both.
+    """
+    ranks, pinned = defaultdict(list), set()
+    for rank, node in enumerate(nodes):
+        ranks[node].append(rank)
+    for node, members in ranks.items():
+        free, store = min(left[r] for r in members), sum(layouts[r].nbytes for r in members)
+        if 2 * store > free:
+            raise SourceError(
+                f"node {node}: copies of the shards of its {len(members)} workers take {2 * store / 1e9:.2f} GB of "
+                f"host memory, half of it in the object store, and {free / 1e9:.2f} GB are left below the limit of "
+                "the machine or its control group: allow more, or use autoexport.source=checkpoint."
+            )
+        if store + sum(layouts[r].pinned_bytes for r in members) <= free:
+            pinned.update(members)
+        else:
+            logger.warning("verl_autoexport: node %s: pinned memory would not fit; copies may be slower", node)
+    return pinned
 
 
 def _stores(nodes: set[str]) -> float:

@@ -271,9 +271,10 @@ class Copier:
 
     def _fill(self, values: Mapping[str, torch.Tensor]) -> None:
         for part in self.layout.parts:
-            source = values[part.fqn][part.start : part.start + part.numel].to(getattr(torch, part.dtype))
-            into = self.chunks[part.chunk][part.offset : part.offset + part.nbytes].view(source.dtype)
-            into.copy_(source, non_blocking=True)
+            dtype, source = getattr(torch, part.dtype), values[part.fqn][part.start : part.start + part.numel]
+            into = self.chunks[part.chunk][part.offset : part.offset + part.nbytes].view(dtype)
+            # On its way from a device it is cast there; on the CPU on the way into the chunk, without another copy.
+            into.copy_(source if source.device.type == "cpu" else source.to(dtype), non_blocking=True)
         if (device := _device(values)) is not None:
             torch.accelerator.current_stream(device).synchronize()
 
