@@ -78,14 +78,14 @@ def _make(
     rank: int, world: int, out: Path, *, config: dict[str, Any], strategy: str = "fsdp2", dtype: str = "float32",
     mesh: tuple[int, ...] = (), reference: bool = True, role: str = "actor", saved: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None, lora_only: bool = False, zero: bool = False, live: str | None = None,
-    scale: float = 0.05,
+    scale: float = 0.05, offload: bool = False,
 ) -> None:  # fmt: skip
     """`strategy`: `fsdp`, `fsdp2`, or `placed`: matrices sharded on their inner dimensions, vectors plain.
 
     A two-dimensional `mesh` makes FSDP into HSDP and shards `placed` twice. `saved` overrides
     keys of the config.json beside the shards. `lora`: arguments of PEFT's `LoraConfig`; `lora_only`
     saves as verl's `save_lora_only`, `zero` leaves lora_B as it begins. `live`: the live source's copy
-    of the same weights, cast to that dtype, goes to `out/live`.
+    of the same weights, cast to that dtype, goes to `out/live`. `offload`: FSDP2's CPUOffloadPolicy.
     """
     model = build(config, dtype, scale)
     actor = out / role
@@ -107,7 +107,7 @@ def _make(
         elif reference:
             model.save_pretrained(out / "reference")
     dist.barrier()
-    sharded = _shard(model, strategy, mesh or (world,))
+    sharded = _shard(model, strategy, mesh or (world,), offload)
     if live:
         _copy_live(sharded, rank, live, out / "live")
     shards = sharded if isinstance(sharded, dict) else sharded.state_dict()
@@ -164,7 +164,7 @@ def _copy_live(module: Any, rank: int, dtype: str, folder: Path) -> None:
     (folder / f"{rank}.layout").write_bytes(pickle.dumps(copier.layout))
 
 
-def _shard(model: Any, strategy: str, mesh: tuple[int, ...]) -> Any:
+def _shard(model: Any, strategy: str, mesh: tuple[int, ...], offload: bool) -> Any:
     """The sharded module, or for `placed` its state dict."""
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -172,12 +172,13 @@ def _shard(model: Any, strategy: str, mesh: tuple[int, ...]) -> Any:
     if strategy == "placed":
         return {name: _place(tensor, device_mesh) for name, tensor in model.state_dict().items()}
     if strategy == "fsdp2":
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
+        policy = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
         bare = model.get_base_model() if hasattr(model, "peft_config") else model
         for layer in getattr(getattr(bare, "model", None), "layers", ()):
-            fully_shard(layer, mesh=device_mesh)
-        return fully_shard(model, mesh=device_mesh)
+            fully_shard(layer, mesh=device_mesh, offload_policy=policy)
+        return fully_shard(model, mesh=device_mesh, offload_policy=policy)
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, ShardingStrategy, StateDictType
 
     kind = ShardingStrategy.FULL_SHARD if len(mesh) == 1 else ShardingStrategy.HYBRID_SHARD

@@ -71,7 +71,6 @@ def test_values_arrive_typed():
     assert config.weights.max_shard_size == 100 * 2**20
     assert (config.verify.load, config.verify.generate) == (True, False)
     assert config.chain_callback == "my.own.Callback"
-    assert config.export_source == "checkpoint"
     assert t.metrics == (
         ("autoexport.trigger.best.metric", "val-core/a"),
         ("autoexport.trigger.threshold.metric", "m"),
@@ -282,18 +281,28 @@ def best(metric: str) -> str:
 GRPO = "algorithm.adv_estimator=grpo"
 MODEL = "actor_rollout_ref.model"
 VAL = best("val-core/*/acc/mean@1")
-LIVE = "autoexport.source=live"
+LIVE, SAVED = "autoexport.source=live", "autoexport.source=checkpoint"
+ASYNC = "trainer.v1.trainer_mode=separate_async"
 SAVE_CONTENTS = "checkpoint.save_contents=[optimizer,hf_model]"
 NO_TRIGGER = ("autoexport.trigger.on_train_end=false", "autoexport.trigger.on_request=false")
 
 IMPOSSIBLE = [
     (
-        ["trainer.save_freq=-1"],
-        "trainer.save_freq=-1: exports are made of verl's checkpoints and this run would write none",
+        [SAVED, "trainer.save_freq=-1"],
+        "trainer.save_freq=-1: exports are made of verl's checkpoints and this run would write none; "
+        "set trainer.save_freq=N, N ≥ 1, or autoexport.source=auto.",
     ),
-    (["trainer.save_freq=0"], "trainer.save_freq=0: exports are made"),
+    ([SAVED, "trainer.save_freq=0"], "trainer.save_freq=0: exports are made"),
     (
-        [LIVE, "trainer.v1.trainer_mode=separate_async"],
+        [ASYNC, "trainer.save_freq=-1"],
+        "exports are made of verl's checkpoints (trainer.v1.trainer_mode=separate_async, and only in sync, "
+        "colocate_async are the weights of a step known to be in the workers when it is logged) and this run would "
+        "write none; set trainer.save_freq=N, N ≥ 1.",
+    ),
+    ([ASYNC, f"actor_rollout_ref.actor.{SAVE_CONTENTS}"], "checkpoints would hold no weights; add 'model'."),
+    (["autoexport.trigger.on_save=true", "trainer.save_freq=-1"], "autoexport.trigger.on_save=true: trainer.save_freq"),
+    (
+        [LIVE, ASYNC],
         "autoexport.source=live: trainer.v1.trainer_mode=separate_async, but the weights of a step",
     ),
     (
@@ -305,11 +314,11 @@ IMPOSSIBLE = [
         "autoexport.trigger.at_steps: [12] are beyond the last step, 11",
     ),
     (
-        [f"actor_rollout_ref.actor.{SAVE_CONTENTS}"],
+        [SAVED, f"actor_rollout_ref.actor.{SAVE_CONTENTS}"],
         "actor_rollout_ref.actor.checkpoint.save_contents=['optimizer', 'hf_model']: checkpoints would hold no weights",
     ),
     (
-        ["autoexport.role=critic", "critic.enable=True", f"critic.{SAVE_CONTENTS}"],
+        [SAVED, "autoexport.role=critic", "critic.enable=True", f"critic.{SAVE_CONTENTS}"],
         "critic.checkpoint.save_contents=['optimizer', 'hf_model']: checkpoints would hold no weights; add 'model'.",
     ),
     (
@@ -345,12 +354,12 @@ IMPOSSIBLE = [
         "autoexport.trigger.threshold.metric 'val-aux/x' needs validation and trainer.test_freq=-1",
     ),
     (
-        ["autoexport.trigger.at_steps=[2,3,12]", "trainer.total_training_steps=11"],
+        [SAVED, "autoexport.trigger.at_steps=[2,3,12]", "trainer.total_training_steps=11"],
         "autoexport.trigger.at_steps: no checkpoint at [3, 12]; trainer.save_freq=2 saves at its multiples and at the "
         "last step, 11. Choose among those or change trainer.save_freq.",
     ),
     (
-        [VAL, "trainer.save_freq=4", "trainer.test_freq=6", "trainer.total_training_steps=11"],
+        [SAVED, VAL, "trainer.save_freq=4", "trainer.test_freq=6", "trainer.total_training_steps=11"],
         "trainer.save_freq=4 and trainer.test_freq=6 meet first at step 12, beyond the last one, 11: only the last "
         "step could ever be chosen. Make one a multiple of the other.",
     ),
@@ -376,15 +385,21 @@ POSSIBLE = [
     [NO_TRIGGER[0]],
     ["autoexport.trigger.at_steps=[2,3,12]"],  # step 3 may be the last: judged when that is known
     ["autoexport.trigger.at_steps=[2,10,11]", "trainer.total_training_steps=11"],
-    [VAL, "trainer.save_freq=4", "trainer.test_freq=6"],
-    [VAL, "trainer.save_freq=4", "trainer.test_freq=6", "trainer.total_training_steps=12"],
-    [VAL, "trainer.save_freq=20", "trainer.test_freq=10", "trainer.total_training_steps=15"],
-    [VAL, "trainer.save_freq=10", "trainer.test_freq=20", "trainer.total_training_steps=15"],
-    ["trainer.save_freq=4", "trainer.test_freq=6", "trainer.total_training_steps=11"],  # no metric to judge
+    [SAVED, VAL, "trainer.save_freq=4", "trainer.test_freq=6"],
+    [SAVED, VAL, "trainer.save_freq=4", "trainer.test_freq=6", "trainer.total_training_steps=12"],
+    [SAVED, VAL, "trainer.save_freq=20", "trainer.test_freq=10", "trainer.total_training_steps=15"],
+    [SAVED, VAL, "trainer.save_freq=10", "trainer.test_freq=20", "trainer.total_training_steps=15"],
+    [SAVED, "trainer.save_freq=4", "trainer.test_freq=6", "trainer.total_training_steps=11"],  # no metric to judge
     ["trainer.default_hdfs_dir=hdfs://x"],
     [best("v*/acc"), "trainer.test_freq=2"],  # may match a val-* metric
     ["autoexport.enabled=false", "trainer.save_freq=-1"],
-    # the live source needs no checkpoint
+    [ASYNC],
+    # where auto can be live nothing needs a checkpoint
+    ["trainer.save_freq=-1", "trainer.v1.trainer_mode=colocate_async"],
+    [f"actor_rollout_ref.actor.{SAVE_CONTENTS}"],
+    ["autoexport.trigger.at_steps=[3]", "trainer.total_training_steps=11"],
+    [VAL, "trainer.save_freq=4", "trainer.test_freq=6", "trainer.total_training_steps=11"],
+    # the live source needs none
     [LIVE, "trainer.save_freq=-1", "trainer.v1.trainer_mode=colocate_async"],
     [LIVE, f"actor_rollout_ref.actor.{SAVE_CONTENTS}"],
     [LIVE, "autoexport.trigger.at_steps=[3]", "trainer.total_training_steps=11"],
@@ -399,7 +414,7 @@ def test_possible_runs(verl_config, overrides):
 
 def test_every_problem_of_a_run_is_told_at_once(verl_config):
     with pytest.raises(ConfigError) as e:
-        judge(verl_config("trainer.save_freq=-1", "autoexport.weights.lora=both", VAL))
+        judge(verl_config(SAVED, "trainer.save_freq=-1", "autoexport.weights.lora=both", VAL))
     assert [line.split(":")[0] for line in str(e.value).splitlines()][:2] == [
         "trainer.save_freq=-1",
         "autoexport.weights.lora=both",
@@ -430,7 +445,7 @@ def test_warnings(verl_config, overrides, warning):
 
 
 def test_the_last_step_once_it_is_known(verl_config):
-    cfg = verl_config("autoexport.trigger.at_steps=[3]", VAL, "trainer.save_freq=2", "trainer.test_freq=5")
+    cfg = verl_config(SAVED, "autoexport.trigger.at_steps=[3]", VAL, "trainer.save_freq=2", "trainer.test_freq=5")
     settings = load_config(cfg.autoexport)
     check_length(load_config({"output_dir": "x"}), cfg, 3)
     with pytest.raises(ConfigError, match=re.escape("at_steps: no checkpoint at [3]")) as e:

@@ -281,6 +281,6 @@ def test_flag_works_from_the_wheel(installed: Path) -> None:
 
 
 def test_guard_of_the_wheel_stops_a_run_that_would_export_nothing(installed: Path) -> None:
-    done = _main_ppo(installed, "+autoexport=default", "trainer.save_freq=-1")
+    done = _main_ppo(installed, "+autoexport=default", "autoexport.source=checkpoint", "trainer.save_freq=-1")
     assert done.returncode == 1
     assert "verl_autoexport: trainer.save_freq=-1: " in done.stderr.splitlines()[-1], done.stderr

@@ -6,6 +6,7 @@ import math
 import pickle
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sharding import QWEN2, QWEN3_MOE, make_checkpoints
 
+from verl_autoexport.export.pipeline import LocalRunner, export_to_directory
 from verl_autoexport.export.reader import ShardReader
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.sources.base import ShardManifest
 from verl_autoexport.sources.fsdp_files import FsdpFiles
-from verl_autoexport.sources.live import flat_boxes, make_manifest
+from verl_autoexport.sources.live import Part, flat_boxes, lay_out, make_manifest
 
+VALUE = QWEN2 | {"architectures": ["Qwen2ForTokenClassification"], "num_labels": 1}
 TIED = QWEN2 | {"tie_word_embeddings": True}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 CASES = {
@@ -31,6 +35,9 @@ CASES = {
         "fsdp1_lora": {"config": QWEN2, "strategy": "fsdp", "lora": LORA, "live": "float32"},
         "fsdp2_lora": {"config": QWEN2, "lora": LORA, "live": "float32"},
         "tied": {"config": TIED, "live": "float16"},
+        "value": {"config": VALUE, "live": "float32", "role": "critic"},
+        "value_fsdp1": {"config": VALUE, "live": "bfloat16", "role": "critic", "strategy": "fsdp"},
+        "offloaded": {"config": QWEN2, "live": "bfloat16", "offload": True},
     },
     4: {
         "hsdp": {"config": QWEN2, "mesh": (2, 2), "live": "bfloat16"},
@@ -57,7 +64,8 @@ def read(folder: Path) -> ShardManifest:
 
 @pytest.mark.parametrize(("name", "dtype"), NAMES)
 def test_equals_the_checkpoint(name, dtype, made):
-    saved, live = FsdpFiles(made(name) / "actor").manifest(), read(made(name) / "live")
+    role = "critic" if "value" in name else "actor"
+    saved, live = FsdpFiles(made(name) / role).manifest(), read(made(name) / "live")
     aliases = {"lm_head.weight"} if "tied" in name else set()
     assert saved.tensors.keys() - aliases == live.tensors.keys()
     with ShardReader(saved) as theirs, ShardReader(live) as ours:
@@ -77,6 +85,66 @@ def test_chunks_are_bounded_and_full(made):
     assert max(layout.chunks) <= 1 << 14
     assert sum(layout.chunks) > (len(layout.chunks) - 1) << 13
     assert max(Counter(part.fqn for part in layout.parts).values()) > 1  # larger tensors are cut
+
+
+class Copied:
+    """The copies on disk as a source."""
+
+    kind = "live"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.directory, self.fingerprint = folder, folder, "x"
+
+    def manifest(self) -> ShardManifest:
+        return read(self.folder)
+
+    def check_sums(self) -> None:
+        pass
+
+    def check_unchanged(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        ("value", "fused"),
+        ("value_fsdp1", "fused"),
+        ("fsdp2_lora", "adapter"),
+        ("fsdp1_lora", "both"),
+        ("tied", "fused"),
+    ],
+)
+def test_exports_as_the_checkpoint_does(name, lora, made, tmp_path):
+    dtype = {"fsdp2_lora": "float32", "fsdp1_lora": "float32", "tied": "float16"}.get(name, "bfloat16")
+    checkpoint = made(name) / ("critic" if "value" in name else "actor")
+    base = str(made(name) / "base") if "lora" in name else None
+    spec = checkpoint_spec(checkpoint, dtype=dtype, lora=lora, base_model=base, verify=False, max_shard_size="40KB")
+    export_to_directory(spec, tmp_path / "saved", LocalRunner(1))
+    live = replace(spec, source=Copied(made(name) / "live"), hand_over_s=1.5)
+    record = export_to_directory(live, tmp_path / "live", LocalRunner(1))
+    assert record.timings_s["hand_over"] == 1.5
+    if "value" in name:
+        assert record.architectures == ("Qwen2ForTokenClassification",)
+    files = sorted(p.relative_to(tmp_path / "saved") for p in (tmp_path / "saved").rglob("*") if p.is_file())
+    assert len(files) > 3
+    for file in files:
+        if file.name != "export.json":
+            assert (tmp_path / "live" / file).read_bytes() == (tmp_path / "saved" / file).read_bytes(), file
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=12))
+def test_no_chunk_has_tensors_of_two_files(tensors):
+    parts = [Part(str(i), "float32", (size,), (((0,), (size,)),)) for i, (size, _) in enumerate(tensors)]
+    groups = {str(i): group for i, (_, group) in enumerate(tensors)}
+    layout = lay_out(0, parts, {}, 256, groups)
+    found = [{groups[p.fqn] for p in layout.parts if p.chunk == i} for i in range(len(layout.chunks))]
+    assert all(len(g) == 1 for g in found)
+    assert [min(g) for g in found] == sorted(min(g) for g in found)
+    assert all(0 < n <= 256 for n in layout.chunks)
+    assert sorted((p.fqn, p.numel) for p in parts) == sorted(
+        (fqn, sum(p.numel for p in layout.parts if p.fqn == fqn)) for fqn in groups
+    )
 
 
 @given(st.lists(st.integers(1, 5), max_size=4).map(tuple), st.data())

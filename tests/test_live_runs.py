@@ -14,12 +14,14 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 from runs import CHAIN, METRIC, Run, reasons
 
 pytestmark = pytest.mark.run
-LIVE = ("autoexport.source=live", "autoexport.trigger.every_n_steps=1", "actor_rollout_ref.actor.optim.lr=1e-2")
+EVERY = ("autoexport.trigger.every_n_steps=1", "actor_rollout_ref.actor.optim.lr=1e-2")
+LIVE = ("autoexport.source=live", *EVERY)
 REFERENCE = (
     "actor_rollout_ref.actor.use_kl_loss=True",
     "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=16",
 )
 LORA = tuple(f"actor_rollout_ref.model.{key}" for key in ("lora_rank=4", "lora.rank=4", "lora.merge=True"))
+UNTRAINED = {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
 FSDP1 = "actor_rollout_ref.actor.strategy=fsdp"
 ASYNC = "trainer.v1.trainer_mode=colocate_async"
 
@@ -27,8 +29,10 @@ ASYNC = "trainer.v1.trainer_mode=colocate_async"
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param(REFERENCE, id="fsdp2-reference"),
-        pytest.param((FSDP1, ASYNC), id="fsdp1-async", marks=pytest.mark.full),
+        pytest.param((*REFERENCE, ASYNC), id="fsdp2-reference-async"),
+        pytest.param((FSDP1,), id="fsdp1", marks=pytest.mark.full),
+        pytest.param((FSDP1, *REFERENCE, ASYNC), id="fsdp1-reference-async", marks=pytest.mark.full),
+        pytest.param((), id="fsdp2", marks=pytest.mark.full),
         pytest.param(LORA, id="lora", marks=pytest.mark.full),
         pytest.param((*LORA, FSDP1), id="fsdp1-lora", marks=pytest.mark.full),
     ],
@@ -41,6 +45,7 @@ def test_equals_the_checkpoint_of_the_same_step(overrides, tmp_path):
     seen = []
     for version in versions:
         assert version["source"]["kind"] == "live"
+        assert version["timings_s"].keys() == {"stall", "hand_over", "gather", "merge", "verify", "publish"}
         assert {version["verification"][k]["status"] for k in ("contract", "load", "generate")} == {"passed"}
         checkpoint = run.out / "archive" / f"global_step_{version['step']}"
         saved = tmp_path / version["dir"].name
@@ -50,18 +55,23 @@ def test_equals_the_checkpoint_of_the_same_step(overrides, tmp_path):
         assert all(torch.equal(ours[k], t) and ours[k].dtype == t.dtype for k, t in theirs.items())
         assert (version["dir"] / "config.json").read_text() == (saved / "config.json").read_text()
         assert {p.name for p in version["dir"].iterdir()} == {p.name for p in saved.iterdir()}
-        seen.append(ours["model.layers.0.self_attn.q_proj.weight"])
-    assert not any(torch.equal(a, b) for a, b in pairwise(seen))
+        seen.append(ours)
+    frozen = {k for k in seen[0] if all(torch.equal(a[k], b[k]) for a, b in pairwise(seen))}
+    assert frozen == (UNTRAINED if LORA[0] in overrides else set())
+    for a, b in pairwise(seen):
+        assert {k for k in a if torch.equal(a[k], b[k])} == frozen, "every step changes every tensor that is trained"
 
 
 def test_milestones_without_any_checkpoint(tmp_path):
     run = Run(tmp_path).train(
-        *LIVE, "trainer.save_freq=-1", "trainer.total_training_steps=10",
+        *EVERY, "trainer.save_freq=-1", "trainer.total_training_steps=10",
         f"autoexport.trigger.best={{metric:{METRIC}}}",
     )  # fmt: skip
     assert run.code == 0, run.log[-3000:]
     assert not list((tmp_path / "checkpoints").glob("global_step_*"))
+    assert "source=auto: live: " in run.log
     versions = run.versions()
+    assert {v["source"]["kind"] for v in versions} == {"live"}
     dropped = run.last_line.count("coalesced into")
     assert len(versions) + dropped == 10
     assert versions[-1]["step"] == 10

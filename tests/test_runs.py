@@ -51,7 +51,9 @@ def test_several_triggers_make_one_version_per_step_with_all_reasons(busy):
 def test_every_version_equals_the_checkpoint_that_verl_has_deleted(busy):
     left = {p.parent.parent.name for p in (busy.out / "checkpoints").glob("global_step_*/actor/model_*.pt")}
     assert left == {"global_step_5"}, "verl was to delete the sources"
+    assert "source=auto: live: 0.00 GB a snapshot, at most" in busy.log
     for version in busy.versions():
+        assert version["source"]["kind"] == "checkpoint"  # of a step that verl has saved
         assert_equal_weights(busy, version)
         assert version["verification"]["load"]["status"] == "passed"
         assert version["verification"]["generate"]["status"] == "passed"
@@ -92,13 +94,13 @@ def test_nothing_is_left_behind(busy):
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory) -> Run:
-    """FSDP1 and a metric that never changes; an interval between checkpoints; a request from outside."""
+    """FSDP1, checkpoints only, and a metric that never changes; an interval between them; a request from outside."""
     run = Run(tmp_path_factory.mktemp("tied"))
     requests = run.exports / ".requests"
     requests.mkdir(parents=True)
     (requests / "early.json").write_text("{}")
     return run.train(
-        "actor_rollout_ref.actor.strategy=fsdp", "trainer.total_training_steps=8",
+        "autoexport.source=checkpoint", "actor_rollout_ref.actor.strategy=fsdp", "trainer.total_training_steps=8",
         "autoexport.trigger.every_n_steps=5", f"autoexport.trigger.best={{metric:{CONSTANT}}}",
         "autoexport.trigger.on_train_end=false",
         "autoexport.queue.overflow=wait", CHAIN,

@@ -198,11 +198,6 @@ class AutoExportConfig:
     on_error: str = _rule("warn", one_of=("warn", "raise"))
     chain_callback: str | None = _rule(None, convert=_class_path)
 
-    @property
-    def export_source(self) -> str:
-        """Where weights come from, with `auto` resolved."""
-        return "checkpoint" if self.source == "auto" else self.source
-
 
 def load_config(node: DictConfig | Mapping[str, Any]) -> AutoExportConfig:
     """Check the node `autoexport` and return it with types, defaults and absolute paths.

@@ -33,8 +33,8 @@ class _Run:
 
     @property
     def live(self) -> bool:
-        """Weights come from the workers: whether and when verl saves does not matter."""
-        return self.settings.export_source == "live"
+        """Weights can come from the workers: whether and when verl saves does not matter."""
+        return choose_source(self.cfg, self.settings)[0] == "live"
 
     def get(self, key: str) -> Any:
         return _get(self.cfg, key)
@@ -47,6 +47,19 @@ class _Run:
     @property
     def model_key(self) -> str:
         return "critic.model" if self.settings.role == "critic" else "actor_rollout_ref.model"
+
+
+def choose_source(cfg: DictConfig, settings: AutoExportConfig) -> tuple[str, str]:
+    """`live` or `checkpoint`, and why: what `autoexport.source=auto` means for this run, as far as its keys tell."""
+    if settings.source != "auto":
+        return settings.source, f"autoexport.source={settings.source}"
+    mode = _get(cfg, "trainer.v1.trainer_mode")
+    if mode is None or mode in LIVE_MODES:
+        return "live", "the workers hold the weights of a step when it is logged"
+    return "checkpoint", (
+        f"trainer.v1.trainer_mode={mode}, and only in {', '.join(LIVE_MODES)} are the weights of a step known to be in "
+        "the workers when it is logged"
+    )
 
 
 def check_run(cfg: DictConfig, settings: AutoExportConfig) -> list[str]:
@@ -114,9 +127,11 @@ def _some_trigger(run: _Run) -> Iterator[str]:
 def _saves(run: _Run) -> Iterator[str]:
     freq = run.get("trainer.save_freq")
     if _off(freq) and not run.live:
+        auto = run.settings.source == "auto"
+        why = f" ({choose_source(run.cfg, run.settings)[1]})" if auto else ""
         yield (
-            f"trainer.save_freq={freq}: exports are made of verl's checkpoints and this run would write none; "
-            "set trainer.save_freq=N, N ≥ 1, or autoexport.source=live."
+            f"trainer.save_freq={freq}: exports are made of verl's checkpoints{why} and this run would write none; "
+            f"set trainer.save_freq=N, N ≥ 1{'' if auto else ', or autoexport.source=auto'}."
         )
     if _off(freq) and run.live and run.settings.trigger.on_save:
         yield f"autoexport.trigger.on_save=true: trainer.save_freq={freq}, this run saves nothing; set another trigger."
@@ -138,7 +153,7 @@ def _strategy(run: _Run) -> Iterator[str]:
 
 def _live_mode(run: _Run) -> Iterator[str]:
     mode = run.get("trainer.v1.trainer_mode")
-    if run.live and mode is not None and mode not in LIVE_MODES:
+    if run.settings.source == "live" and mode is not None and mode not in LIVE_MODES:
         yield (
             f"autoexport.source=live: trainer.v1.trainer_mode={mode}, but the weights of a step are known to be in the "
             f"workers when it is logged only in {', '.join(LIVE_MODES)}; use autoexport.source=checkpoint."

@@ -119,6 +119,8 @@ def run_export(spec: ExportSpec, target: Path, runner: MergeRunner, progress: Pr
     """Make a complete, verified model directory in `target` (empty, on the output's file system)."""
     progress = progress or Silent()
     timings = {"stall": spec.stall_s}
+    if spec.hand_over_s is not None:
+        timings["hand_over"] = spec.hand_over_s
     with _timed(timings, "gather"):
         progress.stage("reading shards")
         source = spec.source or FsdpFiles(spec.checkpoint)

@@ -20,7 +20,8 @@ class ExportSpec:
     """One export: what to read, how to write it, and what to say of it.
 
     `checkpoint` is the directory with the rank files (a pin, or verl's own), `origin` the
-    path to record. `memory_budget` and `max_shard_size` are bytes, `stall_s` seconds.
+    path to record. `memory_budget` and `max_shard_size` are bytes, `stall_s` and `hand_over_s`
+    (of a live source: from the copy until all of it was with the exporter) seconds.
     `lora_config`: the `adapter_config.json` that a LoRA run began with, or its directory.
     `source`: where the weights are if not in rank files; `checkpoint` is its directory then.
     """
@@ -40,6 +41,7 @@ class ExportSpec:
     base_model: str | None = None
     origin: str | None = None
     stall_s: float = 0.0
+    hand_over_s: float | None = None
     fingerprint: str | None = None
     lora: str = "fused"
     lora_config: Path | None = None

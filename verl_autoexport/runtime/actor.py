@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -16,13 +15,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_autoexport.config import AutoExportConfig
-from verl_autoexport.errors import AutoExportError, SourceError
+from verl_autoexport.errors import AutoExportError
 from verl_autoexport.events import Trigger
 from verl_autoexport.export.pipeline import export_to_registry
 from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.registry.retention import Keep, show_size
 from verl_autoexport.registry.store import Registry
-from verl_autoexport.runtime.live import Snapshot
+from verl_autoexport.runtime.handover import Deliveries
 from verl_autoexport.runtime.nodes import Nodes, SpreadFiles
 from verl_autoexport.runtime.tasks import RayRunner
 from verl_autoexport.sources import pins
@@ -30,8 +29,6 @@ from verl_autoexport.sources import pins
 logger = logging.getLogger(__name__)
 MAX_WAITING = 2
 """Exports that may wait behind the one that runs before `queue.overflow` applies."""
-_HAND_OVER_S = 600.0  # from the copy in a worker to its blocks being here
-_RESTART_S = 30.0  # the same for what may have been lost with an earlier instance of the actor
 _THREADS = 64  # calls of `export` that Ray lets in at a time; each only waits
 
 Outcome = dict[str, Any]
@@ -69,9 +66,7 @@ class ExportActor:
         merge = settings.merge
         self.runner = RayRunner(merge.workers, merge.num_cpus, merge.schedule_timeout_s)
         self.waiting: list[_Job] = []
-        self.delivered: dict[str, dict[int, list[Any] | str]] = {}
-        self.forgotten: set[str] = set()
-        self.started = time.time()
+        self.deliveries = Deliveries()
         self.running = 0
         self.nodes: Nodes | None = None  # that keep checkpoints on their own disks
         self.changed = threading.Condition()
@@ -80,6 +75,8 @@ class ExportActor:
     def export(self, request: Mapping[str, Any]) -> Outcome:
         """Queue one chosen step and wait for its outcome; `request` is what `driver` wrote into the pin."""
         job = _Job(request, Future())
+        if live := request.get("live"):
+            self.deliveries.ask(live["id"])
         with self.changed:
             self._journal("asked", request, time=request["time"], triggers=list(request["triggers"]))
             self.waiting.append(job)
@@ -93,34 +90,16 @@ class ExportActor:
             dropped.done.set_result(self._settle(dropped.request, "dropped", reason))
         return job.done.result()
 
-    def deliver(self, ident: str, rank: int, blocks: list[list[Any]] | None, reason: str | None) -> None:
-        """A worker hands over its blocks of a snapshot (nested, so that Ray passes refs), or why it cannot."""
-        with self.changed:
-            if ident not in self.forgotten:
-                self.delivered.setdefault(ident, {})[rank] = blocks[0] if blocks else str(reason)
-                self.changed.notify_all()
+    def deliver(self, ident: str, rank: int, blocks: list[list[Any]] | None, reason: str | None) -> bool:
+        """A worker hands over its blocks of a snapshot (nested, so that Ray passes refs), or why it cannot.
 
-    def _snapshot(self, live: Mapping[str, Any], asked: float) -> Snapshot:
-        """Wait, bounded, for all ranks; raises SourceError naming those that did not come."""
-        layouts = ray.get(live["layouts"])
-        ranks = {layout.rank for layout in layouts}
-        lost = ray.get_runtime_context().was_current_actor_reconstructed and asked < self.started
-        timeout = _RESTART_S if lost else _HAND_OVER_S
-        with self.changed:
-            self.changed.wait_for(lambda: self.delivered.get(live["id"], {}).keys() >= ranks, timeout)
-            found = dict(self.delivered.get(live["id"], {}))
-        if failed := [v for v in found.values() if isinstance(v, str)]:
-            raise SourceError(f"the snapshot is not whole: {'; '.join(failed[:4])}")
-        if missing := sorted(ranks - found.keys()):
-            reason = "the export actor died with it" if lost else f"not handed over within {timeout:g} s"
-            raise SourceError(f"the snapshot of ranks {missing[:8]} is lost: {reason}.")
-        return Snapshot(live, found)
+        False: let go of them. Until then it says so again, since a restarted actor knows nothing.
+        """
+        return self.deliveries.take(ident, rank, blocks[0] if blocks else str(reason))
 
     def forget(self, ident: str) -> None:
-        """Let go of a snapshot's blocks; what comes later is not taken."""
-        with self.changed:
-            self.forgotten.add(ident)
-            self.delivered.pop(ident, None)
+        """A snapshot that will not be exported."""
+        self.deliveries.forget(ident)
 
     def _release(self, request: Mapping[str, Any]) -> None:
         if request["pin"] is not None:
@@ -128,7 +107,7 @@ class ExportActor:
             if self.nodes is not None and request.get("spread"):
                 self.nodes.release(Path(request["pin"]))
         if live := request.get("live"):
-            self.forget(live["id"])
+            self.deliveries.forget(live["id"])
 
     def _surplus(self) -> tuple[_Job, str] | None:
         """The milestone that back pressure drops, and why: never `best`, `at_steps`, `threshold`, `on_train_end`."""
@@ -178,7 +157,8 @@ class ExportActor:
     def _spec(self, request: Mapping[str, Any]) -> ExportSpec:
         spec = make_spec(request, self.settings)
         if live := request.get("live"):
-            return replace(spec, source=self._snapshot(live, request["time"]))
+            snapshot = self.deliveries.whole(live)
+            return replace(spec, source=snapshot, hand_over_s=snapshot.hand_over_s)
         if not request.get("spread"):
             return spec
         self.nodes = self.nodes or Nodes()

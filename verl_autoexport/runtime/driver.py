@@ -63,7 +63,7 @@ class ExportDriver:
         self.ledger = Ledger(self.registry, self.actor)
         self.live: LiveSource | None = None
         self.nodes: Nodes | None = None
-        self.saved_step = 0
+        self.saved_step = 0  # of a checkpoint that is not pinned
         self.pins: dict[int, Pin] = {}
         self.undecided: list[tuple[StepEvent, Pin | None]] = []  # the live source needs no pin
         self.held: tuple[StepEvent, Pin | None] | None = None
@@ -72,7 +72,8 @@ class ExportDriver:
         self.past_cut = False
         self.logged_step = 0
         self.metrics_checked = not settings.trigger.metrics
-        self.stall_s = 0.0
+        self.pin_s = 0.0
+        self.entered = time.monotonic()
 
     # -- the run's events --------------------------------------------------------------
 
@@ -102,13 +103,22 @@ class ExportDriver:
             self.ledger.remember(Decision(lost.step, lost.time, lost.triggers), "failed")
 
     def saved(self, step: int, checkpoint_dir: Path) -> None:
-        """verl has written the checkpoint of `step`; raises SourceError when its shards are not all there."""
-        if self.live is not None:
-            self.saved_step = step
+        """verl has written the checkpoint of `step`; with `source=auto` preferred to a copy, for it outlives the run.
+
+        Raises SourceError when its shards are not all there and no copy can take their place.
+        """
+        self.saved_step = step
+        if self.settings.source == "live":
             return
         started = time.monotonic()
         pin_step = pins.make_pin if self.nodes is None else self.nodes.pin
-        pin = pin_step(checkpoint_dir, step, self.settings.role)
+        try:
+            pin = pin_step(checkpoint_dir, step, self.settings.role)
+        except SourceError as e:
+            if self.live is None:
+                raise
+            logger.info("verl_autoexport: step %s is not exported from its checkpoint: %s", step, e)
+            return
         if not pin.linked:
             logger.warning(
                 "verl_autoexport: %s: no hard links on this file system; verl may delete step %s before it is exported",
@@ -118,25 +128,28 @@ class ExportDriver:
         self.pins[step] = pin
         if step > self.start.step:
             self._cut_past()  # before its validation, which the run may not survive
-        self.stall_s = time.monotonic() - started
+        self.pin_s = time.monotonic() - started
 
     def logged(self, step: int, data: Mapping[str, Any]) -> None:
         """verl logs `step`: all its metrics exist, and the workers still hold its weights."""
+        self.entered = time.monotonic()
         if not self.metrics_checked:
             self._check_metrics(step, data)
         self.logged_step = max(step, self.logged_step)
-        if self.live is not None and step > self.start.step:
-            event = StepEvent(step, _numbers(data), time.time(), step == self.saved_step, bool(self._requests()))
-            self.undecided.append((event, None))
+        copied = self.live is not None and step > self.start.step and step not in self.pins
         for saved in sorted(s for s in self.pins if s <= step):
             # An earlier one is the resumed step, which not every run logs again.
             metrics, requested = (_numbers(data), self._requests()) if saved == step else ({}, ())
             event = StepEvent(saved, metrics, time.time(), requested=bool(requested))
             self.undecided.append((event, self.pins.pop(saved)))
+        if copied:
+            event = StepEvent(step, _numbers(data), time.time(), step == self.saved_step, bool(self._requests()))
+            self.undecided.append((event, None))
         self._decide_all(hold_last=True)
 
     def end(self, succeeded: bool) -> None:
         """`fit` is over. A pin that is left was never logged, since training failed: a resumed run decides it."""
+        self.entered = time.monotonic()
         trained = self.logged_step > self.start.step
         if succeeded and (pin := self.pins.pop(self.start.step, None)):
             event = StepEvent(self.start.step, {}, time.time(), last=self.start.step == self.last_step)
@@ -207,7 +220,7 @@ class ExportDriver:
         decision = decide(
             self.policies, event, self.ledger.history, self.start, self.settings.trigger.min_steps_between
         )
-        if decision is None or not self._make_room(decision):
+        if decision is None or not self._make_room(decision, pin is None):
             if pin is not None:
                 self._release(pin)
             return
@@ -230,22 +243,24 @@ class ExportDriver:
         if pin.spread and self.nodes is not None:
             self.nodes.release(pin.path)
 
-    def _make_room(self, decision: Decision) -> bool:
-        """With `queue.overflow=wait`: hold training until an export has finished, or the time is up."""
-        queue = self.settings.queue
-        refs = self.ledger.open
-        surplus = len(refs) - MAX_WAITING
-        if self.live is not None:  # the object store is full: nothing more can wait, whatever the policy
-            surplus = max(surplus if queue.overflow == "wait" else 0, len(refs) + 1 - self.live.room)
-        if surplus <= 0 or (self.live is None and queue.overflow != "wait"):
+    def _make_room(self, decision: Decision, copied: bool) -> bool:
+        """Hold training until an export has finished, or the time is up: where `queue.overflow=wait` says so.
+
+        For a copy of the weights also where the object store is full: nothing more can wait then, whatever the policy.
+        """
+        queue, refs = self.settings.queue, self.ledger.open
+        surplus = len(refs) - MAX_WAITING if queue.overflow == "wait" else 0
+        if copied and len(snapshots := self.ledger.snapshots) >= self.live.room:
+            refs, surplus = list(snapshots.values()), max(surplus, len(snapshots) + 1 - self.live.room)
+        if surplus <= 0:
             return True
         if queue.overflow != "wait" and decision.droppable:
             return self._drop(decision, f"{len(refs)} snapshots are in flight (queue.inflight_bytes)")
         started = time.monotonic()
-        done, _ = ray.wait(refs, num_returns=surplus, timeout=queue.wait_timeout_s)
+        done, _ = ray.wait(refs, num_returns=min(surplus, len(refs)), timeout=queue.wait_timeout_s)
         logger.warning("verl_autoexport: training waited %.1f s for exports", time.monotonic() - started)
         self.ledger.poll()
-        if len(done) < surplus and (decision.droppable or self.live is not None):
+        if len(done) < min(surplus, len(refs)) and (decision.droppable or copied):
             why = f"no export finished within queue.wait_timeout_s={queue.wait_timeout_s:g}"
             if decision.droppable:
                 return self._drop(decision, why)
@@ -267,7 +282,7 @@ class ExportDriver:
         queue = self.settings.queue
         wait_s = 0.0 if decision.droppable and queue.overflow != "wait" else queue.wait_timeout_s
         try:
-            live = self.live.capture(self.actor, wait_s)
+            live = self.live.capture(self.actor, wait_s, self.ledger.snapshots.keys())
         except Busy as e:
             if decision.droppable:
                 self._drop(decision, str(e))
@@ -294,7 +309,7 @@ class ExportDriver:
             "directory": pin and str(pin.directory),
             "origin": pin and pin.origin,
             "fingerprint": pin and pin.fingerprint,
-            "stall_s": round(self.stall_s + time.time() - event.time, 6),
+            "stall_s": round((self.pin_s if pin else 0.0) + time.monotonic() - self.entered, 6),
             "run": dict(info.run),
             "base_model": info.base_model,
             "lora_adapter": info.lora_adapter,

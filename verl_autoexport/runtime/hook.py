@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from verl.utils.import_utils import load_class_from_fqn
 from verl.utils.tracking import Tracking
 
 from verl_autoexport.config import AutoExportConfig, load_config
-from verl_autoexport.errors import ConfigError
+from verl_autoexport.errors import ConfigError, SourceError
 from verl_autoexport.export.contract import check_start
-from verl_autoexport.preflight import check_length, check_run
+from verl_autoexport.preflight import check_length, check_run, choose_source
 from verl_autoexport.runtime.driver import ExportDriver, ExportFailed, RunInfo
 from verl_autoexport.runtime.live import LiveSource, start_live
 from verl_autoexport.runtime.nodes import find_nodes
@@ -78,14 +79,40 @@ class AutoExportCallback(CheckpointCallback):
         check_length(self.settings, self.config, last_step, last_saved)
         self._check_base()
         group = trainer.critic_wg if self.settings.role == "critic" else trainer.actor_rollout_wg
-        if self.settings.export_source == "live":
-            self.driver.begin(trainer.global_steps, last_step, self._live(group.workers))
-        else:
-            nodes = find_nodes(group.workers, self.driver.info.checkpoints)
-            self.driver.begin(trainer.global_steps, last_step, nodes=nodes)
+        live = self._live(group.workers, last_step, last_saved)
+        # With `source=live` no checkpoint is read.
+        nodes = None if self.settings.source == "live" else find_nodes(group.workers, self.driver.info.checkpoints)
+        self.driver.begin(trainer.global_steps, last_step, live, nodes)
 
-    def _live(self, workers: Sequence[Any]) -> LiveSource:
-        return start_live(workers, self.settings, self.driver.info)
+    def _live(self, workers: Sequence[Any], *length: Any) -> LiveSource | None:
+        """The workers as the source, None where checkpoints are it; says which and why.
+
+        Raises SourceError or ConfigError where there can be neither.
+        """
+        kind, why = choose_source(self.config, self.settings)
+        live = None
+        if kind == "live":
+            try:
+                live = start_live(workers, self.settings, self.driver.info)
+                why = f"{live.nbytes / 1e9:.2f} GB a snapshot, at most {live.room} in flight"
+            except SourceError as e:
+                if self.settings.source != "auto":
+                    raise
+                kind, why = "checkpoint", str(e)
+                self._check_without_live(why, *length)
+        if live is not None and self.settings.source == "auto":
+            why += "; a step that verl saves is exported from its checkpoint"
+        logger.warning("verl_autoexport: source=%s: %s: %s", self.settings.source, kind, why)
+        return live
+
+    def _check_without_live(self, reason: str, last_step: int, last_saved: bool) -> None:
+        """Raises ConfigError where checkpoints alone leave nothing to export."""
+        settings = replace(self.settings, source="checkpoint")
+        try:
+            check_run(self.config, settings)
+            check_length(settings, self.config, last_step, last_saved)
+        except ConfigError as e:
+            raise ConfigError(f"autoexport.source=auto: the workers cannot be the source: {reason}\n{e}") from e
 
     def _check_base(self) -> None:
         """Raises PlanError or ConfigError, at any `on_error`: exports of this base model could not be right."""

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 class _Pending:
     decision: Decision
     ref: Any
+    snapshot: str | None = None  # of the live source
     outcome: Outcome | None = None
 
 
@@ -42,9 +43,15 @@ class Ledger:
         """The refs of submitted exports that have no outcome yet, as far as `poll` has seen."""
         return [p.ref for p in self.pending if p.outcome is None]
 
+    @property
+    def snapshots(self) -> dict[str, Any]:
+        """Of those in `open`, the snapshots that they are made of, and their refs."""
+        return {p.snapshot: p.ref for p in self.pending if p.outcome is None and p.snapshot is not None}
+
     def submit(self, decision: Decision, request: Mapping[str, Any]) -> None:
         self.remember(decision, "pending")
-        self.pending.append(_Pending(decision, self.actor.export.remote(request)))
+        snapshot = request["live"]["id"] if request.get("live") else None
+        self.pending.append(_Pending(decision, self.actor.export.remote(request), snapshot))
         logger.warning(
             "verl_autoexport: step %s is a milestone: %s", decision.step, ", ".join(t.reason for t in decision.triggers)
         )
@@ -84,10 +91,10 @@ class Ledger:
         for status in ("failed", "dropped"):
             which = [f"step {o['step']}: {o['reason']}" for o in outcomes if o["status"] == status]
             parts += [f"{len(which)} {status} ({'; '.join(which)})"] if which else []
-        if open_steps := [str(p.decision.step) for p in self.pending if p.outcome is None]:
-            parts.append(
-                f"not finished in time: step {', '.join(open_steps)}; the next start of this run finishes them"
-            )
+        for live, then in ((False, "the next start of this run finishes them"), (True, "their snapshots are lost")):
+            late = [p for p in self.pending if p.outcome is None and (p.snapshot is not None) == live]
+            if steps := ", ".join(str(p.decision.step) for p in late):
+                parts.append(f"not finished in time: step {steps}; {then}")
         parts += self.problems
         return f"verl_autoexport: {'; '.join(parts)}; in {self.registry.root}"
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,6 +62,15 @@ class Layout:
     rank: int
     parts: tuple[Part, ...]
     chunks: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.chunks)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """The same in pinned memory, which torch takes in powers of two."""
+        return sum(1 << (n - 1).bit_length() for n in self.chunks if n)
 
 
 Values = Callable[[], torch.Tensor]
@@ -194,10 +203,11 @@ def flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 
 
 class Copier:
-    """Copies a rank's values (of `only` these tensors) into host memory, cast to `dtypes` by fqn.
+    """Copies a rank's values into host memory, cast to `dtypes` by fqn.
 
-    The memory is taken once, by `allocate`, and reused: pinned where there is a device. With
-    `clone` values on a device are first copied there, and `copy` returns at once.
+    Only those of the tensors in `groups`, in the order of their numbers there, if it is given:
+    no chunk has tensors of two numbers. The memory is taken once, by `allocate`, and reused.
+    With `clone` values on a device are first copied there, and `copy` returns at once.
     """
 
     def __init__(
@@ -207,19 +217,17 @@ class Copier:
         dtypes: Mapping[str, str],
         chunk_bytes: int,
         clone: bool = False,
-        only: Collection[str] | None = None,
+        groups: Mapping[str, int] | None = None,
     ) -> None:
-        self.module, self.rank, self.clone, self.only = module, rank, clone, only
+        self.module, self.rank, self.clone, self.groups = module, rank, clone, groups
         self._look()
-        self.layout = lay_out(rank, self.parts, dtypes, chunk_bytes)
+        self.layout = lay_out(rank, self.parts, dtypes, chunk_bytes, groups or {})
         self.chunks: list[torch.Tensor] = []
 
-    def allocate(self) -> None:
+    def allocate(self, pinned: bool = True) -> None:
         """Takes seconds for gigabytes of pinned memory; where that cannot be had, it is pageable."""
         sizes = self.layout.chunks
-        pinned = torch.accelerator.is_available() and _may_pin(sum(sizes))
-        if torch.accelerator.is_available() and not pinned:
-            logger.warning("verl_autoexport: rank %s: pinned memory would not fit; copies will be slower", self.rank)
+        pinned = pinned and torch.accelerator.is_available()
         try:
             self.chunks = [torch.empty(n, dtype=torch.uint8, pin_memory=pinned) for n in sizes]
         except RuntimeError as e:
@@ -249,7 +257,7 @@ class Copier:
         return lambda: None
 
     def _look(self) -> None:
-        held = [(p, v) for p, v in held_parts(self.module, self.rank) if self.only is None or p.fqn in self.only]
+        held = [(p, v) for p, v in held_parts(self.module, self.rank) if self.groups is None or p.fqn in self.groups]
         self.identity = identity(self.module)
         self.parts = [part for part, _ in held]
         self.values = {part.fqn: get for part, get in held}
@@ -263,9 +271,10 @@ class Copier:
 
     def _fill(self, values: Mapping[str, torch.Tensor]) -> None:
         for part in self.layout.parts:
-            source = values[part.fqn][part.start : part.start + part.numel].to(getattr(torch, part.dtype))
-            into = self.chunks[part.chunk][part.offset : part.offset + part.nbytes].view(source.dtype)
-            into.copy_(source, non_blocking=True)
+            dtype, source = getattr(torch, part.dtype), values[part.fqn][part.start : part.start + part.numel]
+            into = self.chunks[part.chunk][part.offset : part.offset + part.nbytes].view(dtype)
+            # On its way from a device it is cast there; on the CPU on the way into the chunk, without another copy.
+            into.copy_(source if source.device.type == "cpu" else source.to(dtype), non_blocking=True)
         if (device := _device(values)) is not None:
             torch.accelerator.current_stream(device).synchronize()
 
@@ -275,25 +284,26 @@ def _device(values: Mapping[str, torch.Tensor]) -> torch.device | None:
     return next((v.device for v in values.values() if v.device.type != "cpu"), None)
 
 
-def _may_pin(nbytes: int) -> bool:
-    """Pinned memory counts against the container's limit and cannot be swapped: it must fit with room to spare."""
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return True
-    return limit == "max" or used + nbytes < 0.95 * int(limit)
+def lay_out(
+    rank: int,
+    parts: Sequence[Part],
+    dtypes: Mapping[str, str],
+    chunk_bytes: int,
+    groups: Mapping[str, int] = MappingProxyType({}),
+) -> Layout:
+    """Where everything goes: one after the other, in chunks of at most `chunk_bytes`; larger tensors are cut.
 
-
-def lay_out(rank: int, parts: Sequence[Part], dtypes: Mapping[str, str], chunk_bytes: int) -> Layout:
-    """Where everything goes: one after the other, in chunks of at most `chunk_bytes`; larger tensors are cut."""
-    placed, chunks, used = [], [], 0
-    for whole in parts:
+    By the numbers that `groups` gives to tensors: a new one begins a new chunk.
+    """
+    placed, chunks, used, last = [], [], 0, None
+    for whole in sorted(parts, key=lambda p: groups.get(p.fqn, 0)):
+        group, last = last, groups.get(whole.fqn, 0)
         dtype = dtypes.get(whole.fqn, whole.dtype) if whole.dtype in FLOATING else whole.dtype
         for part in _cut(replace(whole, dtype=dtype), chunk_bytes // ITEMSIZE[dtype]):
-            if used + part.nbytes > chunk_bytes:
+            if used and (group != last or used + part.nbytes > chunk_bytes):
                 chunks.append(used)
                 used = 0
+            group = last
             placed.append(replace(part, chunk=len(chunks), offset=used))
             used += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
     return Layout(rank, tuple(placed), (*chunks, used))
