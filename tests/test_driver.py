@@ -42,26 +42,32 @@ def run(cluster, source, tmp_path):
 class Script:
     """A run directory, and the calls that verl would make."""
 
-    def __init__(self, source: Path, root: Path) -> None:
+    def __init__(self, source: Path, root: Path, exports: Path | None = None) -> None:
         self.source, self.root, self.driver = source, root, None
+        self.exports = exports or root / "exports"
+        root.mkdir(exist_ok=True)
 
     @property
     def registry(self) -> Registry:
-        return Registry(self.root / "exports")
+        return Registry(self.exports)
 
-    def start(self, step: int = 0, last_step: int | None = None, keep=None, **trigger) -> ExportDriver:
+    def start(self, step: int = 0, last_step: int | None = None, keep=None, queue=None, **trigger) -> ExportDriver:
         if self.driver is not None:
             ray.kill(self.driver.actor)
-        node = {"output_dir": str(self.root / "exports"), "verify": {"load": False}, "trigger": trigger}
-        node |= {"keep": keep} if keep else {}
+        node = {"output_dir": str(self.exports), "verify": {"load": False}, "trigger": trigger}
+        node |= {"keep": keep or {}, "queue": queue or {}}
         self.driver = ExportDriver(load_config(node), RunInfo(self.root, run={}))
         self.driver.begin(step, last_step)
         return self.driver
 
-    def save(self, step: int) -> None:
+    def saved(self, step: int) -> Path:
+        """As verl leaves it, before it tells anyone."""
         target = self.root / f"global_step_{step}"
         shutil.rmtree(target, ignore_errors=True)
-        self.driver.saved(step, Path(shutil.copytree(self.source, target)))
+        return Path(shutil.copytree(self.source, target))
+
+    def save(self, step: int) -> None:
+        self.driver.saved(step, self.saved(step))
 
     def step(self, step: int, value: float | None = None) -> None:
         self.save(step)

@@ -154,8 +154,10 @@ def _ls(args: argparse.Namespace) -> int:
         return 0
     rows = [_row(v, pointers) for v in registry.versions()]
     _table(("VERSION", "STEP", "CREATED", "WHY", "VERIFIED", "POINTERS"), rows)
+    owner = registry.owner()
+    fate = f"{owner} is at it" if owner else "interrupted; the next start of the run finishes it or says why it cannot"
     for step in pending:
-        print(f"step {step}: asked for, not finished")
+        print(f"step {step}: asked for, not finished: {fate}")
     for outcome in registry.outcomes():
         print(f"step {outcome['step']} {outcome['event']}: {outcome.get('reason', '')}")
     for path, problem in registry.invalid():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from verl_autoexport.events import Decision, StepEvent, Trigger
 from verl_autoexport.policies import RunStart, build_policies, check_metrics, decide, measured_on
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.actor import MAX_WAITING, start_actor
+from verl_autoexport.runtime.bounded import Bounded, GivenUp
 from verl_autoexport.runtime.ledger import Ledger
 from verl_autoexport.runtime.live import Busy, LiveSource
 from verl_autoexport.sources import pins
@@ -54,9 +55,11 @@ class ExportDriver:
     def __init__(self, settings: AutoExportConfig, info: RunInfo) -> None:
         self.settings = settings
         self.info = info
+        self.calls = Bounded()
         self.registry = Registry.create(settings.output_dir, _LOCK_S)
+        self.lease = self.registry.own("/".join(str(info.run[k]) for k in ("project", "experiment") if k in info.run))
         self.policies = build_policies(settings.trigger)
-        self.actor = start_actor(settings)
+        self.actor = start_actor(settings, self.lease.token)
         self.start = RunStart(0, time.time())
         self.last_step: int | None = None
         self.ledger = Ledger(self.registry, self.actor)
@@ -76,6 +79,9 @@ class ExportDriver:
 
     def begin(self, step: int, last_step: int | None, live: LiveSource | None = None) -> None:
         """Training is about to start from `step` (0, or the resumed one); `live` copies shards of its workers."""
+        self._bounded(f"begin at step {step}", self._begin, step, last_step, live)
+
+    def _begin(self, step: int, last_step: int | None, live: LiveSource | None) -> None:
         self.live = live
         self.start, self.last_step, self.logged_step = RunStart(step, time.time()), last_step, step
         self.ledger.history = self.registry.milestones(up_to_step=step)
@@ -93,6 +99,9 @@ class ExportDriver:
 
     def saved(self, step: int, checkpoint_dir: Path) -> None:
         """verl has written the checkpoint of `step`; raises SourceError when its shards are not all there."""
+        self._bounded(f"saved at step {step}", self._saved, step, checkpoint_dir)
+
+    def _saved(self, step: int, checkpoint_dir: Path) -> None:
         if self.live is not None:
             self.saved_step = step
             return
@@ -111,6 +120,9 @@ class ExportDriver:
 
     def logged(self, step: int, data: Mapping[str, Any]) -> None:
         """verl logs `step`: all its metrics exist, and the workers still hold its weights."""
+        self._bounded(f"logged at step {step}", self._logged, step, data)
+
+    def _logged(self, step: int, data: Mapping[str, Any]) -> None:
         if not self.metrics_checked:
             self._check_metrics(step, data)
         self.logged_step = max(step, self.logged_step)
@@ -126,6 +138,9 @@ class ExportDriver:
 
     def end(self, succeeded: bool) -> None:
         """`fit` is over. A pin that is left was never logged, since training failed: a resumed run decides it."""
+        self._bounded("end", self._end, succeeded)
+
+    def _end(self, succeeded: bool) -> None:
         trained = self.logged_step > self.start.step
         if succeeded and (pin := self.pins.pop(self.start.step, None)):
             event = StepEvent(self.start.step, {}, time.time(), last=self.start.step == self.last_step)
@@ -143,9 +158,27 @@ class ExportDriver:
 
     def drain(self, timeout_s: float) -> str:
         """Wait at most `timeout_s` seconds for what is pending; returns the run's report in one line."""
-        return self.ledger.drain(timeout_s)
+        self.ledger.wait(timeout_s)
+        try:
+            return self._bounded("the report", self._conclude)
+        except GivenUp as e:
+            self.ledger.problems.append(str(e))
+            self.ledger.take()
+            return self.ledger.report()
 
     # -- inside -----------------------------------------------------------------------
+
+    def _bounded(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
+        """Training waits for no file system longer than this; raises GivenUp."""
+        return self.calls.run(self.settings.queue.stall_timeout_s, what, call, *args)
+
+    def _conclude(self) -> str:
+        self.ledger.poll()
+        line = self.ledger.report()
+        self.ledger.journal("report", line=line)
+        if not self.ledger.open:  # else the actor goes on until this process ends
+            self.lease.release()
+        return line
 
     def _check_metrics(self, step: int, data: Mapping[str, Any]) -> None:
         """At the first log that has the metrics in question: the first validation, for others the first step after."""
@@ -226,7 +259,8 @@ class ExportDriver:
         if queue.overflow != "wait" and decision.droppable:
             return self._drop(decision, f"{len(refs)} snapshots are in flight (queue.inflight_bytes)")
         started = time.monotonic()
-        done, _ = ray.wait(refs, num_returns=surplus, timeout=queue.wait_timeout_s)
+        with self.calls.excused():
+            done, _ = ray.wait(refs, num_returns=surplus, timeout=queue.wait_timeout_s)
         logger.warning("verl_autoexport: training waited %.1f s for exports", time.monotonic() - started)
         self.ledger.poll()
         if len(done) < surplus and (decision.droppable or self.live is not None):
@@ -251,14 +285,15 @@ class ExportDriver:
         queue = self.settings.queue
         wait_s = 0.0 if decision.droppable and queue.overflow != "wait" else queue.wait_timeout_s
         try:
-            live = self.live.capture(self.actor, wait_s)
+            with self.calls.excused():  # given up before, it would copy the weights of a later step
+                live = self.live.capture(self.actor, wait_s)
         except Busy as e:
             if decision.droppable:
                 self._drop(decision, str(e))
                 return None
             self.ledger.lost(decision, f"{e}, for more than queue.wait_timeout_s={queue.wait_timeout_s:g}")
             return None
-        except SourceError as e:
+        except (SourceError, GivenUp) as e:
             self.ledger.lost(decision, str(e))
             return None
         return self._request(decision, event, None) | {
