@@ -137,6 +137,42 @@ def test_a_run_that_died_validating_its_last_step_exports_it_at_the_next_start(r
     assert find_pins(run.root) == []
 
 
+@pytest.mark.parametrize("logs_again", [True, False])
+def test_a_checkpoint_that_verl_saved_just_before_the_run_was_killed_is_judged_at_the_next_start(run, logs_again):
+    run.start(at_steps=[2], best=BEST, on_train_end=False)
+    run.step(1, 0.5)
+    run.saved(2)  # and is killed before anyone is told
+    run.start(2, at_steps=[2], best=BEST, on_train_end=False)
+    if logs_again:
+        run.driver.logged(2, {METRIC: 0.9})
+    else:
+        run.step(3, 0.4)
+    run.finish(False)
+    assert run.live() == {1: {"best"}, 2: {"at_steps", "best"} if logs_again else {"at_steps"}}
+    assert find_pins(run.root) == []
+
+
+def test_a_step_that_was_judged_is_not_judged_again_at_the_next_start(run):
+    run.start(at_steps=[2], on_train_end=False)
+    run.step(2)
+    run.driver.ledger.wait(60)
+    run.start(2, at_steps=[2], on_train_end=False)
+    assert run.driver.pins == {}
+    run.step(3)
+    run.finish(False)
+    assert [v.step for v in run.registry.versions()] == [2]
+
+
+def test_a_run_that_ended_leaves_nothing_to_be_judged(run):
+    run.start(at_steps=[9], on_train_end=False)
+    run.step(1)
+    run.finish()
+    run.start(1, 1)
+    assert run.driver.pins == {}
+    run.finish()
+    assert run.live() == {}
+
+
 def test_a_glob_that_may_mean_a_validation_metric_waits_for_the_validation(run):
     run.start(best={"metric": "*/acc/mean@1"}, on_train_end=False)
     run.driver.logged(1, {"training/loss": 1.0})

@@ -63,7 +63,7 @@ def _export_once(args: argparse.Namespace) -> int:
             pipeline.export_to_directory(spec, args.output, _runner(args), bar)
         print(args.output)
         return 0
-    registry = Registry.create(args.registry)
+    registry = _recovered(Registry.create(args.registry))
     if not args.again and (there := _published(registry, spec)):
         print(f"step {spec.step} is published already as {there.path}; --again exports it once more")
         return 0
@@ -253,7 +253,7 @@ def _prune(args: argparse.Namespace) -> int:
         raise RegistryError(
             f"{args.root}: no version was chosen by a `best` trigger, so --best has no metric to rank by"
         )
-    judgement, failed = (registry.judge(keep), []) if args.dry_run else registry.prune(keep)
+    judgement, failed = (registry.judge(keep), []) if args.dry_run else _recovered(registry).prune(keep)
     removed, problems = judgement.removed, [*judgement.warnings, *failed]
     if args.json:
         print(json.dumps(_judgement(args, keep, judgement, failed), indent=2))
@@ -277,6 +277,13 @@ def _judgement(args: argparse.Namespace, keep: Keep, judgement: Judgement, faile
     ]
     done = {"keep": keep.to_dict(), "dry_run": args.dry_run, "versions": verdicts}
     return done | {"warnings": list(judgement.warnings), "not_deleted": list(failed)}
+
+
+def _recovered(registry: Registry) -> Registry:
+    """Whatever writes goes on from a crash first, as the next start of the run would, and says so."""
+    for line in registry.recover():
+        print(f"verl-autoexport: recovered: {line}", file=sys.stderr)
+    return registry
 
 
 def _existing(root: Path) -> Registry:

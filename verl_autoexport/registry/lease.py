@@ -58,10 +58,13 @@ class Owner:
 
 
 class Lease:
-    """This process's claim; `release` when nothing of the run is left to export."""
+    """This process's claim; `release` when nothing of the run is left to export.
 
-    def __init__(self, root: Path, owner: Owner) -> None:
-        self.root, self.owner = root, owner
+    `before`: the owner that ended without releasing it, killed most likely.
+    """
+
+    def __init__(self, root: Path, owner: Owner, before: Owner | None = None) -> None:
+        self.root, self.owner, self.before = root, owner, before
         self._ended = threading.Event()
         threading.Thread(target=self._beat, name="autoexport-lease", daemon=True).start()
 
@@ -148,7 +151,7 @@ def take(root: Path, run: str, locked: Callable[[], Any], wait_s: float = WAIT_S
         write_json_atomic(root / NAME, asdict(mine))
     if before is not None and before.pid != os.getpid():
         log.warning("verl_autoexport: %s taken over from %s, which is gone", root, before)
-    return Lease(root, mine)
+    return Lease(root, mine, before)
 
 
 def _last_beat(root: Path) -> int | None:

@@ -92,10 +92,22 @@ class ExportDriver:
                 self._resubmit(pin)
             else:
                 self.beyond.append(pin)
+        self._pin_unseen(step)
         resumed = {p.decision.step for p in self.ledger.pending}
         for lost in [m for m in self.ledger.history if m.status == "pending" and m.step not in resumed]:
             self.ledger.note(lost.step, "failed", "interrupted, and its checkpoint was not kept")
             self.ledger.remember(Decision(lost.step, lost.time, lost.triggers), "failed")
+
+    def _pin_unseen(self, step: int) -> None:
+        """The run before was killed: perhaps after verl had saved this step, and before anything here knew of it."""
+        judged = any(m.step == step and {t.policy for t in m.triggers} != {"command"} for m in self.ledger.history)
+        if not step or judged or step in self.pins or self.live is not None or self.lease.before is None:
+            return
+        try:
+            folder = self.info.checkpoints / f"global_step_{step}"
+            self.pins[step] = pins.make_pin(folder, step, self.settings.role)
+        except SourceError as e:  # resumed from elsewhere, say
+            logger.warning("verl_autoexport: step %s, resumed from, cannot be judged any more: %s", step, e)
 
     def saved(self, step: int, checkpoint_dir: Path) -> None:
         """verl has written the checkpoint of `step`; raises SourceError when its shards are not all there."""
