@@ -15,7 +15,8 @@ from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
-from verl_autoexport.runtime.driver import ExportDriver, RunInfo
+from verl_autoexport.runtime.driver import ExportDriver
+from verl_autoexport.runtime.request import RunInfo
 from verl_autoexport.sources.pins import find_pins
 
 METRIC = "val-core/x/acc/mean@1"
@@ -42,26 +43,32 @@ def run(cluster, source, tmp_path):
 class Script:
     """A run directory, and the calls that verl would make."""
 
-    def __init__(self, source: Path, root: Path) -> None:
+    def __init__(self, source: Path, root: Path, exports: Path | None = None) -> None:
         self.source, self.root, self.driver = source, root, None
+        self.exports = exports or root / "exports"
+        root.mkdir(exist_ok=True)
 
     @property
     def registry(self) -> Registry:
-        return Registry(self.root / "exports")
+        return Registry(self.exports)
 
-    def start(self, step: int = 0, last_step: int | None = None, keep=None, **trigger) -> ExportDriver:
+    def start(self, step: int = 0, last_step: int | None = None, keep=None, queue=None, **trigger) -> ExportDriver:
         if self.driver is not None:
             ray.kill(self.driver.actor)
-        node = {"output_dir": str(self.root / "exports"), "verify": {"load": False}, "trigger": trigger}
-        node |= {"keep": keep} if keep else {}
+        node = {"output_dir": str(self.exports), "verify": {"load": False}, "trigger": trigger}
+        node |= {"keep": keep or {}, "queue": queue or {}}
         self.driver = ExportDriver(load_config(node), RunInfo(self.root, run={}))
         self.driver.begin(step, last_step)
         return self.driver
 
-    def save(self, step: int) -> None:
+    def saved(self, step: int) -> Path:
+        """As verl leaves it, before it tells anyone."""
         target = self.root / f"global_step_{step}"
         shutil.rmtree(target, ignore_errors=True)
-        self.driver.saved(step, Path(shutil.copytree(self.source, target)))
+        return Path(shutil.copytree(self.source, target))
+
+    def save(self, step: int) -> None:
+        self.driver.saved(step, self.saved(step))
 
     def step(self, step: int, value: float | None = None) -> None:
         self.save(step)
@@ -129,6 +136,42 @@ def test_a_run_that_died_validating_its_last_step_exports_it_at_the_next_start(r
     run.finish()
     assert run.live() == {4: {"on_train_end"}}
     assert find_pins(run.root) == []
+
+
+@pytest.mark.parametrize("logs_again", [True, False])
+def test_a_checkpoint_that_verl_saved_just_before_the_run_was_killed_is_judged_at_the_next_start(run, logs_again):
+    run.start(at_steps=[2], best=BEST, on_train_end=False)
+    run.step(1, 0.5)
+    run.saved(2)  # and is killed before anyone is told
+    run.start(2, at_steps=[2], best=BEST, on_train_end=False)
+    if logs_again:
+        run.driver.logged(2, {METRIC: 0.9})
+    else:
+        run.step(3, 0.4)
+    run.finish(False)
+    assert run.live() == {1: {"best"}, 2: {"at_steps", "best"} if logs_again else {"at_steps"}}
+    assert find_pins(run.root) == []
+
+
+def test_a_step_that_was_judged_is_not_judged_again_at_the_next_start(run):
+    run.start(at_steps=[2], on_train_end=False)
+    run.step(2)
+    run.driver.ledger.wait(60)
+    run.start(2, at_steps=[2], on_train_end=False)
+    assert run.driver.pins == {}
+    run.step(3)
+    run.finish(False)
+    assert [v.step for v in run.registry.versions()] == [2]
+
+
+def test_a_run_that_ended_leaves_nothing_to_be_judged(run):
+    run.start(at_steps=[9], on_train_end=False)
+    run.step(1)
+    run.finish()
+    run.start(1, 1)
+    assert run.driver.pins == {}
+    run.finish()
+    assert run.live() == {}
 
 
 def test_a_glob_that_may_mean_a_validation_metric_waits_for_the_validation(run):

@@ -22,8 +22,9 @@ from test_export import tensors
 from verl_autoexport.config import load_config
 from verl_autoexport.errors import AutoExportError, SourceError
 from verl_autoexport.runtime import capture
-from verl_autoexport.runtime.driver import ExportDriver, RunInfo
+from verl_autoexport.runtime.driver import ExportDriver
 from verl_autoexport.runtime.live import start_live
+from verl_autoexport.runtime.request import RunInfo
 
 WORLD = 2
 MODEL = QWEN2 | {"vocab_size": 4096}  # its blocks are too large for Ray to send them along with a call

@@ -18,8 +18,9 @@ from test_export import assert_same_model, export
 
 from verl_autoexport.config import load_config
 from verl_autoexport.errors import SourceError
-from verl_autoexport.runtime.driver import ExportDriver, RunInfo
+from verl_autoexport.runtime.driver import ExportDriver
 from verl_autoexport.runtime.nodes import find_nodes
+from verl_autoexport.runtime.request import RunInfo
 from verl_autoexport.sources.pins import find_pins
 
 RAY = Path(sys.executable).with_name("ray")

@@ -17,7 +17,8 @@ from sharding import QWEN2, make_checkpoint
 
 from verl_autoexport.config import load_config
 from verl_autoexport.registry.store import Registry
-from verl_autoexport.runtime.driver import ExportDriver, RunInfo
+from verl_autoexport.runtime.driver import ExportDriver
+from verl_autoexport.runtime.request import RunInfo
 from verl_autoexport.runtime.tasks import NotShared, merge_task, versions
 from verl_autoexport.sources.pins import find_pins, make_pin
 

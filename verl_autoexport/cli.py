@@ -65,7 +65,7 @@ def _export_once(args: argparse.Namespace) -> int:
             pipeline.export_to_directory(spec, args.output, runner, bar)
         print(args.output)
         return 0
-    registry = Registry.create(args.registry)
+    registry = _recovered(Registry.create(args.registry))
     if not args.again and (there := _published(registry, spec)):
         print(f"step {spec.step} is published already as {there.path}; --again exports it once more")
         return 0
@@ -171,8 +171,10 @@ def _ls(args: argparse.Namespace) -> int:
         return 0
     rows = [_row(v, pointers) for v in registry.versions()]
     _table(("VERSION", "STEP", "CREATED", "WHY", "VERIFIED", "POINTERS"), rows)
+    owner = registry.owner()
+    fate = f"{owner} is at it" if owner else "interrupted; the next start of the run finishes it or says why it cannot"
     for step in pending:
-        print(f"step {step}: asked for, not finished")
+        print(f"step {step}: asked for, not finished: {fate}")
     for outcome in registry.outcomes():
         print(f"step {outcome['step']} {outcome['event']}: {outcome.get('reason', '')}")
     for path, problem in registry.invalid():
@@ -268,7 +270,7 @@ def _prune(args: argparse.Namespace) -> int:
         raise RegistryError(
             f"{args.root}: no version was chosen by a `best` trigger, so --best has no metric to rank by"
         )
-    judgement, failed = (registry.judge(keep), []) if args.dry_run else registry.prune(keep)
+    judgement, failed = (registry.judge(keep), []) if args.dry_run else _recovered(registry).prune(keep)
     removed, problems = judgement.removed, [*judgement.warnings, *failed]
     if args.json:
         print(json.dumps(_judgement(args, keep, judgement, failed), indent=2))
@@ -292,6 +294,13 @@ def _judgement(args: argparse.Namespace, keep: Keep, judgement: Judgement, faile
     ]
     done = {"keep": keep.to_dict(), "dry_run": args.dry_run, "versions": verdicts}
     return done | {"warnings": list(judgement.warnings), "not_deleted": list(failed)}
+
+
+def _recovered(registry: Registry) -> Registry:
+    """Whatever writes goes on from a crash first, as the next start of the run would, and says so."""
+    for line in registry.recover():
+        print(f"verl-autoexport: recovered: {line}", file=sys.stderr)
+    return registry
 
 
 def _existing(root: Path) -> Registry:

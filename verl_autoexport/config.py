@@ -177,6 +177,8 @@ class QueueConfig:
     wait_timeout_s: float = _rule(600.0, least=0)
     inflight_bytes: int | None = _size(None)
     device_clone: bool = False
+    stall_timeout_s: float = _rule(60.0, above=0)
+    stage_timeout_s: float = _rule(1800.0, above=0)
     drain_timeout_s: float = _rule(3600.0, least=0)
     drain_on_failure_s: float = _rule(120.0, least=0)
 

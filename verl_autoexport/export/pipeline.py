@@ -29,11 +29,13 @@ from verl_autoexport.sources.fsdp_files import FsdpFiles
 from verl_autoexport.sources.safetensors_files import INDEX_NAME
 
 RECORD_NAME = "export.json"
+VERIFYING = "verifying"
+"""The stage that has a time limit of its own."""
 _SPARE = 64 << 20  # bytes of disk left free beyond the estimate
 
 
 class MergeRunner(Protocol):
-    """Runs merge jobs somewhere; `progress` gets bytes as they are written, where that is known."""
+    """Runs merge jobs somewhere; `progress` gets bytes as they are written, 0 as a sign of life, and may raise."""
 
     def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]: ...
 
@@ -76,10 +78,16 @@ class Silent:
 def export_to_registry(
     spec: ExportSpec, registry: Registry, runner: MergeRunner, progress: Progress | None = None
 ) -> Version:
-    """Export into `registry` as its next version; raises AutoExportError and leaves nothing visible."""
+    """Export into `registry` as its next version; raises AutoExportError and leaves nothing visible.
+
+    `progress` may raise, until the stage `publishing`: then nothing was published either.
+    """
+    progress = progress or Silent()
     staging = registry.stage(f"step{spec.step}")
     try:
-        return registry.publish(staging, run_export(spec, staging.path, runner, progress))
+        record = run_export(spec, staging.path, runner, progress)
+        progress.stage("flushing to disk")
+        return registry.publish(staging, record, partial(progress.stage, "publishing"))
     except BaseException:
         with suppress(AutoExportError):  # the reason to tell is the first one; `recover` removes what is left
             registry.discard(staging)
@@ -140,7 +148,7 @@ def run_export(spec: ExportSpec, target: Path, runner: MergeRunner, progress: Pr
             sums.result()
         notes = _write_beside(spec, planned, written, target)
     with _timed(timings, "verify"):
-        progress.stage("verifying")
+        progress.stage(VERIFYING)
         checks = _verify(spec, target, planned)
         source.check_unchanged()
     architectures = (naming.architecture(planned.skeleton.config),)

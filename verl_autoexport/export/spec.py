@@ -24,6 +24,9 @@ class ExportSpec:
     (of a live source: from the copy until all of it was with the exporter) seconds.
     `lora_config`: the `adapter_config.json` that a LoRA run began with, or its directory.
     `source`: where the weights are if not in rank files; `checkpoint` is its directory then.
+    `frozen`: in-memory names of tensors that training does not change; `grouped`: names on disk
+    that an earlier version keeps in files of their own. `cached` False: the page cache is
+    training's, and is left without what an export reads and writes.
     """
 
     checkpoint: Path
@@ -46,6 +49,9 @@ class ExportSpec:
     lora: str = "fused"
     lora_config: Path | None = None
     source: ShardSource | None = None
+    frozen: frozenset[str] = frozenset()
+    grouped: frozenset[str] = frozenset()
+    cached: bool = True
 
     @property
     def model_dir(self) -> Path:

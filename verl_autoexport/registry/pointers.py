@@ -14,6 +14,7 @@ from verl_autoexport.registry.files import fsync_dir, temp_path
 from verl_autoexport.registry.versions import NAME, Version
 
 LATEST = "latest"
+_LISTED = 20
 POINTER = re.compile(r"latest|best(-[A-Za-z0-9._-]{1,100})?")
 Claim = tuple[Version, Mapping[str, Any]]
 """A version and the `best` trigger that chose it."""
@@ -37,6 +38,12 @@ def matching(versions: Sequence[Version], spec: str) -> list[Version]:
         return sorted(same, key=lambda v: (not v.superseded, v.number))[-1:]
     name = choose(versions).get(spec, spec)
     return [v for v in versions if v.name == name]
+
+
+def listing(versions: Sequence[Version]) -> str:
+    """The newest names that `matching` knows, for a message."""
+    names = [v.name for v in versions]
+    return ", ".join(["…"] * (len(names) > _LISTED) + names[-_LISTED:] + sorted(choose(versions))) or "none yet"
 
 
 def claims(versions: Iterable[Version]) -> dict[str, list[Claim]]:

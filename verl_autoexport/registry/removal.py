@@ -16,8 +16,8 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Container, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,25 @@ def settle(root: Path, log: Path, state: State, failed: dict[Path, str]) -> list
 def _reason(error: OSError) -> str:
     where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
     return f"{error.strerror or error}{where}"
+
+
+def go_on(root: Path, log: Path, locked: Callable[[], AbstractContextManager[None]]) -> tuple[list[str], list[str]]:
+    """Goes on with every removal that was begun; returns a line for each that is done, and that cannot be yet."""
+    with locked():
+        state = load(root)[0]
+        note_lost(state, journal.read(log)[0])
+        failed = withdraw(root, removed := state.removed)
+    failed |= delete(root, removed, skip=failed)  # may take long, so not under the lock
+    if not removed and not failed:
+        return [], []
+    with locked():
+        state = load(root)[0]
+        note_lost(state, journal.read(log)[0])
+        free = settle(root, log, state, failed)
+    return (
+        [f"{root / name}: removed" for name in free],
+        [f"{path}: removed, but its data cannot be deleted yet: {reason}" for path, reason in failed.items()],
+    )
 
 
 def note_policy(log: Path, keep: Keep) -> None:

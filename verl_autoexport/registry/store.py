@@ -7,6 +7,7 @@
     ROOT/.trash/<id>/        removed, being deleted
     ROOT/.journal.jsonl      what was asked and what became of it, append-only
     ROOT/.requests/*.json    requests for a milestone
+    ROOT/.owner.json         the run that exports here
     ROOT/.lock               held for short critical sections
 
 Whatever moment a writer dies at, readers see whole versions only; `recover` repairs the rest.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -28,9 +29,10 @@ from filelock import FileLock, Timeout
 
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.events import ExportRecord, Milestone
-from verl_autoexport.registry import journal, pointers, removal, requests, retention, staging
+from verl_autoexport.registry import journal, lease, pointers, removal, requests, retention, staging
 from verl_autoexport.registry import state as states
 from verl_autoexport.registry.files import fsync_dir, fsync_tree, is_temp, temp_path, write_json_atomic
+from verl_autoexport.registry.lease import Lease, Owner
 from verl_autoexport.registry.memory import Exported, Memory
 from verl_autoexport.registry.retention import Judgement, Keep
 from verl_autoexport.registry.staging import Staging
@@ -48,27 +50,30 @@ from verl_autoexport.registry.versions import (
 __all__ = ["Registry", "Staging", "Version", "read_record", "write_json_atomic"]
 
 LOCK_TIMEOUT_S = 60
-_LISTED = 20
 _AT_ONCE = 8  # versions removed before the lock is given up for a moment
 
 log = logging.getLogger(__name__)
 
 
 class Registry:
-    """The versions in one output directory. Building it touches nothing; reading never writes or locks."""
+    """The versions in one output directory. Building it touches nothing; reading never writes or locks.
 
-    def __init__(self, root: Path | str, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
+    With `owner`, the token of a run's lease, every change is refused once another run has taken that over.
+    """
+
+    def __init__(self, root: Path | str, lock_timeout_s: float = LOCK_TIMEOUT_S, owner: str | None = None) -> None:
         self.root = Path(os.path.abspath(root))
         self._staging = self.root / staging.NAME
         self._requests = self.root / requests.NAME
         self._journal = self.root / journal.NAME
         self._lock = FileLock(self.root / ".lock")
         self._lock_timeout_s = lock_timeout_s
+        self._owner = owner
 
     @classmethod
-    def create(cls, root: Path | str, lock_timeout_s: float = LOCK_TIMEOUT_S) -> Registry:
+    def create(cls, root: Path | str, lock_timeout_s: float = LOCK_TIMEOUT_S, owner: str | None = None) -> Registry:
         """The registry in `root`, made if need be; RegistryError if it cannot be written to and locked."""
-        registry = cls(root, lock_timeout_s)
+        registry = cls(root, lock_timeout_s, owner)
         try:
             for folder in (registry.root, registry._staging, registry._requests, registry.root / removal.TRASH):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -138,6 +143,26 @@ class Registry:
 
     # -- writing ---------------------------------------------------------------------------
 
+    def own(self, run: str) -> Lease:
+        """Makes `run` the one that exports here, until this process ends; RegistryError names one that lives."""
+        taken = lease.take(self.root, run, self._locked)
+        self._owner = taken.token
+        return taken
+
+    def owner(self) -> Owner | None:
+        """The run that exports here now, as far as can be told at once."""
+        return lease.living(self.root, wait_s=0, stale_s=0)
+
+    def check_free(self) -> None:
+        """Raises RegistryError, naming it, where another run exports that does not end within a moment."""
+        if owner := lease.living(self.root):
+            raise lease.refuse(self.root, owner)
+
+    def check_owner(self) -> None:
+        """Raises RegistryError once another run has taken over from the one that this registry belongs to."""
+        if self._owner is not None:
+            lease.check(self.root, self._owner)
+
     def stage(self, label: str) -> Staging:
         """A new directory to write a version into, ours until it is published, discarded or this process dies."""
         with self._locked():
@@ -151,10 +176,11 @@ class Registry:
         except OSError as e:
             raise RegistryError(f"{staged.path}: cannot be deleted: {e}") from e
 
-    def publish(self, staged: Staging, record: ExportRecord) -> Version:
+    def publish(self, staged: Staging, record: ExportRecord, begin: Callable[[], None] = lambda: None) -> Version:
         """Makes a staged directory the next version; `record` is written into it, with its number, as the last file.
 
-        RegistryError means that nothing was published, and the staging directory is still the caller's.
+        RegistryError means that nothing was published, and the staging directory is still the
+        caller's. `begin` is called when nothing is visible yet and the lock is held; it may raise.
         """
         self._check_own(staged)
         started = time.monotonic()
@@ -163,6 +189,7 @@ class Registry:
         except OSError as e:
             raise RegistryError(f"{staged.path}: cannot be made durable: {e}") from e
         with self._locked():
+            begin()
             number = self._next_number(states.load(self.root)[0])
             timings = {**record.timings_s, "publish": round(time.monotonic() - started, 4)}
             version = self._rename(staged, replace(record, version=number, timings_s=timings))
@@ -220,7 +247,7 @@ class Registry:
                 judgement = retention.judge(self._versions(state), keep, pointers.links(self.root))
                 first, batch = first or judgement, judgement.removed[:_AT_ONCE]
                 removal.condemn(self.root, self._journal, state, batch)
-            failed = self._delete_removed()[1]
+            failed = removal.go_on(self.root, self._journal, self._locked)[1]
         return first, failed
 
     def journal(self, event: str, **fields: Any) -> None:
@@ -244,7 +271,8 @@ class Registry:
         with self._locked():
             abandoned = staging.abandoned(self._staging)
             done = self._repair()
-        done += [line for lines in self._delete_removed() for line in lines]
+        for lines in removal.go_on(self.root, self._journal, self._locked):
+            done += lines
         for staged in abandoned:  # deleting may take long, so not under the lock
             line = [f"{staged.path}: removed, its writer is gone"] if staged.path.is_dir() else []
             try:
@@ -267,6 +295,7 @@ class Registry:
         except OSError as e:
             raise RegistryError(f"{self._lock.lock_file}: cannot be locked: {e}") from e
         try:
+            self.check_owner()
             yield
         except OSError as e:
             raise RegistryError(f"{self.root}: cannot be changed: {e}; are there space and permission?") from e
@@ -340,24 +369,6 @@ class Registry:
         versions = self._versions(state)  # before the journal, which knows what is removed meanwhile
         return Memory(state, self.journal_entries()[0], versions)
 
-    def _delete_removed(self) -> tuple[list[str], list[str]]:
-        """Goes on with every removal that was begun; returns a line for each that is done, and that cannot be yet."""
-        with self._locked():
-            state = states.load(self.root)[0]
-            removal.note_lost(state, self.journal_entries()[0])
-            failed = removal.withdraw(self.root, removed := state.removed)
-        failed |= removal.delete(self.root, removed, skip=failed)  # may take long, so not under the lock
-        if not removed and not failed:
-            return [], []
-        with self._locked():
-            state = states.load(self.root)[0]
-            removal.note_lost(state, self.journal_entries()[0])
-            free = removal.settle(self.root, self._journal, state, failed)
-        return (
-            [f"{self.root / name}: removed" for name in free],
-            [f"{path}: removed, but its data cannot be deleted yet: {reason}" for path, reason in failed.items()],
-        )
-
     def _repair(self) -> list[str]:
         done = []
         for name in filter(is_temp, sorted(os.listdir(self.root))):
@@ -386,6 +397,4 @@ class Registry:
         for path, reason in self.invalid():
             if path.name == spec:
                 return f"{path} is no valid version: {reason}"
-        names = [v.name for v in versions]
-        listed = ["…"] * (len(names) > _LISTED) + names[-_LISTED:] + sorted(pointers.choose(versions))
-        return f"{self.root}: no version {spec!r}; there is {', '.join(listed) or 'none yet'}"
+        return f"{self.root}: no version {spec!r}; there is {pointers.listing(versions)}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl_autoexport.config import AutoExportConfig
 from verl_autoexport.errors import AutoExportError
 from verl_autoexport.events import Trigger
-from verl_autoexport.export.pipeline import export_to_registry
+from verl_autoexport.export.pipeline import VERIFYING, MergeRunner, export_to_registry
 from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.registry.retention import Keep, show_size
 from verl_autoexport.registry.store import Registry
+from verl_autoexport.runtime.bounded import Bounded, GivenUp, Watch, start
 from verl_autoexport.runtime.handover import Deliveries
 from verl_autoexport.runtime.nodes import Nodes, SpreadFiles
+from verl_autoexport.runtime.request import make_spec
 from verl_autoexport.runtime.tasks import RayRunner
 from verl_autoexport.sources import pins
 
@@ -49,13 +51,14 @@ class ExportActor:
     """`export` returns when its export has an outcome; it never raises for a failed one.
 
     Ray restarts the actor when its process dies and sends the unfinished calls again, so
-    `export` does nothing twice: what is published already is returned as it is.
+    `export` does nothing twice: what is published already is returned as it is. `owner` is the
+    token of the run's lease: once another run has it, nothing is published or released any more.
     """
 
-    def __init__(self, settings: AutoExportConfig) -> None:
+    def __init__(self, settings: AutoExportConfig, owner: str | None = None, runner: MergeRunner | None = None) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         self.settings = settings
-        self.registry = Registry.create(settings.output_dir)
+        self.registry = Registry.create(settings.output_dir, owner=owner)
         for line in self.registry.recover():
             logger.warning("verl_autoexport: recovered: %s", line)
         self.keep = Keep(**dataclasses.asdict(settings.keep))
@@ -64,7 +67,7 @@ class ExportActor:
         except AutoExportError as e:
             logger.warning("verl_autoexport: `verl-autoexport prune` will not know this run's keep.*: %s", e)
         merge = settings.merge
-        self.runner = RayRunner(merge.workers, merge.num_cpus, merge.schedule_timeout_s)
+        self.runner = runner or RayRunner(merge.workers, merge.num_cpus, merge.schedule_timeout_s)
         self.waiting: list[_Job] = []
         self.deliveries = Deliveries()
         self.running = 0
@@ -77,8 +80,8 @@ class ExportActor:
         job = _Job(request, Future())
         if live := request.get("live"):
             self.deliveries.ask(live["id"])
-        with self.changed:
-            self._journal("asked", request, time=request["time"], triggers=list(request["triggers"]))
+        self._bounded(f"noting step {request['step']}", self._note_asked, request)
+        with self.changed:  # never held while a file system may hang
             self.waiting.append(job)
             self.waiting.sort(key=lambda j: j.request["step"])  # Ray may start concurrent calls in any order
             surplus = self._surplus()
@@ -102,12 +105,21 @@ class ExportActor:
         self.deliveries.forget(ident)
 
     def _release(self, request: Mapping[str, Any]) -> None:
-        if request["pin"] is not None:
+        if request["pin"] is not None and not self._taken_over():  # then the pin is the other run's to export
             pins.release(Path(request["pin"]))
             if self.nodes is not None and request.get("spread"):
                 self.nodes.release(Path(request["pin"]))
         if live := request.get("live"):
             self.deliveries.forget(live["id"])
+
+    def _taken_over(self) -> bool:
+        try:
+            self.registry.check_owner()
+        except AutoExportError:
+            return True
+        except OSError:  # says nothing of another run
+            return False
+        return False
 
     def _surplus(self) -> tuple[_Job, str] | None:
         """The milestone that back pressure drops, and why: never `best`, `at_steps`, `threshold`, `on_train_end`."""
@@ -128,27 +140,51 @@ class ExportActor:
                 self.changed.wait_for(lambda: self.waiting)
                 job = self.waiting.pop(0)
                 self.running = 1
-            outcome = self._export(job.request)
+            outcome = self._supervised(job.request)
             if outcome["status"] == "published":
-                self._retain()
+                self._bounded("removing old versions", self._retain)
             with self.changed:
                 self.running = 0
             job.done.set_result(outcome)
 
-    def _export(self, request: Mapping[str, Any]) -> Outcome:
+    def _supervised(self, request: Mapping[str, Any]) -> Outcome:
+        """The outcome of `_export`, which is given up when a stage shows no progress for too long."""
+        watch = Watch()
+        future = start(self._export, request, watch)
+        while not future.done():
+            limit = self.settings.queue.stage_timeout_s
+            limit += self.settings.verify.timeout_s if watch.name == VERIFYING else 0
+            wait([future], max(0.0, limit - watch.idle_s()))
+            if not future.done() and watch.idle_s() >= limit:
+                watch.give_up()
+                reason = f"given up: {watch.name}: no progress for {limit:g} s (queue.stage_timeout_s)"
+                settled = self._bounded(f"noting step {request['step']}", self._settle, request, "failed", reason)
+                return settled or {"step": request["step"], "status": "failed", "reason": reason}
+        return future.result()
+
+    def _bounded(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
+        """None where it hangs: one hung call is left behind, and stands in the way of no other."""
+        try:
+            return Bounded().run(self.settings.queue.stage_timeout_s, what, call, *args)
+        except GivenUp as e:
+            logger.warning("verl_autoexport: %s", e)
+            return None
+
+    def _export(self, request: Mapping[str, Any], watch: Watch) -> Outcome:
         step = request["step"]
         try:
             if version := self._published(request):
                 self._release(request)
                 return {"step": step, "status": "published", "version": version, "reason": "was published already"}
-            version = export_to_registry(self._spec(request), self.registry, self.runner)
+            version = export_to_registry(self._spec(request), self.registry, self.runner, watch)
+        except GivenUp:
+            return {"step": step, "status": "failed", "reason": "given up"}  # nobody waits for it, all is noted
         except AutoExportError as e:
             return self._settle(request, "failed", f"{type(e).__name__}: {e}")
         except Exception as e:  # an export must never take the queue down with it
             logger.exception("verl_autoexport: export of step %s", step)
             return self._settle(request, "failed", f"unexpected {type(e).__name__}: {e}")
-        finally:
-            self._release(request)
+        self._release(request)
         logger.info(
             "verl_autoexport: published %s (%s)", version.path, ", ".join(t["reason"] for t in request["triggers"])
         )
@@ -195,6 +231,9 @@ class ExportActor:
         self._release(request)
         return {"step": request["step"], "status": status, "reason": reason}
 
+    def _note_asked(self, request: Mapping[str, Any]) -> None:
+        self._journal("asked", request, time=request["time"], triggers=list(request["triggers"]))
+
     def _journal(self, event: str, request: Mapping[str, Any], **fields: Any) -> None:
         try:
             self.registry.journal(event, step=request["step"], **fields)
@@ -202,34 +241,10 @@ class ExportActor:
             logger.warning("verl_autoexport: step %s: %r could not be journaled: %s", request["step"], event, e)
 
 
-def make_spec(request: Mapping[str, Any], settings: AutoExportConfig) -> ExportSpec:
-    """The export that a request asks for, under the run's settings."""
-    return ExportSpec(
-        checkpoint=Path(request["directory"]),
-        step=request["step"],
-        dtype=settings.weights.dtype,
-        max_shard_size=settings.weights.max_shard_size,
-        memory_budget=settings.merge.memory_budget,
-        verify=settings.verify,
-        trust_remote_code=request["trust_remote_code"],
-        external_lib=request["external_lib"],
-        triggers=tuple(map(Trigger.from_dict, request["triggers"])),
-        metrics=request["metrics"],
-        measured_on=request["measured_on"],
-        run=request["run"],
-        base_model=request["base_model"],
-        origin=request["origin"],
-        stall_s=request["stall_s"],
-        fingerprint=request["fingerprint"],
-        lora=settings.weights.lora,
-        lora_config=Path(adapter) if (adapter := request.get("lora_adapter")) else None,
-    )
-
-
-def start_actor(settings: AutoExportConfig) -> Any:
+def start_actor(settings: AutoExportConfig, owner: str) -> Any:
     """A handle to a new actor on this node; returns at once, before the actor's process is up."""
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = ray.remote(ExportActor).options(
         num_cpus=0, num_gpus=0, max_concurrency=_THREADS, max_restarts=-1, max_task_retries=3, scheduling_strategy=node
     )
-    return options.remote(settings)
+    return options.remote(settings, owner)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,19 @@ import ray
 from verl_autoexport.config import AutoExportConfig, may_be_val
 from verl_autoexport.errors import AutoExportError, SourceError
 from verl_autoexport.events import Decision, StepEvent, Trigger
-from verl_autoexport.policies import RunStart, build_policies, check_metrics, decide, measured_on
+from verl_autoexport.policies import RunStart, build_policies, check_metrics, decide
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.actor import MAX_WAITING, start_actor
+from verl_autoexport.runtime.bounded import Bounded, GivenUp
 from verl_autoexport.runtime.ledger import Ledger
 from verl_autoexport.runtime.live import Busy, LiveSource
 from verl_autoexport.runtime.nodes import Nodes
+from verl_autoexport.runtime.request import RunInfo, make_request
 from verl_autoexport.sources import pins
 from verl_autoexport.sources.pins import Pin
 
 logger = logging.getLogger(__name__)
 _LOCK_S = 2.0  # training waits at most this long for another process at work in the output directory
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What the driver needs to know of the run; `last_step` is None until the trainer tells."""
-
-    checkpoints: Path
-    run: Mapping[str, Any]
-    base_model: str | None = None
-    lora_adapter: str | None = None
-    trust_remote_code: bool = False
-    external_lib: str | None = None
 
 
 class ExportFailed(AutoExportError):
@@ -55,9 +44,11 @@ class ExportDriver:
     def __init__(self, settings: AutoExportConfig, info: RunInfo) -> None:
         self.settings = settings
         self.info = info
+        self.calls = Bounded()
         self.registry = Registry.create(settings.output_dir, _LOCK_S)
+        self.lease = self.registry.own("/".join(str(info.run[k]) for k in ("project", "experiment") if k in info.run))
         self.policies = build_policies(settings.trigger)
-        self.actor = start_actor(settings)
+        self.actor = start_actor(settings, self.lease.token)
         self.start = RunStart(0, time.time())
         self.last_step: int | None = None
         self.ledger = Ledger(self.registry, self.actor)
@@ -85,11 +76,14 @@ class ExportDriver:
         `live` copies shards of its workers; `nodes` are those that keep checkpoints on disks of their own.
         """
         self.live, self.nodes = live, nodes
+        self._bounded(f"begin at step {step}", self._begin, step, last_step)
+
+    def _begin(self, step: int, last_step: int | None) -> None:
         self.start, self.last_step, self.logged_step = RunStart(step, time.time()), last_step, step
         self.ledger.history = self.registry.milestones(up_to_step=step)
         found = pins.find_pins(self.info.checkpoints)
-        if nodes is not None:
-            nodes.ask("release_others", str(self.info.checkpoints), [pin.path.name for pin in found])
+        if self.nodes is not None:
+            self.nodes.ask("release_others", str(self.info.checkpoints), [pin.path.name for pin in found])
         for pin in found:
             if pin.request is None and pin.step == step:
                 self.pins[step] = pin  # saved, but the run died before it was decided
@@ -97,23 +91,37 @@ class ExportDriver:
                 self._resubmit(pin)
             else:
                 self.beyond.append(pin)
+        self._pin_unseen(step)
         resumed = {p.decision.step for p in self.ledger.pending}
         for lost in [m for m in self.ledger.history if m.status == "pending" and m.step not in resumed]:
             self.ledger.note(lost.step, "failed", "interrupted, and its checkpoint was not kept")
             self.ledger.remember(Decision(lost.step, lost.time, lost.triggers), "failed")
+
+    def _pin_unseen(self, step: int) -> None:
+        """The run before was killed: perhaps after verl had saved this step, and before anything here knew of it."""
+        judged = any(m.step == step and {t.policy for t in m.triggers} != {"command"} for m in self.ledger.history)
+        if not step or judged or step in self.pins or self.settings.source == "live" or self.lease.before is None:
+            return
+        try:
+            folder = self.info.checkpoints / f"global_step_{step}"
+            self.pins[step] = self._pin(folder, step)
+        except SourceError as e:  # resumed from elsewhere, say
+            logger.warning("verl_autoexport: step %s, resumed from, cannot be judged any more: %s", step, e)
 
     def saved(self, step: int, checkpoint_dir: Path) -> None:
         """verl has written the checkpoint of `step`; with `source=auto` preferred to a copy, for it outlives the run.
 
         Raises SourceError when its shards are not all there and no copy can take their place.
         """
+        self._bounded(f"saved at step {step}", self._saved, step, checkpoint_dir)
+
+    def _saved(self, step: int, checkpoint_dir: Path) -> None:
         self.saved_step = step
         if self.settings.source == "live":
             return
         started = time.monotonic()
-        pin_step = pins.make_pin if self.nodes is None else self.nodes.pin
         try:
-            pin = pin_step(checkpoint_dir, step, self.settings.role)
+            pin = self._pin(checkpoint_dir, step)
         except SourceError as e:
             if self.live is None:
                 raise
@@ -133,6 +141,9 @@ class ExportDriver:
     def logged(self, step: int, data: Mapping[str, Any]) -> None:
         """verl logs `step`: all its metrics exist, and the workers still hold its weights."""
         self.entered = time.monotonic()
+        self._bounded(f"logged at step {step}", self._logged, step, data)
+
+    def _logged(self, step: int, data: Mapping[str, Any]) -> None:
         if not self.metrics_checked:
             self._check_metrics(step, data)
         self.logged_step = max(step, self.logged_step)
@@ -150,6 +161,9 @@ class ExportDriver:
     def end(self, succeeded: bool) -> None:
         """`fit` is over. A pin that is left was never logged, since training failed: a resumed run decides it."""
         self.entered = time.monotonic()
+        self._bounded("end", self._end, succeeded)
+
+    def _end(self, succeeded: bool) -> None:
         trained = self.logged_step > self.start.step
         if succeeded and (pin := self.pins.pop(self.start.step, None)):
             event = StepEvent(self.start.step, {}, time.time(), last=self.start.step == self.last_step)
@@ -167,9 +181,27 @@ class ExportDriver:
 
     def drain(self, timeout_s: float) -> str:
         """Wait at most `timeout_s` seconds for what is pending; returns the run's report in one line."""
-        return self.ledger.drain(timeout_s)
+        self.ledger.wait(timeout_s)
+        try:
+            return self._bounded("the report", self._conclude)
+        except GivenUp as e:
+            self.ledger.problems.append(str(e))
+            self.ledger.take()
+            return self.ledger.report()
 
     # -- inside -----------------------------------------------------------------------
+
+    def _bounded(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
+        """Training waits for no file system longer than this; raises GivenUp."""
+        return self.calls.run(self.settings.queue.stall_timeout_s, what, call, *args)
+
+    def _conclude(self) -> str:
+        self.ledger.poll()
+        line = self.ledger.report()
+        self.ledger.journal("report", line=line)
+        if not self.ledger.open:  # else the actor goes on until this process ends
+            self.lease.release()
+        return line
 
     def _check_metrics(self, step: int, data: Mapping[str, Any]) -> None:
         """At the first log that has the metrics in question: the first validation, for others the first step after."""
@@ -238,6 +270,10 @@ class ExportDriver:
         if event.requested:
             self._clear_requests()
 
+    def _pin(self, checkpoint_dir: Path, step: int) -> Pin:
+        make = pins.make_pin if self.nodes is None else self.nodes.pin
+        return make(checkpoint_dir, step, self.settings.role)
+
     def _release(self, pin: Pin) -> None:
         pins.release(pin.path)
         if pin.spread and self.nodes is not None:
@@ -257,7 +293,8 @@ class ExportDriver:
         if queue.overflow != "wait" and decision.droppable:
             return self._drop(decision, f"{len(refs)} snapshots are in flight (queue.inflight_bytes)")
         started = time.monotonic()
-        done, _ = ray.wait(refs, num_returns=min(surplus, len(refs)), timeout=queue.wait_timeout_s)
+        with self.calls.excused():
+            done, _ = ray.wait(refs, num_returns=min(surplus, len(refs)), timeout=queue.wait_timeout_s)
         logger.warning("verl_autoexport: training waited %.1f s for exports", time.monotonic() - started)
         self.ledger.poll()
         if len(done) < min(surplus, len(refs)) and (decision.droppable or copied):
@@ -282,14 +319,15 @@ class ExportDriver:
         queue = self.settings.queue
         wait_s = 0.0 if decision.droppable and queue.overflow != "wait" else queue.wait_timeout_s
         try:
-            live = self.live.capture(self.actor, wait_s, self.ledger.snapshots.keys())
+            with self.calls.excused():  # given up before, it would copy the weights of a later step
+                live = self.live.capture(self.actor, wait_s, self.ledger.snapshots.keys())
         except Busy as e:
             if decision.droppable:
                 self._drop(decision, str(e))
                 return None
             self.ledger.lost(decision, f"{e}, for more than queue.wait_timeout_s={queue.wait_timeout_s:g}")
             return None
-        except SourceError as e:
+        except (SourceError, GivenUp) as e:
             self.ledger.lost(decision, str(e))
             return None
         return self._request(decision, event, None) | {
@@ -297,25 +335,8 @@ class ExportDriver:
         }  # fmt: skip
 
     def _request(self, decision: Decision, event: StepEvent, pin: Pin | None) -> dict[str, Any]:
-        info = self.info
-        return {
-            "step": decision.step,
-            "time": decision.time,
-            "triggers": [t.to_dict() for t in decision.triggers],
-            "metrics": {k: v if math.isfinite(v) else None for k, v in event.metrics.items()},
-            "measured_on": measured_on(decision.triggers),
-            "pin": pin and str(pin.path),
-            "spread": pin is not None and pin.spread,
-            "directory": pin and str(pin.directory),
-            "origin": pin and pin.origin,
-            "fingerprint": pin and pin.fingerprint,
-            "stall_s": round((self.pin_s if pin else 0.0) + time.monotonic() - self.entered, 6),
-            "run": dict(info.run),
-            "base_model": info.base_model,
-            "lora_adapter": info.lora_adapter,
-            "trust_remote_code": info.trust_remote_code,
-            "external_lib": info.external_lib,
-        }
+        stall_s = (self.pin_s if pin else 0.0) + time.monotonic() - self.entered
+        return make_request(self.info, decision, event, pin, stall_s)
 
     def _resubmit(self, pin: Pin) -> None:
         # The run directory may have been moved since.

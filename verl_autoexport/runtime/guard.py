@@ -42,6 +42,7 @@ class StartupGuard(Callback):
             # With a remote cluster the directory is the TaskRunner's; it is checked there.
             address = OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS", "local")
             self.registry = (Registry.create if address == "local" else Registry)(settings.output_dir)
+            self.registry.check_free()
         except AutoExportError as e:
             raise SystemExit(f"verl_autoexport: {e}") from e
         except Exception as e:

@@ -26,9 +26,10 @@ from verl_autoexport.config import AutoExportConfig, load_config
 from verl_autoexport.errors import ConfigError, SourceError
 from verl_autoexport.export.contract import check_start
 from verl_autoexport.preflight import check_length, check_run, choose_source
-from verl_autoexport.runtime.driver import ExportDriver, ExportFailed, RunInfo
+from verl_autoexport.runtime.driver import ExportDriver, ExportFailed
 from verl_autoexport.runtime.live import LiveSource, start_live
 from verl_autoexport.runtime.nodes import find_nodes
+from verl_autoexport.runtime.request import RunInfo
 
 logger = logging.getLogger(__name__)
 _active: AutoExportCallback | None = None

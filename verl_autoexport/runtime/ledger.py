@@ -58,6 +58,13 @@ class Ledger:
 
     def poll(self) -> list[Outcome]:
         """Take in the outcomes that are there, without waiting; returns the new failures."""
+        failures = self.take()
+        for lost in (f for f in failures if f.get("lost")):
+            self.journal("failed", step=lost["step"], reason=lost["reason"])
+        return failures
+
+    def take(self) -> list[Outcome]:
+        """`poll`, but touches no file."""
         refs = {p.ref: p for p in self.pending if p.outcome is None}
         failures = []
         for ref in ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else ():
@@ -66,22 +73,18 @@ class Ledger:
                 pending.outcome = ray.get(ref)
             except ray.exceptions.RayError as e:
                 reason = f"the export actor was lost: {type(e).__name__}: {e}".splitlines()[0]
-                pending.outcome = {"step": pending.decision.step, "status": "failed", "reason": reason}
-                self.journal("failed", step=pending.decision.step, reason=reason)
+                step = pending.decision.step
+                pending.outcome = {"step": step, "status": "failed", "reason": reason, "lost": True}
             if pending.outcome["status"] == "failed":
                 failures.append(pending.outcome)
             self.remember(pending.decision, pending.outcome["status"])
         return failures
 
-    def drain(self, timeout_s: float) -> str:
-        """Wait at most `timeout_s` seconds for what is pending; returns the run's report in one line."""
+    def wait(self, timeout_s: float) -> None:
+        """Wait at most `timeout_s` seconds for what is pending."""
         if refs := self.open:
             logger.warning("verl_autoexport: finishing %d export(s), at most %.0f s", len(refs), timeout_s)
             ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
-        self.poll()
-        line = self.report()
-        self.journal("report", line=line)
-        return line
 
     def report(self) -> str:
         """One line: what was exported, what was not and why."""

@@ -23,7 +23,7 @@ from verl_autoexport.sources.base import ShardManifest
 from verl_autoexport.sources.live import Layout, make_manifest
 
 if TYPE_CHECKING:
-    from verl_autoexport.runtime.driver import RunInfo
+    from verl_autoexport.runtime.request import RunInfo
 
 logger = logging.getLogger(__name__)
 FOLDER = ".live"

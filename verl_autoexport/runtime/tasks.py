@@ -70,6 +70,7 @@ class RayRunner:
                 while waiting and len(running) < self.workers:
                     running.append(self._submit(waiting.pop(), nonce, 1))
                 running, done = self._collect(running, nonce)
+                progress(0)  # raises where nobody waits any more
                 for file in done:
                     progress(file.nbytes)
                     written[file.name] = file

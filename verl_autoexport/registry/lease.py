@@ -1,0 +1,178 @@
+"""Who exports into an output directory: one run at a time, named in `.owner.json`.
+
+The record is replaced under the registry's lock. Its writer touches it every few seconds, which other
+hosts can see; on its own host the process itself tells. A lock held for the run would not do: processes
+that the owner forked (data loaders) keep it after its death, and some shared file systems lock on one host only.
+Whoever was taken for dead and wakes up finds another's token in the record, and publishes nothing more.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from verl_autoexport.errors import RegistryError
+from verl_autoexport.registry.files import read_json, write_json_atomic
+
+NAME = ".owner.json"
+BEAT_S = 5.0
+STALE_S = 60.0
+"""An owner on another host that has not touched its record for so long is dead."""
+WAIT_S = 20.0
+"""How long a start waits for an owner that is ending: the processes of a killed run need a moment."""
+_POLL_S = 0.2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A run's process. `place` is where its process number means something, `born` tells it from a later namesake."""
+
+    token: str
+    host: str
+    place: str | None
+    pid: int
+    born: str | None
+    run: str
+    since: str
+
+    def __str__(self) -> str:
+        return f"{self.run or 'a run'} (process {self.pid} on {self.host}, since {self.since})"
+
+    def alive(self) -> bool | None:
+        """None where this host cannot tell."""
+        if self.place is None or self.place != _place():
+            return None
+        return _born(self.pid) == self.born
+
+
+class Lease:
+    """This process's claim; `release` when nothing of the run is left to export.
+
+    `before`: the owner that ended without releasing it, killed most likely.
+    """
+
+    def __init__(self, root: Path, owner: Owner, before: Owner | None = None) -> None:
+        self.root, self.owner, self.before = root, owner, before
+        self._ended = threading.Event()
+        threading.Thread(target=self._beat, name="autoexport-lease", daemon=True).start()
+
+    @property
+    def token(self) -> str:
+        return self.owner.token
+
+    def release(self) -> None:
+        """Give it up; nothing happens where another run has taken it meanwhile, or the directory is gone."""
+        self._ended.set()
+        with suppress(OSError):
+            if (found := read(self.root)) and found.token == self.token:
+                os.unlink(self.root / NAME)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            with suppress(OSError):  # the directory may be what is broken; only silence counts
+                found = read(self.root)
+                if found is not None and found.token != self.token:
+                    return
+                os.utime(self.root / NAME)
+
+
+def read(root: Path) -> Owner | None:
+    """The owner on record; None where there is none, or where the record is damaged."""
+    try:
+        data = read_json(root / NAME)
+        owner = Owner(**{key: data.get(key) for key in Owner.__dataclass_fields__})
+        return owner if isinstance(owner.token, str) and isinstance(owner.pid, int) else None
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def check(root: Path, token: str) -> None:
+    """Raises RegistryError when another run owns `root` by now; the caller holds the registry's lock."""
+    if (owner := read(root)) is not None and owner.token != token:
+        raise RegistryError(
+            f"{root}: taken over by {owner}, which found this run's process dead or silent; this run exports nothing "
+            "more here. End one of the two, or give it an autoexport.output_dir of its own."
+        )
+
+
+def living(root: Path, wait_s: float = WAIT_S, stale_s: float = STALE_S) -> Owner | None:
+    """The run that owns `root` and is alive, after having waited for it to end; None: free, or its owner is dead."""
+    began = time.monotonic()
+    first = _last_beat(root)
+    while (owner := read(root)) is not None:
+        alive = False if owner.pid == os.getpid() and owner.place == _place() else owner.alive()
+        if alive is None and _last_beat(root) != first:
+            alive = True
+        waited = time.monotonic() - began
+        if alive is False or (alive is None and waited >= stale_s):
+            return None
+        if alive and waited >= wait_s:
+            return owner
+        if waited < _POLL_S:
+            limit = wait_s if alive else stale_s
+            log.warning("verl_autoexport: %s is owned by %s; waiting up to %g s for it to end", root, owner, limit)
+        time.sleep(_POLL_S)
+    return None
+
+
+def refuse(root: Path, owner: Owner) -> RegistryError:
+    """The error for a second run."""
+    return RegistryError(
+        f"{root}: {owner} exports here, and two runs would mix their versions: give this run an autoexport.output_dir "
+        f"of its own, or end that process (`kill -9 {owner.pid}` on {owner.host} if it hangs)."
+    )
+
+
+def take(root: Path, run: str, locked: Callable[[], Any], wait_s: float = WAIT_S, stale_s: float = STALE_S) -> Lease:
+    """Become the owner of `root`; `locked` is the registry's lock. RegistryError names a living owner."""
+    if owner := living(root, wait_s, stale_s):
+        raise refuse(root, owner)
+    before = read(root)
+    mine = Owner(
+        token=uuid.uuid4().hex, host=socket.gethostname(), place=_place(), pid=os.getpid(), born=_born(os.getpid()),
+        run=run, since=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )  # fmt: skip
+    with locked():
+        now = read(root)
+        if now is not None and now != before:  # another start was faster
+            raise refuse(root, now)
+        write_json_atomic(root / NAME, asdict(mine))
+    if before is not None and before.pid != os.getpid():
+        log.warning("verl_autoexport: %s taken over from %s, which is gone", root, before)
+    return Lease(root, mine, before)
+
+
+def _last_beat(root: Path) -> int | None:
+    try:
+        return os.stat(root / NAME).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _place() -> str | None:
+    """Boot and process namespace: within it a process number means one process."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux: the record's age alone decides
+        return None
+
+
+def _born(pid: int) -> str | None:
+    """When a process started, in ticks since boot, which no clock changes; None if it is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]

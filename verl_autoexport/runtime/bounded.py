@@ -1,0 +1,106 @@
+"""Calls that may never return, such as those on a dead file system: waited for with a limit.
+
+A thread inside such a system call cannot be ended, only left behind. So each call gets a
+thread of its own, and when it is given up it may not do what its caller no longer expects.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from typing import Any
+
+from verl_autoexport.errors import AutoExportError
+
+
+class GivenUp(AutoExportError):
+    """Something took longer than it may."""
+
+
+class Bounded:
+    """Runs calls one at a time. While one that was given up still hangs, further ones are refused at once."""
+
+    def __init__(self) -> None:
+        self._future: Future[Any] | None = None
+        self._what = ""
+        self._gate = threading.Lock()
+        self._excused = 0.0
+        self._given_up = False
+
+    def run(self, limit_s: float, what: str, call: Callable[..., Any], *args: Any) -> Any:
+        """The result of `call`, or GivenUp after `limit_s` seconds, those under `excused` not counted."""
+        if self._future is not None and not self._future.done():
+            raise GivenUp(f"{what}: left out, because {self._what} still hangs; is the file system reachable?")
+        self._future, self._what, self._excused, self._given_up = start(call, *args), what, 0.0, False
+        left = limit_s
+        while True:
+            wait([self._future], left)
+            with self._gate:
+                if self._future.done():
+                    return self._future.result()
+                left, self._excused = self._excused, 0.0
+                if not left:
+                    self._given_up = True
+                    raise GivenUp(f"{what}: given up after {limit_s:g} s; is the file system reachable?")
+
+    @contextmanager
+    def excused(self) -> Iterator[None]:
+        """Inside a call: what has a bound of its own, or may not be left behind. GivenUp where the call already is."""
+        with self._gate:
+            if self._given_up:
+                raise GivenUp(f"{self._what}: given up meanwhile")
+            began = time.monotonic()
+            try:
+                yield
+            finally:
+                self._excused += time.monotonic() - began
+
+
+class Watch:
+    """Where an export is, and since when: the progress that it reports. Raises GivenUp in it once nobody waits."""
+
+    def __init__(self) -> None:
+        self.name = "starting"
+        self._moved = time.monotonic()
+        self._given_up = False
+        self._lock = threading.Lock()
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        with self._lock:
+            self._check()
+            self.name, self._moved = name, time.monotonic()
+
+    def advance(self, nbytes: int) -> None:
+        """A sign of life; only bytes are progress."""
+        self._check()
+        if nbytes:
+            self._moved = time.monotonic()
+
+    def idle_s(self) -> float:
+        return time.monotonic() - self._moved
+
+    def give_up(self) -> None:
+        """From now on the export does not get to its next stage."""
+        with self._lock:
+            self._given_up = True
+
+    def _check(self) -> None:
+        if self._given_up:
+            raise GivenUp(f"{self.name}: given up meanwhile")
+
+
+def start(call: Callable[..., Any], *args: Any) -> Future[Any]:
+    """Run `call` in a daemon thread, which does not hold up the end of the process."""
+    future: Future[Any] = Future()
+    threading.Thread(target=_fill, args=(future, call, args), name="autoexport-call", daemon=True).start()
+    return future
+
+
+def _fill(future: Future[Any], call: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        future.set_result(call(*args))
+    except BaseException as e:  # noqa: BLE001 - it is raised where it is waited for
+        future.set_exception(e)

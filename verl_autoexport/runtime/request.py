@@ -1,0 +1,79 @@
+"""What the driver asks the export actor for: JSON on its way (a pin holds it too), a spec at its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from verl_autoexport.config import AutoExportConfig
+from verl_autoexport.events import Decision, StepEvent, Trigger
+from verl_autoexport.export.spec import ExportSpec
+from verl_autoexport.policies import measured_on
+from verl_autoexport.sources.pins import Pin
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What the driver needs to know of the run; `frozen` are the parameters that it does not train."""
+
+    checkpoints: Path
+    run: Mapping[str, Any]
+    base_model: str | None = None
+    lora_adapter: str | None = None
+    trust_remote_code: bool = False
+    external_lib: str | None = None
+    frozen: tuple[str, ...] = ()
+
+
+def make_request(
+    info: RunInfo, decision: Decision, event: StepEvent, pin: Pin | None, stall_s: float
+) -> dict[str, Any]:
+    """A milestone of the run; `stall_s` is what training waited for it."""
+    return {
+        "step": decision.step,
+        "time": decision.time,
+        "triggers": [t.to_dict() for t in decision.triggers],
+        "metrics": {k: v if math.isfinite(v) else None for k, v in event.metrics.items()},
+        "measured_on": measured_on(decision.triggers),
+        "pin": pin and str(pin.path),
+        "spread": pin is not None and pin.spread,
+        "directory": pin and str(pin.directory),
+        "origin": pin and pin.origin,
+        "fingerprint": pin and pin.fingerprint,
+        "stall_s": round(stall_s, 6),
+        "run": dict(info.run),
+        "base_model": info.base_model,
+        "lora_adapter": info.lora_adapter,
+        "trust_remote_code": info.trust_remote_code,
+        "external_lib": info.external_lib,
+        "frozen": list(info.frozen),
+    }
+
+
+def make_spec(request: Mapping[str, Any], settings: AutoExportConfig) -> ExportSpec:
+    """The export that a request asks for, under the run's settings."""
+    return ExportSpec(
+        checkpoint=Path(request["directory"]),
+        step=request["step"],
+        dtype=settings.weights.dtype,
+        max_shard_size=settings.weights.max_shard_size,
+        memory_budget=settings.merge.memory_budget,
+        verify=settings.verify,
+        trust_remote_code=request["trust_remote_code"],
+        external_lib=request["external_lib"],
+        triggers=tuple(map(Trigger.from_dict, request["triggers"])),
+        metrics=request["metrics"],
+        measured_on=request["measured_on"],
+        run=request["run"],
+        base_model=request["base_model"],
+        origin=request["origin"],
+        stall_s=request["stall_s"],
+        fingerprint=request["fingerprint"],
+        lora=settings.weights.lora,
+        frozen=frozenset(request.get("frozen", ())),
+        cached=False,
+        lora_config=Path(adapter) if (adapter := request.get("lora_adapter")) else None,
+    )
