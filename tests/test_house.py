@@ -37,7 +37,8 @@ ROOMS: Mapping[str, frozenset[str]] = {
     "registry": BASICS,
     "export": JUDGES | {"sources", "registry", "__init__"},
     "runtime": JUDGES | {"policies", "preflight", "sources", "registry", "export", "__init__"},
-    "cli": JUDGES | {"sources", "registry", "export", "__init__"},
+    "terminal": frozenset(),
+    "cli": JUDGES | {"sources", "registry", "export", "terminal", "__init__"},
     "__init__": frozenset(),  # its public names are resolved on first use
     "__main__": frozenset({"cli"}),
     "hydra_plugins": frozenset({"config"}),
@@ -61,9 +62,10 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "omegaconf": ("config.py", "preflight.py", "runtime/"),
     "filelock": ("registry/",),
     "psutil": ("export/verify.py",),
+    "numpy": ("runtime/nodes.py",),  # whose arrays Ray hands out without a copy
 }  # fmt: skip
 LIBRARIES_LAZY: Mapping[str, tuple[str, ...]] = {
-    "ray": ("cli.py",), "tqdm": ("cli.py",), "huggingface_hub": ("export/lora.py",),
+    "ray": ("cli.py",), "tqdm": ("terminal.py",), "huggingface_hub": ("export/lora.py",),
     "peft": ("export/load_check.py", "export/cross_check.py"), "safetensors": ("export/load_check.py",),
 }  # fmt: skip
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from verl_autoexport import __version__
 from verl_autoexport.errors import AutoExportError, RegistryError, SourceError
 from verl_autoexport.registry.retention import Keep, show_size
 from verl_autoexport.registry.store import Registry
+from verl_autoexport.terminal import Bar, print_table
 
 if TYPE_CHECKING:
     from verl_autoexport.export.pipeline import MergeRunner
@@ -61,7 +61,7 @@ def _export_once(args: argparse.Namespace) -> int:
         trust_remote_code=args.trust_remote_code, lora_config=args.lora_config,
     )  # fmt: skip
     if args.output is not None:
-        with _Bar() as bar:
+        with Bar() as bar:
             pipeline.export_to_directory(spec, args.output, runner, bar)
         print(args.output)
         return 0
@@ -69,7 +69,7 @@ def _export_once(args: argparse.Namespace) -> int:
     if not args.again and (there := _published(registry, spec)):
         print(f"step {spec.step} is published already as {there.path}; --again exports it once more")
         return 0
-    with _Bar() as bar:
+    with Bar() as bar:
         version = pipeline.export_to_registry(spec, registry, runner, bar)
     print(version.path)
     return 0
@@ -110,41 +110,6 @@ def _spread(args: argparse.Namespace) -> ShardSource | None:
     return None
 
 
-class _Bar:
-    """The stages on a terminal: a bar where bytes are counted, else a line. Silent when stderr is no terminal."""
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def stage(self, name: str, total: int | None = None) -> None:
-        from tqdm import tqdm
-
-        self.__exit__()
-        form = None if total else "{desc}"
-        self.bar = tqdm(
-            desc=name, total=total, unit="B", unit_scale=True, bar_format=form, leave=False, disable=None,
-            ncols=_width(), nrows=24,
-        )  # fmt: skip
-
-    def advance(self, nbytes: int) -> None:
-        self.bar.update(nbytes)
-
-
-def _width() -> int:
-    """Columns; a terminal without a size (`script`, some of CI) says 0, and tqdm would then show nothing."""
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except OSError:
-        return 80
-
-
 def _verify(args: argparse.Namespace) -> int:
     from verl_autoexport.export.recheck import check_directory
 
@@ -170,7 +135,7 @@ def _ls(args: argparse.Namespace) -> int:
         print(json.dumps({"versions": versions, "pending": pending, "not_exported": registry.outcomes()}, indent=2))
         return 0
     rows = [_row(v, pointers) for v in registry.versions()]
-    _table(("VERSION", "STEP", "CREATED", "WHY", "VERIFIED", "POINTERS"), rows)
+    print_table(("VERSION", "STEP", "CREATED", "WHY", "VERIFIED", "POINTERS"), rows)
     owner = registry.owner()
     fate = f"{owner} is at it" if owner else "interrupted; the next start of the run finishes it or says why it cannot"
     for step in pending:
@@ -207,12 +172,6 @@ def _row(version: Version, pointers: dict[str, list[str]]) -> tuple[str, ...]:
     marks = [*pointers.get(version.name, ()), *(["pinned"] if version.pinned else [])]
     marks += ["superseded"] if version.superseded else []
     return version.name, str(version.step), record.created_at[:19], why, "+".join(checks), " ".join(marks)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -279,7 +238,7 @@ def _prune(args: argparse.Namespace) -> int:
             (v.version.name, str(v.version.step), show_size(v.nbytes), "keep" if v.keep else "remove", v.reason)
             for v in judgement.verdicts
         ]
-        _table(("VERSION", "STEP", "SIZE", "DECISION", "WHY"), rows)
+        print_table(("VERSION", "STEP", "SIZE", "DECISION", "WHY"), rows)
         what = f"{len(removed)} of {len(rows)} versions, {show_size(sum(v.nbytes for v in removed))}"
         print(f"{'would remove' if args.dry_run else 'removed'} {what} ({keep})")
     if problems:
