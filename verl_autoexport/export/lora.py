@@ -108,6 +108,11 @@ def is_lora(manifest: ShardManifest) -> bool:
     return any(k.startswith(_PREFIX) or ".lora_" in k for k in manifest.tensors)
 
 
+def plain_name(fqn: str) -> str:
+    """The name of a base model's tensor without what PEFT adds to it."""
+    return fqn.removeprefix(_PREFIX).replace(".base_layer.", ".")
+
+
 def _read_names(manifest: ShardManifest) -> _Names:
     names = _Names({}, {}, {}, {})
     adapters: set[str] = set()
@@ -131,7 +136,7 @@ def _read_names(manifest: ShardManifest) -> _Names:
         elif ".original_module." in name:
             continue  # what modules_to_save has replaced
         else:
-            names.base[name.replace(".base_layer.", ".")] = fqn
+            names.base[plain_name(fqn)] = fqn
             continue
         adapters.add(adapter)
     if len(adapters) != 1 or not names.lora:

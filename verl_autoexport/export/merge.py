@@ -32,7 +32,8 @@ class WrittenFile:
     """Name, size in bytes and sha256 (hex) of a file that is on disk and fsynced.
 
     Of the tensors with LoRA fused in: those whose lora_B is not zero (`trained`), and those
-    that came out different from the base (`changed`).
+    that came out different from the base (`changed`). `apart`: its tensors do not change between
+    versions; `linked`: it is the same file as that of an earlier one.
     """
 
     name: str
@@ -40,6 +41,8 @@ class WrittenFile:
     sha256: str
     trained: frozenset[str] = frozenset()
     changed: frozenset[str] = frozenset()
+    apart: bool = False
+    linked: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class MergeJob:
             digest, size = writer.finish()
         if size != self.planned.nbytes:
             raise MergeError(f"{self.path}: {size} bytes written, {self.planned.nbytes} planned; please report this.")
-        return WrittenFile(self.planned.name, size, digest, frozenset(source.trained), frozenset(source.changed))
+        trained, changed = frozenset(source.trained), frozenset(source.changed)
+        return WrittenFile(self.planned.name, size, digest, trained, changed, self.planned.apart)
 
 
 class _Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from verl_autoexport.errors import PlanError
 from verl_autoexport.export import lora, naming
 from verl_autoexport.export.contract import Contract, apply_base, check_contract
 from verl_autoexport.export.heads import Head, find_head
-from verl_autoexport.export.plan import MergePlan, make_plan, one_file_plan
+from verl_autoexport.export.plan import Fusion, MergePlan, Output, make_plan, one_file_plan
 from verl_autoexport.export.reader import equal_values
 from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.sources.base import ShardManifest
@@ -57,10 +58,17 @@ def plan_model(spec: ExportSpec, manifest: ShardManifest, values: bool = True) -
     if fused := sorted(o.name for o in outputs if any(p.fqn in fusions for p in o.pieces)):
         contract = replace(contract, explained={**contract.explained, "LoRA fused in": tuple(fused)})
     outputs = apply_base(outputs, contract, spec.dtype)
-    plan = make_plan(held, outputs, spec.max_shard_size, fusions)
+    plan = make_plan(held, outputs, spec.max_shard_size, fusions, _unchanging(spec, outputs, fusions))
     if spec.lora == "both":
         plan = replace(plan, files=(*plan.files, lora.plan_adapter(adapter, held, spec.dtype, f"{ADAPTER_FOLDER}/")))
     return Planned(skeleton, held, plan, contract, adapter)
+
+
+def _unchanging(spec: ExportSpec, outputs: Sequence[Output], fusions: Mapping[str, Fusion]) -> set[str]:
+    """Names on disk of what training leaves as it is, and of what an earlier version keeps apart."""
+    frozen = {lora.plain_name(fqn) for fqn in spec.frozen}
+    same = {o.name for o in outputs if all(p.fqn in frozen and p.fqn not in fusions for p in o.pieces)}
+    return same | spec.grouped
 
 
 def capture_dtypes(spec: ExportSpec, planned: Planned) -> dict[str, str]:

@@ -14,9 +14,10 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
-from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, SourceError
+from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, SourceError, VerifyError
 from verl_autoexport.events import ExportRecord
 from verl_autoexport.export import assets, lora, naming, peft_config, verify
 from verl_autoexport.export.merge import MergeJob, WrittenFile
@@ -24,7 +25,9 @@ from verl_autoexport.export.model import ADAPTER_FOLDER, Planned, plan_model
 from verl_autoexport.export.plan import MergePlan
 from verl_autoexport.export.record import make_record
 from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
+from verl_autoexport.export.writer import drop_cache
 from verl_autoexport.registry.store import Registry, Version
+from verl_autoexport.registry.twins import Twins, find_twins, link_twin
 from verl_autoexport.sources.fsdp_files import FsdpFiles
 from verl_autoexport.sources.safetensors_files import INDEX_NAME
 
@@ -85,7 +88,9 @@ def export_to_registry(
     progress = progress or Silent()
     staging = registry.stage(f"step{spec.step}")
     try:
-        record = run_export(spec, staging.path, runner, progress)
+        versions = registry.versions()
+        spec = replace(spec, grouped=_kept_apart(versions))
+        record = run_export(spec, staging.path, runner, progress, find_twins(versions))
         progress.stage("flushing to disk")
         return registry.publish(staging, record, partial(progress.stage, "publishing"))
     except BaseException:
@@ -123,8 +128,17 @@ def export_to_directory(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def run_export(spec: ExportSpec, target: Path, runner: MergeRunner, progress: Progress | None = None) -> ExportRecord:
-    """Make a complete, verified model directory in `target` (empty, on the output's file system)."""
+def run_export(
+    spec: ExportSpec,
+    target: Path,
+    runner: MergeRunner,
+    progress: Progress | None = None,
+    twins: Twins = MappingProxyType({}),
+) -> ExportRecord:
+    """Make a complete, verified model directory in `target` (empty, on the output's file system).
+
+    A file of weights that is among `twins` becomes a link to it, before it is verified.
+    """
     progress = progress or Silent()
     timings = {"stall": spec.stall_s}
     if spec.hand_over_s is not None:
@@ -146,11 +160,15 @@ def run_export(spec: ExportSpec, target: Path, runner: MergeRunner, progress: Pr
             sums = beside.submit(source.check_sums)
             written = runner.run(_jobs(spec, planned, target), progress.advance)
             sums.result()
+        written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
         notes = _write_beside(spec, planned, written, target)
     with _timed(timings, "verify"):
         progress.stage(VERIFYING)
         checks = _verify(spec, target, planned)
         source.check_unchanged()
+    if not spec.cached:
+        for path in (*(f for f in manifest.files if isinstance(f, Path)), *(target / w.name for w in written)):
+            drop_cache(path)
     architectures = (naming.architecture(planned.skeleton.config),)
     return make_record(
         spec, source.kind, target, manifest, planned.plan, written, checks, timings, architectures, notes
@@ -159,12 +177,24 @@ def run_export(spec: ExportSpec, target: Path, runner: MergeRunner, progress: Pr
 
 def _jobs(spec: ExportSpec, planned: Planned, target: Path) -> list[MergeJob]:
     jobs = []
+    read_again = spec.verify.load is not False and planned.plan.nbytes <= spec.verify.max_memory
     for file in planned.plan.files:
         path = target / file.name
         path.parent.mkdir(exist_ok=True)
         needed = {fqn: planned.manifest.tensors[fqn] for fqn in file.sources}
-        jobs.append(MergeJob(file, replace(planned.manifest, tensors=needed), path, spec.memory_budget))
+        manifest, cached = replace(planned.manifest, tensors=needed), spec.cached or read_again
+        jobs.append(MergeJob(file, manifest, path, spec.memory_budget, cached))
     return jobs
+
+
+def _kept_apart(versions: Sequence[Version]) -> frozenset[str]:
+    """Names on disk that the newest version has in files of their own: later ones share them."""
+    names: set[str] = set()
+    for file in versions[-1].record.files if versions else ():
+        if file.get("apart"):
+            with suppress(VerifyError):  # damaged since: then there is nothing to share
+                names |= verify.read_header(versions[-1].path / str(file["name"])).keys() - {"__metadata__"}
+    return frozenset(names)
 
 
 def _write_beside(spec: ExportSpec, planned: Planned, written: Sequence[WrittenFile], target: Path) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +22,7 @@ from verl_autoexport.sources.tiling import Box, Flaw, find_flaw
 
 SAFETENSORS_DTYPE = {name: short for short, name in TORCH_DTYPE.items()}
 """torch's dtype name → the name in a safetensors header."""
+_WORTH_A_FILE = 0.02  # of a model's bytes
 _AS_IT_IS = {n: tuple(range(n)) for n in range(9)}
 """Number of dimensions → `Piece.dims` of a tensor that is written as it is."""
 
@@ -106,13 +107,17 @@ class Fusion:
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One output file: `header` bytes, then the tensors one after the other; `fusions` are by source tensor."""
+    """One output file: `header` bytes, then the tensors one after the other; `fusions` are by source tensor.
+
+    `apart`: it holds only tensors that do not change between versions.
+    """
 
     name: str
     header: bytes
     outputs: tuple[Output, ...]
     nbytes: int
     fusions: Mapping[str, Fusion] = field(default_factory=dict)
+    apart: bool = False
 
     @property
     def sources(self) -> set[str]:
@@ -147,28 +152,40 @@ def make_plan(
     outputs: Sequence[Output],
     max_shard_size: int,
     fusions: Mapping[str, Fusion] = MappingProxyType({}),
+    apart: Collection[str] = (),
 ) -> MergePlan:
     """Split `outputs` into files of at most `max_shard_size` bytes of data each; a larger tensor gets its own.
 
-    Raises PlanError unless every element of every source tensor is written exactly once.
+    Those named in `apart` come first, in files of their own: versions share these on disk. Raises
+    PlanError unless every element of every source tensor is written exactly once.
     """
     _check(manifest, outputs)
-    bins: list[list[Output]] = [[]]
-    room = max_shard_size
+    groups = [[o for o in outputs if o.name in apart], [o for o in outputs if o.name not in apart]]
+    if sum(map(nbytes, groups[0])) < _WORTH_A_FILE * sum(map(nbytes, outputs)):
+        groups = [[], list(outputs)]
+    bins = [(True, held) for held in _fill(groups[0], max_shard_size)]
+    bins += [(False, held) for held in _fill(groups[1], max_shard_size)]
+    names = ["model.safetensors"]
+    if len(bins) > 1:
+        names = [f"model-{i:05d}-of-{len(bins):05d}.safetensors" for i in range(1, len(bins) + 1)]
+    files = tuple(_plan_file(name, held, fusions, kept) for name, (kept, held) in zip(names, bins, strict=True))
+    numel = sum(math.prod(o.shape) for o in outputs)
+    index = _index(files, numel) if len(files) > 1 else None
+    return MergePlan(files, index, numel)
+
+
+def _fill(outputs: Sequence[Output], max_shard_size: int) -> list[list[Output]]:
+    """The outputs of each file, in their order."""
+    bins: list[list[Output]] = []
+    room = 0
     for output in outputs:
         size = nbytes(output)
-        if bins[-1] and size > room:
+        if not bins or size > room:
             bins.append([])
             room = max_shard_size
         bins[-1].append(output)
         room -= size
-    names = ["model.safetensors"]
-    if len(bins) > 1:
-        names = [f"model-{i:05d}-of-{len(bins):05d}.safetensors" for i in range(1, len(bins) + 1)]
-    files = tuple(_plan_file(name, outputs, fusions) for name, outputs in zip(names, bins, strict=True))
-    numel = sum(math.prod(o.shape) for o in outputs)
-    index = _index(files, numel) if len(files) > 1 else None
-    return MergePlan(files, index, numel)
+    return bins
 
 
 def one_file_plan(file: PlannedFile) -> MergePlan:
@@ -179,7 +196,7 @@ def one_file_plan(file: PlannedFile) -> MergePlan:
 def plan_one(manifest: ShardManifest, outputs: Sequence[Output], name: str) -> PlannedFile:
     """All `outputs` in the one file `name`; raises PlanError as `make_plan` does."""
     _check(manifest, outputs)
-    return _plan_file(name, outputs, {})
+    return _plan_file(name, outputs, {}, False)
 
 
 def _check(manifest: ShardManifest, outputs: Sequence[Output]) -> None:
@@ -214,7 +231,7 @@ def _explain(flaw: Flaw, boxes: Sequence[Box]) -> str:
     return f"{which} lies outside" if flaw.kind == "outside" else f"{which} overlap"
 
 
-def _plan_file(name: str, outputs: Sequence[Output], fusions: Mapping[str, Fusion]) -> PlannedFile:
+def _plan_file(name: str, outputs: Sequence[Output], fusions: Mapping[str, Fusion], apart: bool) -> PlannedFile:
     # Wider elements first keeps every tensor aligned to its own element size.
     outputs = sorted(outputs, key=lambda o: -ITEMSIZE[o.dtype])
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -231,7 +248,7 @@ def _plan_file(name: str, outputs: Sequence[Output], fusions: Mapping[str, Fusio
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     needed = {p.fqn: fusions[p.fqn] for o in outputs for p in o.pieces if p.fqn in fusions}
-    return PlannedFile(name, header, tuple(outputs), len(header) + position, needed)
+    return PlannedFile(name, header, tuple(outputs), len(header) + position, needed, apart)
 
 
 def _index(files: Sequence[PlannedFile], numel: int) -> dict[str, Any]:

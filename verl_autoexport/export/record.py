@@ -61,7 +61,8 @@ def _file_entries(target: Path, written: Mapping[str, WrittenFile]) -> Iterator[
     for path in sorted(p for p in target.rglob("*") if p.is_file()):
         name = path.relative_to(target).as_posix()
         if file := written.get(name):
-            yield {"name": name, "bytes": file.nbytes, "sha256": file.sha256}
+            marks = {key: True for key in ("apart", "linked") if getattr(file, key)}
+            yield {"name": name, "bytes": file.nbytes, "sha256": file.sha256, **marks}
         else:
             yield {"name": name, "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 

@@ -100,6 +100,23 @@ def nbytes(version: Version) -> int:
     return sum(n for n in sizes if isinstance(n, int) and not isinstance(n, bool) and n > 0)
 
 
+def stored(versions: Iterable[Version]) -> int:
+    """Bytes that these take together: of a file that records call linked there is one, as long as any has it."""
+    total, shared, own = 0, {}, set()
+    for version in versions:
+        total += nbytes(version)
+        for file in (f for f in version.record.files if isinstance(f, Mapping)):
+            key, size = file.get("sha256"), file.get("bytes")
+            if not isinstance(key, str) or not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+                continue
+            if file.get("linked") is True:
+                total -= size
+                shared[key] = size
+            else:
+                own.add(key)
+    return total + sum(size for key, size in shared.items() if key not in own)
+
+
 def show_size(n: int) -> str:
     """`n` bytes for a person, in the units that the configuration takes."""
     for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
@@ -171,7 +188,8 @@ def _cut(
 ) -> tuple[dict[str, str], list[str]]:
     """What has to go for `max_bytes`, with the reason: by worth, then the lowest step first; never what is held."""
     cut: dict[str, str] = {}
-    total = sum(nbytes(v) for v in versions if v.name in held or v.name in value)
+    staying = [v for v in versions if v.name in held or v.name in value]
+    total = stored(staying)
     if limit is None or total <= limit:
         return cut, []
     loose = [v for v in versions if v.name in value and v.name not in held]
@@ -179,7 +197,8 @@ def _cut(
         if total <= limit:
             break
         cut[version.name] = f"max_bytes={limit}: {show_size(total)} would stay, and of that it is the least valuable"
-        total -= nbytes(version)
+        staying.remove(version)
+        total = stored(staying)
     if total <= limit:
         return cut, []
     left = f"{sum(v.name in held for v in versions)} versions that are never removed hold {show_size(total)}"

@@ -17,7 +17,7 @@ import ray
 from verl_autoexport.errors import SourceError
 from verl_autoexport.export.assets import model_files
 from verl_autoexport.sources.host_memory import headroom
-from verl_autoexport.sources.live import Copier, Layout, held_parts, is_flat, lay_out
+from verl_autoexport.sources.live import Copier, Layout, frozen_names, held_parts, is_flat, lay_out
 
 logger = logging.getLogger(__name__)
 CHUNK = 64 << 20  # bytes of a block in the object store; a power of two, as pinned memory is taken
@@ -56,6 +56,14 @@ def describe(worker: Any, rank: int, role: str) -> Worker:
     parts = [part for part, _ in held_parts(module, rank)]
     backend = "fsdp" if is_flat(module) else "fsdp2"
     return Worker(lay_out(rank, parts, {}, CHUNK), backend, ray.get_runtime_context().get_node_id())
+
+
+def frozen(worker: Any, role: str) -> list[str]:
+    """The parameters that are not trained; none where the engine is another than the known ones."""
+    try:
+        return frozen_names(find_engine(worker, role).module)
+    except SourceError:
+        return []
 
 
 def prepare(

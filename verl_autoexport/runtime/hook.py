@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from omegaconf import DictConfig, OmegaConf
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
@@ -26,12 +27,14 @@ from verl_autoexport.config import AutoExportConfig, load_config
 from verl_autoexport.errors import ConfigError, SourceError
 from verl_autoexport.export.contract import check_start
 from verl_autoexport.preflight import check_length, check_run, choose_source
+from verl_autoexport.runtime import capture
 from verl_autoexport.runtime.driver import ExportDriver, ExportFailed
 from verl_autoexport.runtime.live import LiveSource, start_live
-from verl_autoexport.runtime.nodes import find_nodes
+from verl_autoexport.runtime.nodes import Nodes, find_nodes
 from verl_autoexport.runtime.request import RunInfo
 
 logger = logging.getLogger(__name__)
+_ASK_S = 60.0
 _active: AutoExportCallback | None = None
 
 
@@ -80,10 +83,28 @@ class AutoExportCallback(CheckpointCallback):
         check_length(self.settings, self.config, last_step, last_saved)
         self._check_base()
         group = trainer.critic_wg if self.settings.role == "critic" else trainer.actor_rollout_wg
+        self._ask_frozen(group.workers)
         live = self._live(group.workers, last_step, last_saved)
-        # With `source=live` no checkpoint is read.
-        nodes = None if self.settings.source == "live" else find_nodes(group.workers, self.driver.info.checkpoints)
-        self.driver.begin(trainer.global_steps, last_step, live, nodes)
+        self.driver.begin(trainer.global_steps, last_step, live, self._nodes(group.workers))
+
+    def _ask_frozen(self, workers: Sequence[Any]) -> None:
+        """Versions share what is not trained; not knowing it costs only disk."""
+        try:
+            names = ray.get(workers[0].__ray_call__.remote(capture.frozen, self.settings.role), timeout=_ASK_S)
+        except ray.exceptions.RayError as e:
+            logger.warning("verl_autoexport: rank 0 does not tell what is not trained: %s", e)
+            return
+        self.driver.info = replace(self.driver.info, frozen=tuple(names))
+
+    def _nodes(self, workers: Sequence[Any]) -> Nodes | None:
+        """Those that keep checkpoints on disks of their own. Raises ConfigError where they have other versions."""
+        if self.settings.source == "live":
+            return None  # no checkpoint is read
+        try:
+            return find_nodes(workers, self.driver.info.checkpoints)
+        except (SourceError, OSError) as e:
+            logger.warning("verl_autoexport: taken to share one file system, since not all workers answer: %s", e)
+            return None
 
     def _live(self, workers: Sequence[Any], *length: Any) -> LiveSource | None:
         """The workers as the source, None where checkpoints are it; says which and why.

@@ -54,9 +54,6 @@ class NodeFiles:
     def about(self) -> tuple[str, dict[str, str | None]]:
         return socket.gethostname(), versions()
 
-    def sees(self, path: str) -> bool:
-        return Path(path).exists()
-
     def look(self, directory: str, role: str) -> Part:
         host, path = socket.gethostname(), Path(directory)
         if not path.is_dir() or not any(present_ranks(p)[1] for p in (path, path / role)):
@@ -197,30 +194,28 @@ def answer(ref: Any, timeout_s: float, who: str) -> Any:
 
 def find_nodes(workers: Sequence[Any], checkpoints: Path) -> Nodes | None:
     """The nodes of verl's workers, where they do not see this node's checkpoint directory; else None."""
-    here = ray.get_runtime_context().get_node_id()
-    asked = [w.__ray_call__.remote(_node_of) for w in workers]
-    ranks = [answer(ref, _ASK_S, f"rank {rank}") for rank, ref in enumerate(asked)]
-    if not set(ranks) - {here}:
-        return None
-    nodes = Nodes(set(ranks))
-    nodes.hosts = {rank: nodes.names[node] for rank, node in enumerate(ranks)}
     probe = checkpoints / pins.FOLDER / f".probe-{uuid.uuid4().hex}"
     probe.parent.mkdir(parents=True, exist_ok=True)
     probe.touch()
     try:
-        seen = nodes.ask("sees", str(probe))
+        asked = [w.__ray_call__.remote(_look_around, str(probe)) for w in workers]
+        found = [answer(ref, _ASK_S, f"rank {rank}") for rank, ref in enumerate(asked)]
     finally:
         probe.unlink()
-    if all(seen.values()):
-        nodes.close()
+    if all(sees for _, sees in found):
         return None
-    where = ", ".join(f"{nodes.names[n]} ({brief([r for r, m in enumerate(ranks) if m == n])})" for n in seen)
+    nodes = Nodes({node for node, _ in found})
+    nodes.hosts = {rank: nodes.names[node] for rank, (node, _) in enumerate(found)}
+    ranks: dict[str, list[int]] = {}
+    for rank, (node, _) in enumerate(found):
+        ranks.setdefault(node, []).append(rank)
+    where = "; ".join(f"{nodes.names[node]}: ranks {brief(held)}" for node, held in ranks.items())
     logger.warning("verl_autoexport: %s is on the nodes' own disks; shards are read from there: %s", checkpoints, where)
     return nodes
 
 
-def _node_of(worker: Any) -> str:
-    return ray.get_runtime_context().get_node_id()
+def _look_around(worker: Any, path: str) -> tuple[str, bool]:
+    return ray.get_runtime_context().get_node_id(), Path(path).exists()
 
 
 class SpreadFiles:

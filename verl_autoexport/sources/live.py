@@ -97,6 +97,18 @@ def held_parts(module: torch.nn.Module, rank: int) -> list[tuple[Part, Values]]:
     return found
 
 
+def frozen_names(module: torch.nn.Module) -> list[str]:
+    """The parameters that training does not change, by the names that a checkpoint has for them."""
+    found = []
+    for prefix, unit in module.named_modules():
+        for name, parameter in unit._parameters.items():
+            if parameter is not None and not parameter.requires_grad:
+                # FSDP1's flattened parameter stands for those of its unit
+                names = getattr(parameter, "_fqns", (name,))
+                found += [clean(f"{prefix}.{n}" if prefix else n) for n in names]
+    return sorted(set(found))
+
+
 def identity(module: torch.nn.Module) -> list[int]:
     """Changes when a parameter or buffer is replaced by another object."""
     return [id(t) for t in (*module.parameters(), *module.buffers())]
