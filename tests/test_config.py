@@ -155,6 +155,12 @@ REFUSED = [  # the message goes on after `autoexport.`
     (trigger(min_steps_between=-1), "trigger.min_steps_between: expected 0 or more, found -1."),
     (trigger(best={"metric": "a", "min_delta": -0.1}), "trigger.best.min_delta: expected 0 or more, found -0.1."),
     ({"merge": {"workers": 0}}, "merge.workers: expected 1 or more, found 0."),
+    ({"merge": {"placement": {"node": "x"}}}, "merge.placement: expected {resources: {name: amount}} and/or"),
+    (
+        {"merge": {"placement": {"resources": {"GPU": 1}}}},
+        "merge.placement.resources.GPU: expected a resource of your own",
+    ),
+    ({"merge": {"placement": {"labels": {"zone": 1}}}}, "merge.placement.labels.zone: expected"),
     ({"merge": {"num_cpus": 0}}, "merge.num_cpus: expected more than 0, found 0.0."),
     ({"queue": {"drain_timeout_s": -1}}, "queue.drain_timeout_s: expected 0 or more, found -1.0."),
     # enumerations

@@ -16,10 +16,12 @@ import ray
 from sharding import QWEN2, make_checkpoint
 
 from verl_autoexport.config import load_config
+from verl_autoexport.export.pipeline import export_to_directory
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.driver import ExportDriver
 from verl_autoexport.runtime.request import RunInfo
-from verl_autoexport.runtime.tasks import NotShared, merge_task, versions
+from verl_autoexport.runtime.tasks import NotShared, RayRunner, merge_task, versions
 from verl_autoexport.sources.pins import find_pins, make_pin
 
 WIDE = QWEN2 | {"vocab_size": 60_000, "hidden_size": 512}  # long enough to be killed in
@@ -27,7 +29,7 @@ WIDE = QWEN2 | {"vocab_size": 60_000, "hidden_size": 512}  # long enough to be k
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=1, resources={"export_node": 1}, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -80,6 +82,25 @@ def test_no_free_cpu_slot_does_not_stop_an_export(cluster, source, tmp_path):
     made = driver(tmp_path)
     save_and_log(made, source, 2)
     assert "1 published (v0001-step2)" in made.drain(120)
+    ray.kill(holder)
+
+
+def test_placement_is_kept_to_as_long_as_it_lets_tasks_run(cluster, source, tmp_path, caplog):
+    placement = {"resources": {"export_node": 1}, "labels": {}}
+    spec = checkpoint_spec(source, verify=False)
+    export_to_directory(spec, tmp_path / "free", RayRunner(1, 1, 120, placement))
+    assert "going on with" not in caplog.text
+
+    @ray.remote(num_cpus=0, resources={"export_node": 1})
+    class Holder:
+        pass
+
+    holder = Holder.remote()
+    ray.get(holder.__ray_ready__.remote())
+    export_to_directory(spec, tmp_path / "held", RayRunner(1, 1, 1, placement))
+    assert "going on with num_cpus=0" in caplog.text
+    assert "no node takes it with merge.placement={'resources': {'export_node': 1}" in caplog.text
+    assert "going on with no placement" in caplog.text
     ray.kill(holder)
 
 

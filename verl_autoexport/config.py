@@ -67,6 +67,23 @@ def _class_path(value: Any, key: str) -> str:
     return value
 
 
+def _placement(value: Any, key: str) -> dict[str, dict[str, Any]]:
+    """`resources`: name → amount, `labels`: name → value, both of Ray."""
+    expected = "{resources: {name: amount}} and/or {labels: {name: value}} of Ray nodes"
+    if not isinstance(value, Mapping) or not value or not value.keys() <= {"resources", "labels"}:
+        raise _refused(key, value, expected)
+    for kind, types in (("resources", (int, float)), ("labels", (str,))):
+        entries = value.get(kind) or {}
+        if not isinstance(entries, Mapping):
+            raise _refused(f"{key}.{kind}", entries, expected)
+        for name, entry in entries.items():
+            if not isinstance(name, str) or isinstance(entry, bool) or not isinstance(entry, types):
+                raise _refused(f"{key}.{kind}.{name}", entry, expected)
+            if name in ("CPU", "GPU", "memory") or (kind == "resources" and entry <= 0):
+                raise _refused(f"{key}.{kind}.{name}", entry, "a resource of your own, and more than 0 of it")
+    return {kind: dict(value.get(kind) or {}) for kind in ("resources", "labels")}
+
+
 def _rule(
     default: Any,
     *,
@@ -167,6 +184,7 @@ class MergeConfig:
     num_cpus: float = _rule(1.0, above=0)
     memory_budget: int = _size("1GiB")
     schedule_timeout_s: float = _rule(30.0, least=0)
+    placement: dict[str, Any] | None = _rule(None, convert=_placement)
 
 
 @dataclass(frozen=True, kw_only=True)

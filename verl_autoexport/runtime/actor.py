@@ -67,7 +67,7 @@ class ExportActor:
         except AutoExportError as e:
             logger.warning("verl_autoexport: `verl-autoexport prune` will not know this run's keep.*: %s", e)
         merge = settings.merge
-        self.runner = runner or RayRunner(merge.workers, merge.num_cpus, merge.schedule_timeout_s)
+        self.runner = runner or RayRunner(merge.workers, merge.num_cpus, merge.schedule_timeout_s, merge.placement)
         self.waiting: list[_Job] = []
         self.deliveries = Deliveries()
         self.running = 0

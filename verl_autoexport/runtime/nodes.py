@@ -238,7 +238,9 @@ class SpreadFiles:
         by_node = self.nodes.ask_each("pieces", {n: (f,) for n, f in self._by_node().items()})
         pieces = {rank: found for ranks in by_node.values() for rank, found in ranks.items()}
         files = [
-            RemoteFile(self.nodes.servers[node], path, seen[2], f"{path} (rank {rank}) on {self.nodes.names[node]}")
+            RemoteFile(
+                self.nodes.servers[node], node, path, seen[2], f"{path} (rank {rank}) on {self.nodes.names[node]}"
+            )
             for rank, (node, path, seen) in enumerate(self.ranks)
         ]
         return make_manifest(self.directory, [pieces[r] for r in range(len(files))], files, self.fingerprint)
@@ -290,10 +292,10 @@ def _one_of_each(directory: Path, parts: Mapping[str, Part], hosts: Mapping[int,
 
 
 class RemoteFile:
-    """A rank file of `size` bytes on another node's disk; the block after the one that is read is asked for with it."""
+    """A rank file of `size` bytes on the disk of `node`; the block after the one that is read is asked for with it."""
 
-    def __init__(self, server: Any, path: Path, size: int, what: str) -> None:
-        self.server, self.path, self.size, self.what = server, path, size, what
+    def __init__(self, server: Any, node: str, path: Path, size: int, what: str) -> None:
+        self.server, self.node, self.path, self.size, self.what = server, node, path, size, what
         self.ahead: tuple[int, int, Any] | None = None
 
     def read(self, into: memoryview, offset: int) -> None:
@@ -307,4 +309,4 @@ class RemoteFile:
         into[:] = memoryview(answer(ref, _READ_S, self.what))
 
     def __reduce__(self) -> Any:
-        return RemoteFile, (self.server, self.path, self.size, self.what)
+        return RemoteFile, (self.server, self.node, self.path, self.size, self.what)

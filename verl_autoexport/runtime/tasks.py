@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl_autoexport import __version__
 from verl_autoexport.errors import MergeError
 from verl_autoexport.export.merge import MergeJob, WrittenFile
+from verl_autoexport.sources.base import ITEMSIZE
 
 logger = logging.getLogger(__name__)
 _POLL_S = 1.0
@@ -29,6 +32,10 @@ class NotShared(Exception):
     """The task's node does not see the staging directory."""
 
 
+class Lost(Exception):
+    """Ray runs an attempt again whose process is gone."""
+
+
 @dataclass
 class _Attempt:
     job: MergeJob
@@ -37,6 +44,7 @@ class _Attempt:
     submitted: float
     started: Path
     cpus: float
+    placed: bool
     here: bool
     losses: int
 
@@ -46,16 +54,25 @@ class RayRunner:
 
     A task not scheduled within `schedule_timeout_s` seconds is submitted again without a
     CPU slot (verl's placement groups may hold every CPU until the end), and so are all
-    later ones of this runner.
+    later ones of this runner; after as long again without the `placement` asked for:
+    `resources` and `labels` of Ray nodes. Without one, tasks go where most of their bytes lie.
     """
 
-    def __init__(self, workers: int | None, num_cpus: float, schedule_timeout_s: float) -> None:
+    def __init__(
+        self,
+        workers: int | None,
+        num_cpus: float,
+        schedule_timeout_s: float,
+        placement: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         self.workers = workers or 4
         self.num_cpus = num_cpus
         self.schedule_timeout_s = schedule_timeout_s
+        self.placement = placement
         self.node = ray.get_runtime_context().get_node_id()
-        # Retried here and not by Ray: each attempt needs its own marker and file, and its own time-out.
-        self.task = ray.remote(num_gpus=0, max_retries=0)(merge_task)
+        # Ray kills retriable tasks first where memory is short, so ours are; but it is here that they are
+        # run again: each attempt needs its own marker and file, and its own time-out.
+        self.task = ray.remote(num_gpus=0, max_retries=1)(merge_task)
         self.refs: list[Any] = []
 
     def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]:
@@ -95,11 +112,14 @@ class RayRunner:
         part = job.path.with_name(f"{job.path.name}.part{number}")
         started = nonce.with_name(f".started-{job.path.name}-{number}")
         options: dict[str, Any] = {"num_cpus": self.num_cpus}
-        if here:
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self.node, soft=False)
+        placed = self.placement is not None and not here
+        if placed:
+            options |= _wanted(self.placement)
+        elif node := self.node if here else _holder(job):
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=not here)
         ref = self.task.options(**options).remote(replace(job, path=part), str(nonce), str(started), versions())
         self.refs.append(ref)
-        return _Attempt(job, ref, number, time.monotonic(), started, self.num_cpus, here, losses)
+        return _Attempt(job, ref, number, time.monotonic(), started, self.num_cpus, placed, here, losses)
 
     def _collect(self, running: Iterable[_Attempt], nonce: Path) -> tuple[list[_Attempt], list[WrittenFile]]:
         by_ref = {a.ref: a for a in running}
@@ -116,6 +136,8 @@ class RayRunner:
                     raise MergeError(f"{nonce.parent}: not visible to a task on the export actor's own node.") from None
                 logger.warning("a node does not see %s; merging on the export actor's node", nonce.parent)
                 left.append(self._submit(attempt.job, nonce, attempt.number + 1, True, attempt.losses))
+            except Lost as e:
+                left.append(self._again(attempt, nonce, e))
             except ray.exceptions.RayTaskError as e:
                 raise e.cause from e
             except ray.exceptions.RayError as e:
@@ -132,17 +154,39 @@ class RayRunner:
         return self._submit(attempt.job, nonce, attempt.number + 1, attempt.here, attempt.losses + 1)
 
     def _impatient(self, attempt: _Attempt, nonce: Path) -> _Attempt:
+        """The attempt, or where it was not begun in time another that asks for less."""
         waited = time.monotonic() - attempt.submitted
-        if attempt.cpus == 0 or waited < self.schedule_timeout_s or attempt.started.exists():
+        if waited < self.schedule_timeout_s or attempt.started.exists():
             return attempt
-        logger.warning(
-            "no free CPU slot for %s within %.0f s (verl's workers hold them): going on with num_cpus=0",
-            attempt.job.path.name,
-            waited,
-        )
+        if attempt.cpus:
+            self.num_cpus = 0
+            why, less = "no free CPU slot for it (verl's workers hold them)", "num_cpus=0"
+        elif attempt.placed:
+            why, less = f"no node takes it with merge.placement={self.placement}", "no placement"
+            self.placement = None
+        else:
+            return attempt
+        logger.warning("%s: within %.0f s %s: going on with %s", attempt.job.path.name, waited, why, less)
         ray.cancel(attempt.ref, force=False)
-        self.num_cpus = 0
         return self._submit(attempt.job, nonce, attempt.number + 1, attempt.here, attempt.losses)
+
+
+def _wanted(placement: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Ray's options for it."""
+    options = {"resources": dict(placement["resources"]), "label_selector": dict(placement["labels"])}
+    return {key: value for key, value in options.items() if value}
+
+
+def _holder(job: MergeJob) -> str | None:
+    """The node that most of what a job reads lies on; None where every node has it, or none has most."""
+    held: Counter[str | None] = Counter()
+    for entry in job.manifest.tensors.values():
+        for shard in entry.shards:
+            for i in range(shard.count):
+                file = job.manifest.files[shard.file + i * shard.stride]
+                held[getattr(file, "node", None)] += math.prod(shard.shape) * ITEMSIZE[entry.dtype]
+    node, nbytes = held.most_common(1)[0] if held else (None, 0)
+    return node if nbytes > held.total() / 2 else None
 
 
 def _finish(attempt: _Attempt, written: WrittenFile) -> WrittenFile:
@@ -156,7 +200,10 @@ def merge_task(job: MergeJob, nonce: str, started: str, expected: dict[str, str 
         raise NotShared(nonce)
     if (found := versions()) != expected:
         raise MergeError(f"this node has {found}, the export actor's has {expected}; install the same everywhere.")
-    Path(started).touch()
+    try:
+        Path(started).touch(exist_ok=False)
+    except FileExistsError:
+        raise Lost("its worker was killed, for memory or from outside") from None
     return job.run()
 
 
