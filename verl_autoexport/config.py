@@ -184,7 +184,7 @@ class MergeConfig:
     num_cpus: float = _rule(1.0, above=0)
     memory_budget: int = _size("1GiB")
     schedule_timeout_s: float = _rule(30.0, least=0)
-    placement: dict[str, Any] | None = _rule(None, convert=_placement)
+    placement: dict[str, Any] | None = field(default=None, metadata={"convert": _placement})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,15 @@
-"""Whole-process export of one checkpoint, side by side with verl's merger and `cp` of the output.
+"""Exports side by side with verl's merger, torch's consolidation, `cp` and the disk itself.
 
-`python tests/benchmarks/bench_export.py [--checkpoint DIR] [--repeat 3]`; without a
-checkpoint a 0.45 B fp32 model in 4 FSDP2 shards is made first. Rounds are interleaved and
-medians reported, since other work on the machine shifts all of them alike.
+`python tests/benchmarks/bench_export.py [--case N …] [--repeat 3] [--where DIR]` prints one row a
+case, each differing in one thing from the second. What is compared in a row runs in turns, so that other
+work on the machine shifts all of it alike; medians. Figures in GB/s are of output.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -15,60 +17,167 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from sharding import QWEN2, make_checkpoint
-
-HALF_B = QWEN2 | {
-    "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 12,
-    "num_attention_heads": 14, "max_position_embeddings": 2048,
-}  # fmt: skip
+CASES = [
+    ("0.1 B", 8, 0, "float32"), ("0.45 B", 8, 0, "float32"), ("1.5 B", 8, 0, "float32"), ("0.45 B", 2, 0, "float32"),
+    ("0.45 B", 32, 0, "float32"), ("0.45 B", 8, 1, "float32"), ("0.45 B", 32, 1, "float32"),
+    ("0.45 B", 8, 0, "bfloat16"), ("0.45 B", 8, 1, "bfloat16"),
+]  # fmt: skip
+"""Parameters, ranks, sharded dimension, dtype of the shards; the output is always bfloat16."""
+COLUMNS = (
+    "parameters", "ranks", "dim", "shards in", "export s", "verl s", "of verl", "merge GB/s", "cp GB/s", "of cp",
+    "all s", "cp, sync, sha s", "of these", "DCP GB/s", "disk GB/s", "export MiB", "verl MiB",
+)  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, help="an actor/ directory")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", type=int, nargs="+", default=list(range(len(CASES))), help="numbers of rows, from 0")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--where", type=Path, default=Path("."), help="directory on the disk to be measured")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as tmp:
-        work = Path(tmp)
-        source = args.checkpoint
-        if source is None:
-            source = make_checkpoint(work / "checkpoint", HALF_B, world_size=4, reference=False) / "actor"
-        _run(source, work, args.repeat)
+    if args.child:
+        print(_child(*args.child))
+        return
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    for number in args.case:
+        with tempfile.TemporaryDirectory(dir=args.where, prefix=".bench-") as work:
+            print(f"| {' | '.join(_row(CASES[number], Path(work), args.repeat))} |", flush=True)
+    print(_two_workers(args.repeat))
 
 
-def _run(source: Path, work: Path, repeat: int) -> None:
-    ours, theirs, copy = work / "ours", work / "theirs", work / "copy"
-    commands = {
-        "verl-autoexport export --no-verify": (
-            ours,
-            [sys.executable, "-m", "verl_autoexport", "export", source, "--output", ours, "--no-verify"],
+def _row(case: tuple[str, int, int, str], work: Path, repeat: int) -> list[str]:
+    size, ranks, dim, dtype = case
+    source, out, kept, copy = (work / name for name in ("actor", "out", "kept", "copy"))
+    _python("make", source, *case)
+    if dtype == "bfloat16":
+        _python("make_dcp", work / "dcp", *case)
+    merger = ["-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", source, "--target_dir", out]
+    export = ["-m", "verl_autoexport", "export", source, "--output", out, "--no-verify"]
+    runs: dict[str, Callable[[], float]] = {
+        "bare": lambda: float(_python("merge", source, out, "bare", "1")),
+        "cp": lambda: _timed("cp", kept, copy),
+        "disk": lambda: _timed("dd", "if=/dev/zero", f"of={work / 'zeros'}", "bs=16M", f"count={count}", "conv=fsync"),
+        "all": lambda: float(_python("merge", source, out, "all", "1")),
+        "three": lambda: _timed(
+            "bash", "-c", f"cp {kept} {work / 'copy'} && sync -f {work / 'copy'} && sha256sum {kept}"
         ),
-        "verl.model_merger merge": (
-            theirs,
-            [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", source,
-             "--target_dir", theirs],
-        ),
-        "cp of the output": (copy, ["cp", "-r", ours, copy]),
-    }  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
-    memory: dict[str, int] = dict.fromkeys(commands, 0)
+    }
+    if dtype == "bfloat16":
+        runs["dcp"] = lambda: float(_python("dcp", work / "dcp", out))
+    found: dict[str, list[float]] = {}
+    memory: dict[str, list[float]] = {}
+    _python("merge", source, work / "first", "bare", "1")
+    (work / "first/model.safetensors").rename(kept)
+    nbytes = kept.stat().st_size
+    count = nbytes // (16 << 20)
     for _ in range(repeat):
-        for target, _command in commands.values():
-            shutil.rmtree(target, ignore_errors=True)
-        for name, (_target, command) in commands.items():
-            took, peak = _measure([str(c) for c in command])
-            seconds[name].append(took)
-            memory[name] = max(memory[name], peak)
-    base = statistics.median(seconds["verl.model_merger merge"])
-    print(f"{'':36} {'seconds':>8} {'x merger':>9} {'peak anonymous':>15}")
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        print(f"{name:36} {median:8.2f} {median / base:9.2f} {memory[name] / 2**30:11.2f} GiB")
+        for name, run in runs.items():
+            found.setdefault(name, []).append(run())
+            _clean(out, copy, work / "zeros")
+        for name, command in {"export": export, "verl": merger}.items():
+            took, peak = _measure([sys.executable, *map(str, command)])
+            found.setdefault(name, []).append(took)
+            memory.setdefault(name, []).append(peak)
+            _clean(out)
+    s = {name: statistics.median(values) for name, values in found.items()}
+    rate = {name: f"{nbytes / s[name] / 1e9:.2f}" if name in s else "" for name in ("bare", "cp", "dcp", "disk")}
+    mib = [f"{(statistics.median(memory[name]) - _imports()) / 2**20:.0f}" for name in ("export", "verl")]
+    return [
+        size, str(ranks), str(dim), dtype, f"{s['export']:.2f}", f"{s['verl']:.2f}", f"{s['export'] / s['verl']:.2f}",
+        rate["bare"], rate["cp"], f"{s['cp'] / s['bare']:.2f}", f"{s['all']:.2f}", f"{s['three']:.2f}",
+        f"{s['all'] / s['three']:.2f}", rate["dcp"], rate["disk"], *mib,
+    ]  # fmt: skip
+
+
+def _two_workers(repeat: int) -> str:
+    """One file and two, merged by one worker and two, in memory."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix=".bench-") as work:
+        source, found = Path(work) / "actor", {"1": [], "2": []}
+        _python("make", source, "0.45 B", 4, 0, "float32")
+        for _ in range(repeat):
+            for workers, seconds in found.items():
+                seconds.append(float(_python("merge", source, Path(work) / "out", "all", workers)))
+                _clean(Path(work) / "out")
+    one, two = (statistics.median(seconds) for seconds in found.values())
+    return f"0.45 B in two files on tmpfs: one worker {one:.2f} s, two workers {two:.2f} s: {one / two:.2f} x"
+
+
+def _child(what: str, *args: str) -> float | str:
+    """In a process of its own: make a checkpoint, or do one thing and tell its seconds."""
+    import torch
+
+    if what in ("make", "make_dcp"):
+        from large import write_dcp, write_verl
+
+        write = write_verl if what == "make" else write_dcp
+        write(Path(args[0]), args[1], int(args[2]), int(args[3]), getattr(torch, args[4]))
+        return ""
+    if what == "dcp":
+        return _consolidate(Path(args[0]), Path(args[1]))
+    return _merge(Path(args[0]), Path(args[1]), args[2] == "bare", int(args[3]))
+
+
+def _merge(source: Path, out: Path, bare: bool, workers: int) -> float:
+    """The merge alone; `bare`: without hash and fsync. More than one file only for more than one worker."""
+    from verl_autoexport.export import merge, pipeline
+    from verl_autoexport.export.model import plan_model
+    from verl_autoexport.export.spec import checkpoint_spec
+    from verl_autoexport.sources.fsdp_files import FsdpFiles
+
+    class Bare(merge.FileWriter):
+        def _hash(self, data: bytes | memoryview) -> None:
+            pass
+
+        def finish(self) -> tuple[str, int]:
+            self._wait()
+            return "", self.size
+
+    spec = checkpoint_spec(source, verify=False, max_shard_size="480MB" if "shm" in str(out) else "50GB")
+    out.mkdir()
+    jobs = pipeline._jobs(spec, plan_model(spec, FsdpFiles(source).manifest()), out)
+    if bare:
+        merge.FileWriter = Bare
+    start = time.perf_counter()
+    pipeline.LocalRunner(workers).run(jobs, lambda nbytes: None)
+    return time.perf_counter() - start
+
+
+def _consolidate(source: Path, out: Path) -> float:
+    from safetensors import safe_open
+    from torch.distributed.checkpoint import consolidate_safetensors_files
+
+    with safe_open(next(source.iterdir()), "pt") as file:
+        names = dict.fromkeys(file.keys(), 1)
+    out.mkdir()
+    start = time.perf_counter()
+    consolidate_safetensors_files(str(source), str(out), names)
+    return time.perf_counter() - start
+
+
+def _python(*args: object) -> str:
+    command = [sys.executable, __file__, "--child", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+def _timed(*command: object) -> float:
+    start = time.perf_counter()
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def _clean(*paths: Path) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    os.sync()  # what one leaves to be written is not the next one's to wait for
 
 
 def _measure(command: list[str]) -> tuple[float, int]:
@@ -102,6 +211,15 @@ def _anonymous(pid: int) -> int:
     except (psutil.Error, OSError):
         pass  # ended while being looked at
     return total
+
+
+def _imports() -> int:
+    """Anonymous bytes of a process that has imported what an export needs."""
+    code = (
+        "import transformers, verl_autoexport.export.pipeline as p; from transformers import Qwen2ForCausalLM; "
+        "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('RssAnon')))"
+    )
+    return int(json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)) * 1024
 
 
 if __name__ == "__main__":

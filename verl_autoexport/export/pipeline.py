@@ -8,12 +8,12 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
+from threading import Event, Lock
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -44,7 +44,7 @@ class MergeRunner(Protocol):
 
 
 class LocalRunner:
-    """Merges in this process, or with `workers` > 1 in that many local processes."""
+    """Merges in this process, `workers` files at a time; what costs time (reading, casting, writing) needs no GIL."""
 
     def __init__(self, workers: int | None = None) -> None:
         self.workers = workers or min(4, os.cpu_count() or 1)
@@ -52,12 +52,22 @@ class LocalRunner:
     def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]:
         if min(self.workers, len(jobs)) == 1:
             return [job.run(progress) for job in jobs]
-        written = []
-        with ProcessPoolExecutor(min(self.workers, len(jobs)), mp_context=get_context("spawn")) as pool:
-            for file in pool.map(MergeJob.run, jobs):
-                progress(file.nbytes)
-                written.append(file)
-        return written
+        lock, failed = Lock(), Event()
+
+        def advance(nbytes: int) -> None:
+            with lock:
+                progress(nbytes)
+            if failed.is_set():
+                raise MergeError("given up, because another file could not be written.")
+
+        with ThreadPoolExecutor(min(self.workers, len(jobs))) as pool:
+            running = [pool.submit(job.run, advance) for job in jobs]
+            done, _ = wait(running, return_when=FIRST_EXCEPTION)
+            if errors := [error for future in done if (error := future.exception())]:
+                failed.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise errors[0]
+            return [future.result() for future in running]
 
 
 class Progress(Protocol):
