@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import threading
 from collections.abc import Mapping
@@ -125,6 +126,8 @@ class ExportActor:
                 job = self.waiting.pop(0)
                 self.running = 1
             outcome = self._export(job.request)
+            if job.request.get("live"):
+                gc.collect()  # an error whose traceback is in a circle would keep gigabytes of the object store
             if outcome["status"] == "published":
                 self._retain()
             with self.changed:
