@@ -40,6 +40,13 @@ class RayBlock:
         return self.seen
 
 
+def let_go(files: Sequence[Any]) -> None:
+    """Of the blocks among `files`, for good: an error's traceback may keep them for as long as the process lives."""
+    for block in files:
+        if isinstance(block, RayBlock):
+            block.ref = block.seen = None
+
+
 class Snapshot:
     """What the actor exports: the ranks' layouts and their blocks. `hand_over_s`: from the copy until all were here."""
 

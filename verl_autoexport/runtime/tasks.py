@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl_autoexport import __version__
 from verl_autoexport.errors import MergeError
 from verl_autoexport.export.merge import MergeJob, WrittenFile
+from verl_autoexport.runtime.handover import let_go
 
 logger = logging.getLogger(__name__)
 _POLL_S = 1.0
@@ -152,7 +153,10 @@ def merge_task(job: MergeJob, nonce: str, started: str, expected: dict[str, str 
     if (found := versions()) != expected:
         raise MergeError(f"this node has {found}, the export actor's has {expected}; install the same everywhere.")
     Path(started).touch()
-    return job.run()
+    try:
+        return job.run()
+    finally:
+        let_go(job.manifest.files)
 
 
 def versions() -> dict[str, str | None]:
