@@ -174,6 +174,7 @@ def test_with_auto_a_step_that_verl_saves_is_exported_from_its_checkpoint(worker
     assert len(found[2]) > 100
 
 
+@pytest.mark.full
 def test_a_worker_dies_with_blocks_that_nobody_has_read(cluster, start):
     """They may outlive it for a moment: the milestone is right or has failed, and the next start makes new ones."""
     before = store()[0]
@@ -189,8 +190,9 @@ def test_a_worker_dies_with_blocks_that_nobody_has_read(cluster, start):
         until(lambda: is_gone(workers[1]), "the worker dies")
     line = driver.drain(120)
     found = values(driver)
-    lost = "step 3: SourceError: a part of the snapshot is lost, with the worker that held it: "
-    assert found == {1: {1.0}, 2: {2.0}, 3: {3.0}} or (lost in line and found == {1: {1.0}, 2: {2.0}}), line
+    assert all(weights == {float(step)} for step, weights in found.items())
+    for step in {1, 2, 3} - found.keys():
+        assert f"step {step}: SourceError: a part of the snapshot is lost, with the worker that held it: " in line
     assert list((driver.settings.output_dir / ".staging").iterdir()) == []
     ray.kill(workers[0])
     workers = make_workers()
