@@ -76,10 +76,12 @@ def workers(cluster):
 
 @pytest.fixture
 def start(workers, tmp_path):
-    def start(workers: list[Any] = workers, source: str = "live", **queue: Any) -> ExportDriver:
+    def start(
+        workers: list[Any] = workers, source: str = "live", trigger: dict[str, Any] | None = None, **queue: Any
+    ) -> ExportDriver:
         node = {
             "output_dir": str(tmp_path / "exports"), "source": source, "verify": {"load": False}, "queue": queue,
-            "trigger": {"every_n_steps": 1, "on_train_end": False},
+            "trigger": trigger or {"every_n_steps": 1, "on_train_end": False},
         }  # fmt: skip
         settings = load_config(node)
         driver = ExportDriver(settings, RunInfo(tmp_path, run={}))
@@ -153,12 +155,15 @@ def test_what_a_snapshot_took_of_the_store_is_given_back(workers, start):
     assert values(driver) == {1: {1.0}, 3: {3.0}}
     assert "1 failed (step 2: MergeError: " in line
     assert "NaN" in line
+    driver.logged(4, {})  # before the workers have been told that those are not needed
+    assert all(len(idents) <= 1 for idents in in_worker(workers, held)), "a new one takes the place of the old"
+    driver.drain(120)
     until(lambda: store()[0] <= before, f"{store()[0]} bytes are still in the store, {before} before", 20)
     assert store()[1] == spilled == 0
 
 
 def test_with_auto_a_step_that_verl_saves_is_exported_from_its_checkpoint(workers, start, tmp_path):
-    driver = start(source="auto", overflow="wait")
+    driver = start(source="auto", trigger={"at_steps": [1, 2, 3], "on_train_end": False}, overflow="wait")
     saved = make_checkpoint(tmp_path / "global_step_2", MODEL, reference=False)
     train(workers, driver, 1)
     driver.saved(2, saved)
@@ -169,6 +174,7 @@ def test_with_auto_a_step_that_verl_saves_is_exported_from_its_checkpoint(worker
     driver.drain(120)
     kinds = {v.step: (v.record.source["kind"], v.record.verification["structure"]["status"]) for v in versions(driver)}
     assert kinds == {1: ("live", "passed"), 2: ("checkpoint", "passed"), 3: ("live", "passed")}
+    assert [v.step for v in versions(driver)] == [1, 2, 3], "each of them once"
     found = values(driver)
     assert (found[1], found[3]) == ({1.0}, {3.0})
     assert len(found[2]) > 100
