@@ -325,6 +325,18 @@ def test_the_way_to_the_module_in_a_worker() -> None:
         assert line in (VERL / file).read_text(encoding="utf-8"), f"verl/{file} no longer has {line!r}"
 
 
+def test_what_ray_gives_to_every_actor() -> None:
+    """How functions get into verl's workers, and a dead one is told from a busy one; runtime/live.py, handover.py."""
+    import ray.actor
+    from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+
+    source = inspect.getsource(ray.actor)
+    for name in ("__ray_call__", "__ray_ready__"):
+        assert f"def {name}(" in source, f"actors have no {name} any more"
+    assert issubclass(ActorUnavailableError, RayActorError)
+    assert not issubclass(ActorDiedError, ActorUnavailableError), "a restart can no longer be told from an end"
+
+
 def test_what_fsdp1_tells_of_its_flattened_parameters() -> None:
     """sources/live.py slices them by it."""
     from torch.distributed.fsdp._flat_param import FlatParameter, _ShardParamInfo

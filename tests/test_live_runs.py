@@ -21,7 +21,6 @@ REFERENCE = (
     "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=16",
 )
 LORA = tuple(f"actor_rollout_ref.model.{key}" for key in ("lora_rank=4", "lora.rank=4", "lora.merge=True"))
-UNTRAINED = {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
 FSDP1 = "actor_rollout_ref.actor.strategy=fsdp"
 ASYNC = "trainer.v1.trainer_mode=colocate_async"
 
@@ -30,8 +29,8 @@ ASYNC = "trainer.v1.trainer_mode=colocate_async"
     "overrides",
     [
         pytest.param((*REFERENCE, ASYNC), id="fsdp2-reference-async"),
-        pytest.param((FSDP1,), id="fsdp1", marks=pytest.mark.full),
-        pytest.param((FSDP1, *REFERENCE, ASYNC), id="fsdp1-reference-async", marks=pytest.mark.full),
+        pytest.param((FSDP1,), id="fsdp1", marks=pytest.mark.full),  # its reference model needs an accelerator
+        pytest.param((FSDP1, ASYNC), id="fsdp1-async", marks=pytest.mark.full),
         pytest.param((), id="fsdp2", marks=pytest.mark.full),
         pytest.param(LORA, id="lora", marks=pytest.mark.full),
         pytest.param((*LORA, FSDP1), id="fsdp1-lora", marks=pytest.mark.full),
@@ -56,10 +55,9 @@ def test_equals_the_checkpoint_of_the_same_step(overrides, tmp_path):
         assert (version["dir"] / "config.json").read_text() == (saved / "config.json").read_text()
         assert {p.name for p in version["dir"].iterdir()} == {p.name for p in saved.iterdir()}
         seen.append(ours)
-    frozen = {k for k in seen[0] if all(torch.equal(a[k], b[k]) for a, b in pairwise(seen))}
-    assert frozen == (UNTRAINED if LORA[0] in overrides else set())
+    trained = {k for k in seen[0] if LORA[0] not in overrides or k.endswith("proj.weight")}
     for a, b in pairwise(seen):
-        assert {k for k in a if torch.equal(a[k], b[k])} == frozen, "every step changes every tensor that is trained"
+        assert {k for k in a if not torch.equal(a[k], b[k])} == trained, "every step changes every tensor of these"
 
 
 def test_milestones_without_any_checkpoint(tmp_path):

@@ -17,6 +17,7 @@ from runs import CHAIN, METRIC, ROOT, Run, assert_equal_weights, improvements, r
 
 pytestmark = pytest.mark.run
 BEST = f"autoexport.trigger.best={{metric:{METRIC.replace('/acc/', '/*/')},mode:max}}"
+NO_ROOM = "autoexport.queue.inflight_bytes=1KB"
 CONSTANT = "val-aux/num_turns/mean"
 
 
@@ -94,13 +95,13 @@ def test_nothing_is_left_behind(busy):
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory) -> Run:
-    """FSDP1, checkpoints only, and a metric that never changes; an interval between them; a request from outside."""
+    """FSDP1, copies that find no room, and a metric that never changes; an interval between checkpoints; a request."""
     run = Run(tmp_path_factory.mktemp("tied"))
     requests = run.exports / ".requests"
     requests.mkdir(parents=True)
     (requests / "early.json").write_text("{}")
     return run.train(
-        "autoexport.source=checkpoint", "actor_rollout_ref.actor.strategy=fsdp", "trainer.total_training_steps=8",
+        NO_ROOM, "actor_rollout_ref.actor.strategy=fsdp", "trainer.total_training_steps=8",
         "autoexport.trigger.every_n_steps=5", f"autoexport.trigger.best={{metric:{CONSTANT}}}",
         "autoexport.trigger.on_train_end=false",
         "autoexport.queue.overflow=wait", CHAIN,
@@ -113,6 +114,19 @@ def test_of_equals_the_earliest_is_best_and_a_crossed_interval_is_not_lost(tied)
     assert {v["step"]: reasons(v) for v in tied.versions()} == {2: {"best", "on_request"}, 6: {"every_n_steps"}}
     assert tied.pointer("best") == "v0001-step2"
     assert list((tied.exports / ".requests").iterdir()) == []
+
+
+def test_auto_falls_back_to_checkpoints_and_says_why(tied):
+    assert "source=auto: checkpoint: a snapshot takes 0.00 GB of Ray's object store" in tied.log
+    assert {v["source"]["kind"] for v in tied.versions()} == {"checkpoint"}
+
+
+def test_auto_is_refused_where_neither_source_can_be(tmp_path):
+    run = Run(tmp_path).train(NO_ROOM, "trainer.save_freq=-1")
+    assert run.code != 0
+    assert "autoexport.source=auto: the workers cannot be the source: a snapshot takes" in run.log
+    assert "trainer.save_freq=-1: exports are made of verl's checkpoints and this run would write none" in run.log
+    assert not (tmp_path / "metrics.jsonl").exists(), "no step was logged, not even step 0"
 
 
 def test_fsdp1_equals_its_checkpoint(tied):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -141,6 +142,8 @@ class ExportActor:
                 job = self.waiting.pop(0)
                 self.running = 1
             outcome = self._supervised(job.request)
+            if job.request.get("live"):
+                gc.collect()  # an error whose traceback is in a circle would keep gigabytes of the object store
             if outcome["status"] == "published":
                 self._bounded("removing old versions", self._retain)
             with self.changed:

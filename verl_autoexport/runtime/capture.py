@@ -127,11 +127,12 @@ def _hand_over(rank: int, ident: str, actor: Any, finish: Callable[[], None]) ->
 def _delivered(actor: Any, ident: str, rank: int, blocks: list[list[Any]] | None, reason: str | None) -> bool:
     """False once the actor needs them no more, or is gone for good."""
     try:
-        return ray.get(actor.deliver.remote(ident, rank, blocks, reason))
+        # A future, for verl's workers are async actors, where Ray warns of ray.get in any thread.
+        return actor.deliver.remote(ident, rank, blocks, reason).future().result()
     except ray.exceptions.ActorUnavailableError:  # it is being restarted
         return True
     except ray.exceptions.RayError as e:
-        logger.warning("verl_autoexport: rank %s: the export actor is gone: %s", rank, str(e).strip().splitlines()[0])
+        logger.info("verl_autoexport: rank %s: the export actor is gone: %s", rank, str(e).strip().splitlines()[0])
         return False
 
 

@@ -39,6 +39,9 @@ class RayBlock:
                 raise SourceError(f"a part of the snapshot is lost, with the worker that held it: {reason}") from e
         into[:] = self.seen[offset : offset + len(into)]
 
+    def let_go(self) -> None:
+        self.ref = self.seen = None
+
 
 class Snapshot:
     """What the actor exports: the ranks' layouts and their blocks. `hand_over_s`: from the copy until all were here."""

@@ -24,7 +24,7 @@ from verl.utils.import_utils import load_class_from_fqn
 from verl.utils.tracking import Tracking
 
 from verl_autoexport.config import AutoExportConfig, load_config
-from verl_autoexport.errors import ConfigError, SourceError
+from verl_autoexport.errors import ConfigError, PlanError, SourceError
 from verl_autoexport.export.contract import check_start
 from verl_autoexport.preflight import check_length, check_run, choose_source
 from verl_autoexport.runtime import capture
@@ -109,7 +109,7 @@ class AutoExportCallback(CheckpointCallback):
     def _live(self, workers: Sequence[Any], *length: Any) -> LiveSource | None:
         """The workers as the source, None where checkpoints are it; says which and why.
 
-        Raises SourceError or ConfigError where there can be neither.
+        Raises SourceError, PlanError or ConfigError where there can be neither.
         """
         kind, why = choose_source(self.config, self.settings)
         live = None
@@ -117,7 +117,7 @@ class AutoExportCallback(CheckpointCallback):
             try:
                 live = start_live(workers, self.settings, self.driver.info)
                 why = f"{live.nbytes / 1e9:.2f} GB a snapshot, at most {live.room} in flight"
-            except SourceError as e:
+            except (SourceError, PlanError) as e:
                 if self.settings.source != "auto":
                     raise
                 kind, why = "checkpoint", str(e)

@@ -308,5 +308,8 @@ class RemoteFile:
             self.ahead = following, nbytes, self.server.read.remote(self.path, following, nbytes)
         into[:] = memoryview(answer(ref, _READ_S, self.what))
 
+    def let_go(self) -> None:
+        self.ahead = None
+
     def __reduce__(self) -> Any:
         return RemoteFile, (self.server, self.node, self.path, self.size, self.what)

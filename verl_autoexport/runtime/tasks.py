@@ -204,7 +204,12 @@ def merge_task(job: MergeJob, nonce: str, started: str, expected: dict[str, str 
         Path(started).touch(exist_ok=False)
     except FileExistsError:
         raise Lost("its worker was killed, for memory or from outside") from None
-    return job.run()
+    try:
+        return job.run()
+    finally:  # an error's traceback may keep the job for as long as this process lives
+        for file in job.manifest.files:
+            if not isinstance(file, Path):
+                file.let_go()
 
 
 def versions() -> dict[str, str | None]:

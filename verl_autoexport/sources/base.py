@@ -120,6 +120,9 @@ class Memory(Protocol):
     def read(self, into: memoryview, offset: int) -> None:
         """Fill `into` with the bytes from `offset` on; raises SourceError when they are lost."""
 
+    def let_go(self) -> None:
+        """Keep nothing of them any more; not to be read again."""
+
 
 @dataclass(frozen=True)
 class ShardManifest:
