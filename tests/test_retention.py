@@ -22,10 +22,10 @@ from test_registry import EVERY, best, child, every_crash, links, names, publish
 
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import pointers, removal, state
-from verl_autoexport.registry.files import read_json
 from verl_autoexport.registry.retention import Keep, judge, nbytes, show_size
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.registry.versions import Version, version_name
+from verl_autoexport.untrusted import read_json
 
 SETTINGS = settings(max_examples=400, deadline=None)
 

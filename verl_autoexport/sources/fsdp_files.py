@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -27,8 +26,10 @@ from torch.distributed.tensor import Shard as ShardPlacement
 
 from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.base import ITEMSIZE, Shard, ShardManifest, TensorEntry, check_coverage
+from verl_autoexport.sources.torch_archive import check_archive, check_sums, read_sums
+from verl_autoexport.untrusted import read_json
 
-RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+RANK_FILE = re.compile(r"model_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
 _DAMAGED = "The file is truncated or damaged, or holds objects that `weights_only` loading refuses."
 _BLOCK = 1 << 20  # bytes read at a time where whole files or tensors are compared
 
@@ -78,7 +79,7 @@ class FsdpFiles:
         """Read every file whole and compare with the CRC-32 that torch wrote beside each storage."""
         try:
             with ThreadPoolExecutor(min(4, len(self.paths))) as pool:
-                list(pool.map(_check_sums, self.paths))
+                list(pool.map(check_sums, self.paths))
         except SourceError:
             self.check_unchanged()  # then that is the reason
             raise
@@ -149,6 +150,7 @@ def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
     """
     if path.stat().st_size == 0:
         raise SourceError(f"{path} (rank {rank}): the file is empty (0 bytes); the save was interrupted.")
+    check_archive(path, rank)
     with _quiet_device_mesh():
         real = _load(path, rank, mmap=True)
         meta = _load(path, rank, map_location="meta")
@@ -156,7 +158,7 @@ def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
         raise SourceError(f"{path} (rank {rank}): expected a dict of tensors, found {type(real).__name__}.")
     size = path.stat().st_size
     try:
-        crcs = _read_sums(path)
+        crcs = read_sums(path)
         return {fqn: _piece(fqn, real[fqn], meta[fqn], path, rank, size, crcs) for fqn in real}
     except SourceError:
         raise
@@ -173,18 +175,6 @@ def _load(path: Path, rank: int, map_location: str = "cpu", mmap: bool = False) 
             f"{path} (rank {rank}, {path.stat().st_size} bytes): not a whole torch file of plain tensors: {detail} "
             f"{_DAMAGED}"
         ) from e
-
-
-def _read_sums(path: Path) -> dict[int, int]:
-    """{first byte: CRC-32} of the storages in a file, from the zip directory."""
-    with zipfile.ZipFile(path) as archive, path.open("rb") as f:
-        sums = {}
-        for record in (r for r in archive.infolist() if "/data/" in r.filename):
-            f.seek(record.header_offset + 26)  # lengths of name and extra field, which here pads to an alignment
-            lengths = f.read(4)
-            begin = record.header_offset + 30 + int.from_bytes(lengths[:2], "little")
-            sums[begin + int.from_bytes(lengths[2:], "little")] = record.CRC
-        return sums
 
 
 def _piece(
@@ -305,21 +295,6 @@ def _check_replicas(fqn: str, pieces: Sequence[Piece], paths: Sequence[Path]) ->
                 )
 
 
-def _check_sums(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # 0: training has switched them off (`torch.serialization.set_crc32_options`)
-            for record in (r for r in archive.infolist() if r.CRC):
-                with archive.open(record) as f:
-                    while f.read(_BLOCK):
-                        pass
-    except Exception as e:  # zipfile raises what its parsers do: zlib.error, UnicodeDecodeError, NotImplementedError …
-        raise SourceError(
-            f"{path}: its bytes are not those that training wrote: {e!r}. A disk or a copy damaged it; copy or save it "
-            "again."
-        ) from e
-
-
 def _stat(paths: Sequence[Path]) -> list[tuple[str, int, int, int]]:
     try:
         return [(p.name, s.st_ino, s.st_size, s.st_mtime_ns) for p in paths for s in (os.stat(p),)]
@@ -333,10 +308,10 @@ def _digest(stats: Sequence[tuple[str, int, int, int]]) -> str:
 
 def _backend(directory: Path) -> str:
     try:
-        version = json.loads((directory / "fsdp_config.json").read_text())["FSDP_version"]
+        version = read_json(directory / "fsdp_config.json")["FSDP_version"]
     except (OSError, ValueError, KeyError, TypeError):
         return "fsdp"
-    return "fsdp" if version == 1 else f"fsdp{version}"
+    return f"fsdp{version}" if isinstance(version, int) and 1 < version < 10 else "fsdp"
 
 
 def _brief(ranks: Sequence[int]) -> str:

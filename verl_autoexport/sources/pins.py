@@ -18,6 +18,7 @@ from typing import Any
 
 from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.fsdp_files import find_checkpoint, fingerprint, rank_files
+from verl_autoexport.untrusted import is_count, read_json
 
 FOLDER = ".autoexport"
 _INFO = "pin.json"
@@ -81,11 +82,19 @@ def find_pins(checkpoints: Path) -> list[Pin]:
     pins = []
     for path in (checkpoints / FOLDER).glob("step_*"):
         try:
-            info = json.loads((path / _INFO).read_text())
-            pins.append(Pin(path, **{k: info[k] for k in ("step", "origin", "fingerprint", "linked", "request")}))
+            pins.append(_read(path))
         except (OSError, ValueError, KeyError, TypeError):
             release(path)
     return sorted(pins, key=lambda p: p.step)
+
+
+def _read(path: Path) -> Pin:
+    info = read_json(path / _INFO)
+    pin = Pin(path, **{k: info[k] for k in ("step", "origin", "fingerprint", "linked", "request")})
+    kinds = {"origin": str, "fingerprint": str, "linked": bool, "request": dict | None}
+    if not is_count(pin.step) or not all(isinstance(getattr(pin, key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{path / _INFO}: fields of wrong types")
+    return pin
 
 
 def _link(file: Path, link: Path) -> bool:
