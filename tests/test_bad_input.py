@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
+import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -457,3 +460,31 @@ def test_disk_that_fills_up_meanwhile(checkpoint, small_disk, refuses):
                 pass
 
     refuses(checkpoint("even"), MergeError, "model.safetensors", "No space left", where=disk, meanwhile=fill)
+
+
+def test_file_size_limit(checkpoint, tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    command = [sys.executable, "-m", "verl_autoexport", "export", checkpoint("even"), "--no-verify", "--registry"]
+    done = subprocess.run([*command, tmp_path / "published"], preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"verl-autoexport: .*model\.safetensors: cannot be written: File too large\.\n", done.stderr)
+    assert leftovers(tmp_path / "published") == ["registry.json"]
+    assert subprocess.run([*command, tmp_path / "published"]).returncode == 0
+
+
+def test_file_system_that_becomes_read_only(checkpoint, small_disk):
+    disk = small_disk("90m")
+
+    def remount():
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+
+    spec = checkpoint_spec(checkpoint("even"), verify=False)
+    with pytest.raises(MergeError, match=r"model\.safetensors: cannot be created: Read-only file system"):
+        export_to_directory(spec, disk / "out", Meanwhile(remount))
+    assert not (disk / "out").exists()
+    with pytest.raises(RegistryError, match=r"not writable: .*Read-only file system"):
+        Registry.create(disk)
+    subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+    export_to_directory(spec, disk / "out", LocalRunner(1))

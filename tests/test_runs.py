@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
-from runs import CHAIN, METRIC, ROOT, Run, assert_equal_weights, improvements, reasons
+from runs import CHAIN, METRIC, ROOT, Run, assert_equal_weights, improvements, kill_actor, reasons
 
 pytestmark = pytest.mark.run
 BEST = f"autoexport.trigger.best={{metric:{METRIC.replace('/acc/', '/*/')},mode:max}}"
@@ -212,6 +213,51 @@ def test_a_base_model_that_exports_could_not_match_stops_the_run_before_its_firs
     assert "missing: model.stray.weight" in run.log
     assert not (tmp_path / "metrics.jsonl").exists(), "no step was logged, not even step 0"
     assert run.versions() == []
+
+
+@pytest.mark.full
+def test_a_killed_actor_and_a_disk_that_is_full_at_the_second_milestone(tmp_path):
+    """Training ends well, the report is right, and what could be exported is, though verl deleted its checkpoints."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "none", disk], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no small file system can be mounted here: {done.stderr}")
+
+    def fill(_: int) -> None:
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as f:
+            while f.write(b"x" * (1 << 16)):
+                pass
+
+    try:
+        run = Run(tmp_path, elsewhere=disk / "exports").train(
+            "trainer.max_actor_ckpt_to_keep=1", "trainer.save_freq=1", "trainer.test_freq=-1",
+            "trainer.val_before_train=False", "trainer.total_training_steps=6", "autoexport.trigger.on_save=true",
+            "autoexport.queue.overflow=wait", f"autoexport.output_dir={disk}/exports", CHAIN,
+            when={
+                "published .*v0001-": fill,
+                r"step \d failed: ": lambda _: (disk / "filler").unlink(),
+                "published .*v0002-": kill_actor,
+            },
+        )  # fmt: skip
+        assert run.code == 0, run.log[-3000:]
+        assert {*range(1, 7)} <= run.logged().keys()
+        published = {v["step"] for v in run.versions()}
+        report = re.fullmatch(r"verl_autoexport: (\d) published \(.*\); (\d) failed \((.*)\); in .*", run.last_line)
+        assert report, run.last_line
+        failed = {
+            int(step) for step in re.findall(r"step (\d): \w+Error: .*?(?:not enough space|No space left)", report[3])
+        }
+        assert (len(published), len(failed)) == (int(report[1]), int(report[2]))
+        assert published | failed == {*range(1, 7)}
+        assert published & failed == set()
+        assert {1, 5, 6} <= published
+        for version in run.versions():
+            assert_equal_weights(run, version)
+        assert list((run.out / "checkpoints" / ".autoexport").iterdir()) == []
+        assert list((run.exports / ".staging").iterdir()) == []
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 @pytest.mark.parametrize(

@@ -132,15 +132,20 @@ def train(root: Path, source: Path, steps: int, killer: Killer) -> None:
 def export(actor: Any, pin: Any) -> None:
     from verl_autoexport.sources import pins
 
-    request = {
+    request = request_for(pin)
+    pins.choose(pin, request)
+    outcome = actor.export(request)
+    assert outcome["status"] == "published", outcome
+
+
+def request_for(pin: Any) -> dict[str, Any]:
+    """What the driver asks of the actor."""
+    return {
         "step": pin.step, "time": time.time(), "triggers": [{"policy": "at_steps", "reason": "chaos"}], "metrics": {},
         "measured_on": None, "pin": str(pin.path), "directory": str(pin.directory), "origin": pin.origin,
         "fingerprint": pin.fingerprint, "stall_s": 0.0, "run": {}, "base_model": None, "lora_adapter": None,
         "trust_remote_code": False, "external_lib": None,
     }  # fmt: skip
-    pins.choose(pin, request)
-    outcome = actor.export(request)
-    assert outcome["status"] == "published", outcome
 
 
 def instrument(killer: Killer) -> None:
@@ -162,15 +167,19 @@ def step_of(path: Path) -> int:
     return int(found[1]) if found else 0
 
 
-def zygote(root: Path, source: Path) -> None:
+def warm_up(source: Path, once: Path) -> None:
+    """Import everything that an export needs; transformers imports a model's code when it is first asked for."""
     import torch
 
     import verl_autoexport.runtime.actor  # noqa: F401
     from verl_autoexport.export import pipeline, spec
 
     torch.set_num_threads(1)
-    once = root.parent / "warm"  # transformers imports a model's code when it is first asked for
     pipeline.export_to_directory(spec.checkpoint_spec(source, verify=False), once, pipeline.LocalRunner(1))
+
+
+def zygote(root: Path, source: Path) -> None:
+    warm_up(source, root.parent / "warm")
     for number, line in enumerate(sys.stdin):
         order = json.loads(line)
         marker, counts = root.parent / f"killed-{number}", root.parent / "counts.json"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,22 +30,30 @@ class Run:
     """One run directory; several runs in it resume one another."""
 
     out: Path
+    elsewhere: Path | None = None
+    """Where `autoexport.output_dir` is, if not among the checkpoints."""
     code: int = -1
     log: str = ""
 
     @property
     def exports(self) -> Path:
-        return self.out / "checkpoints" / "exports"
+        return self.elsewhere or self.out / "checkpoints" / "exports"
 
     @property
     def last_line(self) -> str:
         return self.log.strip().splitlines()[-1]
 
     def train(
-        self, *overrides: str, raise_at: int = -1, break_at: int = -1, kill_at: str | None = None, flag: bool = True
+        self,
+        *overrides: str,
+        raise_at: int = -1,
+        break_at: int = -1,
+        kill_at: str | None = None,
+        when: dict[str, Callable[[int], None]] | None = None,
     ) -> Run:
         """Train until it ends, or until `kill_at` (a regular expression) is printed: then SIGKILL everything.
 
+        `when`: what to do once, with the number of the launching process, when an expression is printed.
         `raise_at` and `break_at` are steps at which the user's own callback fails, or takes the exports away.
         """
         env = os.environ | {
@@ -58,12 +67,15 @@ class Run:
         command = ["bash", str(TRAIN), str(self.out), "+autoexport=default", *overrides]
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         watchdog = time.monotonic() + TIMEOUT_S
-        lines = []
+        lines, waiting = [], dict(when or {})
         for line in process.stdout:
             lines.append(line)
+            for seen in [expression for expression in waiting if re.search(expression, line)]:
+                waiting.pop(seen)(process.pid)
             if (kill_at and re.search(kill_at, line)) or time.monotonic() > watchdog:
                 _kill_tree(process.pid)
         self.code, self.log = process.wait(), "".join(lines)
+        assert not waiting or kill_at, f"never printed: {list(waiting)}\n{self.log[-4000:]}"
         (self.out / f"log-{time.time():.0f}.txt").write_text(self.log)
         return self
 
@@ -119,6 +131,15 @@ def improvements(logged: dict[int, dict[str, Any]], metric: str, best: float = f
             best = logged[step][metric]
             steps.append(step)
     return steps
+
+
+def kill_actor(pid: int) -> None:
+    """SIGKILL the export actor of the run that `pid` launched."""
+    found = [
+        p for p in psutil.Process(pid).children(recursive=True) if any("ray::ExportActor" in c for c in p.cmdline())
+    ]
+    assert len(found) == 1, found
+    found[0].kill()
 
 
 def _kill_tree(pid: int) -> None:

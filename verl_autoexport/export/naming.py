@@ -21,12 +21,16 @@ from verl_autoexport.errors import PlanError
 from verl_autoexport.export.layout import trace
 from verl_autoexport.export.plan import Output
 from verl_autoexport.sources.base import FLOATING, ShardManifest
+from verl_autoexport.untrusted import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 OWN_DTYPES = ("source", "base")
 """Export dtypes that name no dtype: each tensor has its own."""
+_COUNTS = re.compile(r"layers?$|blocks?$|depths?$|experts$|num_labels$|stages$")
+_MOST = 100_000
+"""Layers, experts and the like in a model; each becomes an object."""
 _TRUST = " Its code is in the checkpoint: set trust_remote_code (`--trust-remote-code`) if you trust it."
 
 
@@ -36,6 +40,7 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
 
     if not (directory / "config.json").is_file():
         raise PlanError(f"{directory / 'config.json'}: not found; without it no model can be told from the shards.")
+    _check_sizes(directory / "config.json")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as e:
@@ -45,6 +50,18 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
     if not config.architectures:
         raise PlanError(f"{directory / 'config.json'}: `architectures` is missing; expected the model class's name.")
     return config
+
+
+def _check_sizes(path: Path) -> None:
+    """A model on the meta device has no weights, but a layer is an object: a billion of them is no model."""
+    try:
+        config = read_json(path)
+    except (OSError, ValueError) as e:
+        raise PlanError(f"{path}: cannot read it: {e}") from e
+    nodes = [config, *(value for value in config.values() if isinstance(value, dict))]
+    for key, value in ((k, v) for node in nodes for k, v in node.items() if _COUNTS.search(k)):
+        if any(isinstance(n, int) and n > _MOST for n in (value if isinstance(value, list) else [value])):
+            raise PlanError(f"{path}: {key}={value!r:.100}: more than {_MOST}; this is no model that was trained.")
 
 
 def model_class(config: PretrainedConfig, directory: Path, trust_remote_code: bool = False) -> type[PreTrainedModel]:

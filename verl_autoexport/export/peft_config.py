@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import PlanError
+from verl_autoexport.untrusted import read_json
 
 CONFIG_NAME = "adapter_config.json"
 META_NAME = "lora_train_meta.json"
@@ -67,12 +68,9 @@ def _check_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError) as e:
         raise PlanError(f"{path}: not readable as JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise PlanError(f"{path}: expected a JSON object.")
-    return value
 
 
 def scaling(module: str, settings: Mapping[str, Any]) -> tuple[int, float]:

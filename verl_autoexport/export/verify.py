@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from verl_autoexport import untrusted
 from verl_autoexport.errors import VerifyError
 from verl_autoexport.export.plan import MergePlan
 from verl_autoexport.sources.safetensors_files import INDEX_NAME
@@ -68,19 +69,16 @@ def read_header(path: Path) -> dict[str, Any]:
             length = int.from_bytes(f.read(8), "little")
             if length > min(_MAX_HEADER, path.stat().st_size):
                 raise VerifyError(f"{path}: header of {length} bytes does not fit; not a whole safetensors file.")
-            header = json.loads(f.read(length))
-    except (OSError, ValueError, RecursionError) as e:
+            return untrusted.parse_json(f.read(length))
+    except (OSError, ValueError) as e:
         raise VerifyError(f"{path}: not a readable safetensors file: {e}") from e
-    if not isinstance(header, dict):
-        raise VerifyError(f"{path}: the header is not a JSON object.")
-    return header
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file; raises VerifyError naming it."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises VerifyError naming it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
+        return untrusted.read_json(path)
+    except (OSError, ValueError) as e:
         raise VerifyError(f"{path}: not readable as JSON: {e}") from e
 
 

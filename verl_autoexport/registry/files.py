@@ -1,4 +1,4 @@
-"""Reading and replacing small JSON files, and making bytes and names durable."""
+"""Replacing small JSON files, and making bytes and names durable."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import stat
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,7 +15,6 @@ from typing import Any
 
 from verl_autoexport.errors import RegistryError
 
-MAX_JSON_BYTES = 64 << 20
 _TEMP = re.compile(r"\..+\.tmp-[0-9a-f]{8}")
 
 
@@ -27,28 +25,6 @@ def temp_path(path: Path) -> Path:
 
 def is_temp(name: str) -> bool:
     return _TEMP.fullmatch(name) is not None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; ValueError says what is wrong with the file, OSError that it cannot be read."""
-    # O_NONBLOCK: a FIFO of this name must not hang the reader.
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, "rb") as file:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise ValueError("not a regular file")
-        if info.st_size > MAX_JSON_BYTES:
-            raise ValueError(f"{info.st_size} bytes, more than the {MAX_JSON_BYTES} that such a file may have")
-        raw = file.read()
-    try:
-        data = json.loads(raw)
-    except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
-    except ValueError as e:
-        raise ValueError(f"not JSON: {e}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"expected a JSON object, found {type(data).__name__}")
-    return data
 
 
 def to_json(data: Any, path: Path, **options: Any) -> bytes:

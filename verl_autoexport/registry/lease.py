@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.registry.files import read_json, write_json_atomic
+from verl_autoexport.registry.files import write_json_atomic
+from verl_autoexport.untrusted import read_json
 
 NAME = ".owner.json"
 BEAT_S = 5.0

@@ -69,7 +69,20 @@ class Judgement:
 
 
 def judge(versions: Iterable[Version], keep: Keep, links: Mapping[str, str] | None = None) -> Judgement:
-    """Judges the whole list. `links` maps further names, such as links on disk, to directories that must stay."""
+    """Judges the whole list. `links` maps further names, such as links on disk, to directories that must stay.
+
+    What stays is judged again: what had to stay only because of a version that goes may go with it.
+    """
+    first = _judge_once(versions, keep, links)
+    if not first.removed:
+        return first
+    rest = judge((v.version for v in first.verdicts if v.keep), keep, links)
+    later = {v.version.name: v for v in rest.verdicts}
+    verdicts = tuple(later.get(v.version.name, v) if v.keep else v for v in first.verdicts)
+    return Judgement(verdicts, (*first.removed, *rest.removed), rest.warnings)
+
+
+def _judge_once(versions: Iterable[Version], keep: Keep, links: Mapping[str, str] | None) -> Judgement:
     versions = sorted(versions, key=lambda v: (v.number, v.step))
     if not keep:
         return Judgement(tuple(Verdict(v, True, "no rule is set, so everything stays") for v in versions))

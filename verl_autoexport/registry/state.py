@@ -9,9 +9,10 @@ from typing import Any
 
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import journal
-from verl_autoexport.registry.files import read_json, write_json_atomic
+from verl_autoexport.registry.files import write_json_atomic
 from verl_autoexport.registry.pointers import POINTER
 from verl_autoexport.registry.versions import LIKE_A_NAME, NAME
+from verl_autoexport.untrusted import read_json
 
 FILE = "registry.json"
 SCHEMA_VERSION = 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.events import ExportRecord
-from verl_autoexport.registry.files import read_json
+from verl_autoexport.untrusted import read_json
 
 RECORD = "export.json"
 SCHEMA_VERSION = 1

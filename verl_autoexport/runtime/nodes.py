@@ -24,8 +24,9 @@ from verl_autoexport.errors import ConfigError, SourceError
 from verl_autoexport.runtime.tasks import versions
 from verl_autoexport.sources import pins
 from verl_autoexport.sources.base import ShardManifest
-from verl_autoexport.sources.checkpoints import Stat, brief, check_sums, digest, find_checkpoint, present_ranks, stats
+from verl_autoexport.sources.checkpoints import Stat, brief, digest, find_checkpoint, present_ranks, stats
 from verl_autoexport.sources.fsdp_files import Piece, make_manifest, read_rank_file
+from verl_autoexport.sources.torch_archive import check_sums
 
 logger = logging.getLogger(__name__)
 _START_S = 60.0  # until an actor answers first: its process starts, torch is imported

@@ -6,13 +6,12 @@ import hashlib
 import json
 import os
 import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from verl_autoexport.errors import SourceError
 
-RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+RANK_FILE = re.compile(r"model_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
 BLOCK = 1 << 20
 """Bytes read at a time where whole files or tensors are compared."""
 Stat = tuple[str, int, int, int]
@@ -70,22 +69,6 @@ def present_ranks(directory: Path) -> tuple[int, dict[int, Path]]:
 def fingerprint(directory: Path) -> str:
     """Identity of the shards' content, from name, inode, size and mtime of every rank file."""
     return digest(stats(rank_files(directory)))
-
-
-def check_sums(path: Path) -> None:
-    """Read a file whole and compare with the CRC-32 that torch wrote beside each storage; raises SourceError."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # 0: training has switched them off (`torch.serialization.set_crc32_options`)
-            for record in (r for r in archive.infolist() if r.CRC):
-                with archive.open(record) as f:
-                    while f.read(BLOCK):
-                        pass
-    except Exception as e:  # zipfile raises what its parsers do: zlib.error, UnicodeDecodeError, NotImplementedError …
-        raise SourceError(
-            f"{path}: its bytes are not those that training wrote: {e!r}. A disk or a copy damaged it; copy or save it "
-            "again."
-        ) from e
 
 
 def stats(paths: Sequence[Path]) -> list[Stat]:

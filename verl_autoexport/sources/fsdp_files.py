@@ -7,10 +7,8 @@ read later by position, so a file truncated meanwhile is an error and not a SIGB
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -24,7 +22,9 @@ from torch.distributed.tensor import Shard as ShardPlacement
 
 from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.base import ITEMSIZE, Memory, Shard, ShardManifest, TensorEntry, check_coverage, join_runs
-from verl_autoexport.sources.checkpoints import BLOCK, brief, check_sums, digest, rank_files, stats
+from verl_autoexport.sources.checkpoints import BLOCK, brief, digest, rank_files, stats
+from verl_autoexport.sources.torch_archive import check_archive, check_sums, read_sums
+from verl_autoexport.untrusted import read_json
 
 _DAMAGED = "The file is truncated or damaged, or holds objects that `weights_only` loading refuses."
 
@@ -101,6 +101,7 @@ def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
     """
     if path.stat().st_size == 0:
         raise SourceError(f"{path} (rank {rank}): the file is empty (0 bytes); the save was interrupted.")
+    check_archive(path, rank)
     with _quiet_device_mesh():
         real = _load(path, rank, mmap=True)
         meta = _load(path, rank, map_location="meta")
@@ -108,7 +109,7 @@ def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
         raise SourceError(f"{path} (rank {rank}): expected a dict of tensors, found {type(real).__name__}.")
     size = path.stat().st_size
     try:
-        crcs = _read_sums(path)
+        crcs = read_sums(path)
         return {fqn: _piece(fqn, real[fqn], meta[fqn], path, rank, size, crcs) for fqn in real}
     except SourceError:
         raise
@@ -125,18 +126,6 @@ def _load(path: Path, rank: int, map_location: str = "cpu", mmap: bool = False) 
             f"{path} (rank {rank}, {path.stat().st_size} bytes): not a whole torch file of plain tensors: {detail} "
             f"{_DAMAGED}"
         ) from e
-
-
-def _read_sums(path: Path) -> dict[int, int]:
-    """{first byte: CRC-32} of the storages in a file, from the zip directory."""
-    with zipfile.ZipFile(path) as archive, path.open("rb") as f:
-        sums = {}
-        for record in (r for r in archive.infolist() if "/data/" in r.filename):
-            f.seek(record.header_offset + 26)  # lengths of name and extra field, which here pads to an alignment
-            lengths = f.read(4)
-            begin = record.header_offset + 30 + int.from_bytes(lengths[:2], "little")
-            sums[begin + int.from_bytes(lengths[2:], "little")] = record.CRC
-        return sums
 
 
 def _piece(
@@ -268,10 +257,10 @@ def _blocks(file: Path | Memory, offset: int, nbytes: int) -> Iterator[bytes]:
 
 def _backend(directory: Path) -> str:
     try:
-        version = json.loads((directory / "fsdp_config.json").read_text())["FSDP_version"]
+        version = read_json(directory / "fsdp_config.json")["FSDP_version"]
     except (OSError, ValueError, KeyError, TypeError):
         return "fsdp"
-    return "fsdp" if version == 1 else f"fsdp{version}"
+    return f"fsdp{version}" if isinstance(version, int) and 1 < version < 10 else "fsdp"
 
 
 @contextmanager

@@ -18,10 +18,10 @@ from typing import Any
 
 from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.checkpoints import find_checkpoint, fingerprint, rank_files
+from verl_autoexport.untrusted import is_count, read_json
 
 FOLDER = ".autoexport"
 _INFO = "pin.json"
-_KEYS = ("step", "origin", "fingerprint", "linked", "request")
 EXTRA = ("fsdp_config.json", "lora_train_meta.json", "adapter_config.json")
 """Small files beside the shards that tell how to read them."""
 
@@ -109,11 +109,19 @@ def find_pins(checkpoints: Path) -> list[Pin]:
     pins = []
     for path in (checkpoints / FOLDER).glob("step_*"):
         try:
-            info = json.loads((path / _INFO).read_text())
-            pins.append(Pin(path, spread=bool(info.get("spread")), **{k: info[k] for k in _KEYS}))
+            pins.append(_read(path))
         except (OSError, ValueError, KeyError, TypeError):
             release(path)
     return sorted(pins, key=lambda p: p.step)
+
+
+def _read(path: Path) -> Pin:
+    info = read_json(path / _INFO)
+    kinds = {"origin": str, "fingerprint": str, "linked": bool, "spread": bool, "request": dict | None}
+    pin = Pin(path, info["step"], **{key: info.get(key, False) if key == "spread" else info[key] for key in kinds})
+    if not is_count(pin.step) or not all(isinstance(getattr(pin, key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{path / _INFO}: fields of wrong types")
+    return pin
 
 
 def _link(file: Path, link: Path) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.sources.base import Shard, ShardManifest, TensorEntry
+from verl_autoexport.sources.base import ITEMSIZE, Shard, ShardManifest, TensorEntry
+from verl_autoexport.untrusted import is_count, is_plain_name, parse_json, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 TORCH_DTYPE = {
@@ -47,9 +47,11 @@ def weight_files(directory: Path) -> list[Path]:
     if not (index := directory / INDEX_NAME).is_file():
         return []
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise SourceError(f"{index}: no weight_map can be read from it: {e!r}") from e
+    if strange := [name for name in names if not is_plain_name(name)]:
+        raise SourceError(f"{index}: weight_map names {strange[0]!r:.100}: expected files in {directory}.")
     return [directory / name for name in names]
 
 
@@ -60,12 +62,17 @@ def _read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
             size = path.stat().st_size
             if length > min(_MAX_HEADER, size):
                 raise SourceError(f"{path}: a header of {length} bytes does not fit; not a whole safetensors file.")
-            header: dict[str, Any] = json.loads(f.read(length))
+            header = parse_json(f.read(length))
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            begin, end = entry["data_offsets"]
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if not all(map(is_count, (*shape, begin, end))) or not isinstance(dtype, str):
+                raise SourceError(f"{path}: {name}: shape, offsets or dtype are not what they must be: {entry!r:.200}.")
             if 8 + length + end > size:
                 raise SourceError(f"{path}: {name} ends beyond the file's {size} bytes; the file is truncated.")
-            yield name, TORCH_DTYPE.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]), 8 + length + begin
+            dtype = TORCH_DTYPE.get(dtype, dtype)
+            if dtype in ITEMSIZE and end - begin != math.prod(shape) * ITEMSIZE[dtype]:
+                raise SourceError(f"{path}: {name}: {dtype} {list(shape)} does not take {end - begin} bytes.")
+            yield name, dtype, shape, 8 + length + begin
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise SourceError(f"{path}: not a readable safetensors file: {e!r}") from e

@@ -1,0 +1,383 @@
+"""A checkpoint directory is not trusted: what it says is refused in one line, and costs neither memory nor files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import STEP
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from test_bad_input import EMBED, edit_config, rank_file
+
+from verl_autoexport.errors import AutoExportError, PlanError, SourceError
+from verl_autoexport.export import naming, peft_config
+from verl_autoexport.export.pipeline import LocalRunner, export_to_directory, export_to_registry
+from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.registry import lease, state
+from verl_autoexport.registry.store import Registry, read_record
+from verl_autoexport.sources import pins
+from verl_autoexport.sources.fsdp_files import FsdpFiles, rank_files
+from verl_autoexport.sources.safetensors_files import INDEX_NAME, model_files, weight_files
+from verl_autoexport.untrusted import is_plain_name, read_json
+
+BOMBS = {
+    "deep": b"[" * 100_000,
+    "deep object": b'{"a":' * 50_000,
+    "array": b"[1, 2]",
+    "number": b"7",
+    "null": b"null",
+    "empty": b"",
+    "no text": b"\xff\xfe\x00",
+    "long number": b'{"a": ' + b"9" * 10_000 + b"}",
+    "cut": b'{"a": "b',
+}
+ARGUMENTS = {"verify": False}
+
+
+def refused(checkpoint: Path, where: Path, *kinds: type[AutoExportError]) -> str:
+    with pytest.raises(kinds or AutoExportError) as caught:
+        export_to_directory(checkpoint_spec(checkpoint, **ARGUMENTS), where / "out", LocalRunner(1))
+    assert "\n" not in str(caught.value)
+    assert not (where / "out").exists()
+    return str(caught.value)
+
+
+# -- names ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "nul\0", "x" * 300, 7, None, ["a"]]
+)
+def test_an_index_names_files_in_its_directory_only(name, tmp_path):
+    assert not is_plain_name(name)
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(SourceError, match=rf"{INDEX_NAME}: (weight_map names|no weight_map)"):
+        weight_files(tmp_path)
+
+
+def test_links_and_pipes_beside_the_shards_stay_where_they_are(own_checkpoint, tmp_path):
+    made = own_checkpoint("even")
+    beside = made / "actor/huggingface"
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key.json").write_text("secret")
+    (beside / "link.json").symlink_to(secret / "key.json")
+    (beside / "folder").symlink_to(secret)
+    (beside / "up.json").symlink_to("../../../secret/key.json")
+    os.mkfifo(beside / "pipe.json")
+    os.mkfifo(made / "actor/lora_train_meta.json")
+    pin = pins.make_pin(made, STEP, "actor")
+    for number, source in enumerate((made, pin.directory)):
+        output = tmp_path / f"out{number}"
+        export_to_directory(checkpoint_spec(source, **ARGUMENTS), output, LocalRunner(1))
+        assert not {"link.json", "up.json", "pipe.json", "folder"} & {p.name for p in output.rglob("*")}
+        assert not any(b"secret" in p.read_bytes() for p in output.rglob("*") if p.is_file())
+
+
+def test_a_world_of_a_billion_ranks(tmp_path):
+    (tmp_path / "model_world_size_1000000000_rank_0.pt").touch()
+    with pytest.raises(SourceError, match="no model_world_size"):
+        rank_files(tmp_path)
+    (tmp_path / "model_world_size_999999_rank_0.pt").touch()
+    with pytest.raises(SourceError, match=r"world size 999999.*999998 in all"):
+        rank_files(tmp_path)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_rights_that_the_umask_leaves(umask, checkpoint, tmp_path):
+    root = tmp_path / "exports"
+    before = os.umask(umask)
+    try:
+        registry = Registry.create(root)
+        registry.own("p/x")
+        registry.request()
+        spec = checkpoint_spec(checkpoint("even"), **ARGUMENTS)
+        version = export_to_registry(spec, registry, LocalRunner(1))
+        registry.pin(version)
+        copied = Path(shutil.copytree(checkpoint("even"), tmp_path / f"global_step_{STEP}"))
+        pin = pins.make_pin(copied, STEP, "actor")
+    finally:
+        os.umask(before)
+    made = [root, *(p for p in root.rglob("*") if not p.is_symlink()), pin.path, pin.path / "pin.json"]
+    assert len(made) > 12
+    for path in made:
+        wanted = (0o777 if path.is_dir() else 0o666) & ~umask
+        mode = path.stat().st_mode & 0o777
+        assert mode == wanted or (path.name.endswith(".lock") and not mode & ~wanted), path
+        assert not mode & 0o002
+
+
+# -- memory ---------------------------------------------------------------------------------
+
+
+class Calls:
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return self.call
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    """Replace the pickle in a shard; the rest stays."""
+    with zipfile.ZipFile(path) as archive:
+        records = {r.filename: archive.read(r) for r in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in records.items():
+            archive.writestr(name, change(content) if name.endswith("data.pkl") else content)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_that_asks_for_memory(protocol, own_checkpoint, tmp_path):
+    made = own_checkpoint("even")
+    rewrite(rank_file(made, 0), lambda _: pickle.dumps({EMBED: Calls(bytearray, 1 << 40)}, protocol))
+    message = refused(made, tmp_path, SourceError)
+    assert "bytearray" in message
+    assert str(rank_file(made, 0)) in message
+
+
+def test_an_archive_that_unpacks_to_more_than_it_is(own_checkpoint, tmp_path):
+    made = own_checkpoint("even")
+    rewrite(rank_file(made, 0), lambda _: b"\0" * (64 << 20), zipfile.ZIP_DEFLATED)
+    assert "would unpack to" in refused(made, tmp_path, SourceError)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_hidden_layers": 10**9}, {"num_hidden_layers": [10**9]}, {"hidden_size": 10**15}, {"vocab_size": 10**12},
+        {"hidden_size": "48"}, {"num_attention_heads": 0}, {"max_position_embeddings": -1}, {"architectures": {"a": 1}},
+        {"model_type": ["qwen2"]}, {"model_type": None}, {"torch_dtype": 7}, {"rope_parameters": 7}, {"auto_map": 3},
+    ],
+)  # fmt: skip
+def test_a_config_of_no_model(values, own_checkpoint, tmp_path):
+    made = edit_config(own_checkpoint("even"), **values)
+    message = error_of(
+        lambda: export_to_directory(checkpoint_spec(made, **ARGUMENTS), tmp_path / "out", LocalRunner(1))
+    )
+    harmless = values.keys() & {"max_position_embeddings", "torch_dtype", "rope_parameters", "auto_map"}
+    assert harmless or message, "exported"
+    assert "\n" not in (message or "")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 1 << 70]},
+        {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0]},
+        {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]},
+        {"shape": [2], "data_offsets": [0, 8]},
+        7,
+    ],
+)
+def test_headers_of_no_tensor(entry, tmp_path):
+    write_safetensors(tmp_path, json.dumps({"w": entry}).encode())
+    with pytest.raises(SourceError) as caught:
+        model_files(tmp_path)
+    assert str(tmp_path / "model.safetensors") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def write_safetensors(folder: Path, header: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+
+
+# -- JSON -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*BOMBS, "pipe", "folder", "huge"])
+def test_json_bombs_give_one_clear_error_each(kind, own_checkpoint, tmp_path):
+    made = own_checkpoint("even")
+
+    def plant(path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "huge":
+            path.touch()
+            os.truncate(path, 1 << 40)
+        else:
+            path.write_bytes(BOMBS[kind])
+        return path
+
+    with pytest.raises((ValueError, OSError)) as caught:
+        read_json(plant(tmp_path / "any.json"))
+    assert "\n" not in str(caught.value)
+    assert "config.json" in refused_after(plant, made / "actor/huggingface/config.json", made, tmp_path)
+    shutil.copy(made / "reference/config.json", replaced(made / "actor/huggingface/config.json"))
+    plant(made / "actor/fsdp_config.json")
+    export_to_directory(checkpoint_spec(made, **ARGUMENTS), tmp_path / "out", LocalRunner(1))
+    if kind not in ("pipe", "folder"):  # those are as if they were not there
+        for name in ("lora_train_meta.json", "adapter_config.json"):
+            with pytest.raises(PlanError, match=name):
+                peft_config.read_settings(plant(tmp_path / name / name).parent, None)
+        with pytest.raises(SourceError, match=INDEX_NAME):
+            weight_files(plant(tmp_path / "base" / INDEX_NAME).parent)
+    plant(tmp_path / ".autoexport/step_1-x/pin.json")
+    assert pins.find_pins(tmp_path) == []
+    if kind not in ("folder", "huge"):
+        with pytest.raises(AutoExportError, match=r"export\.json"):
+            read_record(plant(tmp_path / "v1/export.json"))
+        plant(tmp_path / "root/.owner.json")
+        assert lease.read(tmp_path / "root") is None
+        plant(tmp_path / "root/registry.json")
+        assert state.load(tmp_path / "root")[0] == state.State()
+
+
+def refused_after(plant: Callable[[Path], Path], path: Path, made: Path, where: Path) -> str:
+    plant(path)
+    return refused(made, where, PlanError)
+
+
+def replaced(path: Path) -> Path:
+    path.rmdir() if path.is_dir() else path.unlink()
+    return path
+
+
+# -- fuzzing --------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+
+
+def error_of(call: Callable[[], Any]) -> str | None:
+    """Its message where `call` raises an error of ours; any other goes through."""
+    try:
+        call()
+    except AutoExportError as e:
+        return str(e)
+    return None
+
+
+def only_errors_of_ours(call: Callable[[], Any]) -> None:
+    message = error_of(call)
+    assert message is None or (message.isprintable() and 0 < len(message) < 5000)
+
+
+def fuzz_headers(examples: int) -> Callable[..., None]:
+    entries = st.fixed_dictionaries(
+        {},
+        optional={
+            "dtype": st.sampled_from(["F32", "BF16", "I64", "X9", ""]) | JSON,
+            "shape": st.lists(st.integers(-2, 1 << 66), max_size=3) | JSON,
+            "data_offsets": st.lists(st.integers(-8, 1 << 66), max_size=3) | JSON,
+        },
+    )
+    headers = st.dictionaries(st.text(max_size=5) | st.just("__metadata__"), entries | JSON, max_size=3)
+
+    @settings(max_examples=examples, **QUIET)
+    @given(headers.map(json.dumps).map(str.encode) | st.binary(max_size=40))
+    @example(b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}')
+    @example(b'{"w":{"dtype":"F32","shape":[1e400],"data_offsets":[0,8]}}')
+    @example(b"[]")
+    @example(b'{"\\n": {"dtype": "F32", "data_offsets": [0, 0], "shape": []}}')
+    @example(b'{"' + b"x" * 100_000 + b'": {"dtype": "F32", "data_offsets": [0, 0], "shape": []}}')
+    def run(folder: Path, header: bytes) -> None:
+        write_safetensors(folder, header)
+        only_errors_of_ours(lambda: model_files(folder))
+
+    return run
+
+
+def fuzz_json(examples: int) -> Callable[..., None]:
+    keys = st.sampled_from(["step", "origin", "fingerprint", "linked", "request", "token", "pid", "place", "born", "r",
+                            "lora_alpha", "peft_type", "weight_map", "FSDP_version", "schema_version", "next_version",
+                            "pins", "pointers", "removed", "superseded", "version", "triggers", "files"])  # fmt: skip
+
+    @settings(max_examples=examples, **QUIET)
+    @given(st.dictionaries(keys, JSON, max_size=8))
+    @example({"r": "8", "lora_alpha": 16, "peft_type": "LORA"})
+    @example({"token": "x", "pid": 10**30, "place": None})
+    def run(folder: Path, value: dict[str, Any]) -> None:
+        text = json.dumps(value)
+        pin = folder / ".autoexport/step_1-x"
+        pin.mkdir(parents=True, exist_ok=True)
+        for path in ("adapter_config.json", "lora_train_meta.json", INDEX_NAME, "registry.json", ".owner.json",
+                     "export.json", "fsdp_config.json", ".autoexport/step_1-x/pin.json"):  # fmt: skip
+            (folder / path).write_text(text)
+        only_errors_of_ours(lambda: peft_config.read_settings(folder, None))
+        only_errors_of_ours(lambda: weight_files(folder))
+        only_errors_of_ours(lambda: state.load(folder))
+        only_errors_of_ours(lambda: read_record(folder))
+        only_errors_of_ours(lambda: lease.living(folder, 0, 0))
+        pins.find_pins(folder)
+
+    return run
+
+
+def fuzz_config(examples: int) -> Callable[..., None]:
+    keys = st.sampled_from(["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "model_type",
+                            "architectures", "tie_word_embeddings", "rope_parameters", "dtype", "num_key_value_heads",
+                            "layer_types", "text_config", "auto_map", "id2label", "head_dim"])  # fmt: skip
+
+    @settings(max_examples=examples, **QUIET)
+    @given(st.dictionaries(keys, JSON | st.integers(-2, 300), max_size=4))
+    def run(folder: Path, good: dict[str, Any], value: dict[str, Any]) -> None:
+        (folder / "config.json").write_text(json.dumps(good | value))
+        only_errors_of_ours(lambda: naming.build_skeleton(folder, "bfloat16"))
+
+    return run
+
+
+def fuzz_shards(examples: int) -> Callable[..., None]:
+    """A shard with bytes of its directory and pickle changed; values are covered by their check sums."""
+
+    @settings(max_examples=examples, **QUIET)
+    @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6), st.randoms())
+    def run(path: Path, whole: bytes, spots: list[int], changes: list[tuple[float, int]], rng: random.Random) -> None:
+        content = bytearray(whole)
+        for where, byte in changes:
+            content[spots[int(where * (len(spots) - 1))]] = byte
+        path.write_bytes(content)
+        only_errors_of_ours(lambda: FsdpFiles(path.parent).manifest())
+
+    return run
+
+
+def pickle_spots(path: Path) -> list[int]:
+    """Positions of the pickle and of the archive's directory in a shard."""
+    with zipfile.ZipFile(path) as archive:
+        record = next(r for r in archive.infolist() if r.filename.endswith("data.pkl"))
+        begin = record.header_offset
+        return [*range(begin, begin + record.file_size + 90), *range(archive.start_dir, path.stat().st_size)]
+
+
+def fuzz(folder: Path, made: Path, examples: int) -> None:
+    config = json.loads((made / "actor/huggingface/config.json").read_text())
+    fuzz_headers(examples)(folder)
+    fuzz_json(examples)(folder)
+    fuzz_config(examples // 4)(folder, config)
+    path = rank_file(made, 0)
+    fuzz_shards(examples // 2)(path, path.read_bytes(), pickle_spots(path))
+
+
+def test_fuzzing(own_checkpoint, tmp_path):
+    fuzz(tmp_path, own_checkpoint("even"), 60)
+
+
+@pytest.mark.full
+def test_fuzzing_for_long(own_checkpoint, tmp_path):
+    fuzz(tmp_path, own_checkpoint("even"), int(os.environ.get("AUTOEXPORT_FUZZ_EXAMPLES", "4000")))

@@ -1,0 +1,48 @@
+"""Small files that somebody else may have written; standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 64 << 20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; ValueError says what is wrong with the file, OSError that it cannot be read."""
+    # O_NONBLOCK: a FIFO of this name must not hang the reader.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("not a regular file")
+        if info.st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{info.st_size} bytes, more than the {MAX_JSON_BYTES} that such a file may have")
+        raw = file.read(MAX_JSON_BYTES + 1)
+    return parse_json(raw)
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw`; ValueError says what is wrong with it."""
+    try:
+        data = json.loads(raw)
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+    except ValueError as e:
+        raise ValueError(f"not JSON: {e}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether `name` is that of a file in its directory, and leads nowhere else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and len(name) < 256 and not {"/", "\\", "\0"} & {*name}
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole number from 0 on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
