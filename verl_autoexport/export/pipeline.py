@@ -28,8 +28,10 @@ from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
 from verl_autoexport.export.writer import drop_cache
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.registry.twins import Twins, find_twins, link_twin
+from verl_autoexport.sources.base import ShardSource
 from verl_autoexport.sources.fsdp_files import FsdpFiles
 from verl_autoexport.sources.safetensors_files import INDEX_NAME
+from verl_autoexport.untrusted import is_plain_name
 
 RECORD_NAME = "export.json"
 VERIFYING = "verifying"
@@ -155,12 +157,7 @@ def run_export(
         timings["hand_over"] = spec.hand_over_s
     with _timed(timings, "gather"):
         progress.stage("reading shards")
-        source = spec.source or FsdpFiles(spec.checkpoint)
-        if spec.fingerprint and source.fingerprint != spec.fingerprint:
-            raise SourceError(
-                f"{spec.checkpoint}: the shards are no longer those of step {spec.step} as it was chosen: fingerprint "
-                f"{spec.fingerprint} expected, {source.fingerprint} found. The step was saved again meanwhile."
-            )
+        source = _open_source(spec)
         manifest = source.manifest()
         planned = plan_model(spec, manifest)
         _check_space(target, planned.plan)
@@ -185,6 +182,16 @@ def run_export(
     )
 
 
+def _open_source(spec: ExportSpec) -> ShardSource:
+    source = spec.source or FsdpFiles(spec.checkpoint)
+    if spec.fingerprint and source.fingerprint != spec.fingerprint:
+        raise SourceError(
+            f"{spec.checkpoint}: the shards are no longer those of step {spec.step} as it was chosen: fingerprint "
+            f"{spec.fingerprint} expected, {source.fingerprint} found. The step was saved again meanwhile."
+        )
+    return source
+
+
 def _jobs(spec: ExportSpec, planned: Planned, target: Path) -> list[MergeJob]:
     jobs = []
     read_again = spec.verify.load is not False and planned.plan.nbytes <= spec.verify.max_memory
@@ -201,9 +208,9 @@ def _kept_apart(versions: Sequence[Version]) -> frozenset[str]:
     """Names on disk that the newest version has in files of their own: later ones share them."""
     names: set[str] = set()
     for file in versions[-1].record.files if versions else ():
-        if file.get("apart"):
+        if file.get("apart") and is_plain_name(file.get("name")):
             with suppress(VerifyError):  # damaged since: then there is nothing to share
-                names |= verify.read_header(versions[-1].path / str(file["name"])).keys() - {"__metadata__"}
+                names |= verify.read_header(versions[-1].path / file["name"]).keys() - {"__metadata__"}
     return frozenset(names)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from verl_autoexport.registry.files import temp_path
 from verl_autoexport.registry.versions import Version
+from verl_autoexport.untrusted import is_plain_name
 
 MIN_BYTES = 1 << 20
 """Smaller files are not worth a link."""
@@ -25,7 +26,7 @@ def find_twins(versions: Iterable[Version]) -> dict[tuple[str, int], Path]:
     for version in sorted(versions, key=lambda v: v.number):
         for file in version.record.files:
             name, size, digest = (file.get(key) for key in ("name", "bytes", "sha256"))
-            if isinstance(name, str) and isinstance(size, int) and size >= MIN_BYTES and isinstance(digest, str):
+            if is_plain_name(name) and isinstance(size, int) and size >= MIN_BYTES and isinstance(digest, str):
                 found[digest, size] = version.path / name
     return found
 
