@@ -335,6 +335,7 @@ def fuzz_config(examples: int) -> Callable[..., None]:
 
     @settings(max_examples=examples, **QUIET)
     @given(st.dictionaries(keys, JSON | st.integers(-2, 300), max_size=4))
+    @example({"rope_parameters": None, "dtype": None, "auto_map": [None]})
     def run(folder: Path, good: dict[str, Any], value: dict[str, Any]) -> None:
         (folder / "config.json").write_text(json.dumps(good | value))
         only_errors_of_ours(lambda: naming.build_skeleton(folder, "bfloat16"))

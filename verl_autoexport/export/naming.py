@@ -47,6 +47,8 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
         detail = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         hint = _TRUST if "custom code" in detail else ""
         raise PlanError(f"{directory / 'config.json'}: transformers cannot read it: {detail}{hint}") from e
+    if not isinstance(getattr(config, "auto_map", None) or {}, Mapping):
+        raise PlanError(f"{directory / 'config.json'}: auto_map={config.auto_map!r:.100}: expected an object.")
     if not config.architectures:
         raise PlanError(f"{directory / 'config.json'}: `architectures` is missing; expected the model class's name.")
     return config
