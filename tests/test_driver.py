@@ -233,6 +233,7 @@ def test_what_retention_removed_is_neither_exported_again_nor_forgotten_by_the_t
         "pin": str(run.root / "none"),
     }
     again = ray.get(run.driver.actor.export.remote({**request, "time": 1.0}))
+    assert again["status"] == "published", again
     assert (again["status"], again["version"]) == ("published", "v0001-step1"), "as Ray asks again after a crash"
     run.step(4, 0.6)
     run.finish(False)
