@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,11 @@ Outcome = dict[str, Any]
 
 @dataclass
 class _Job:
+    """`noted`: the journal knows that it was asked for; it is neither begun nor dropped before."""
+
     request: Mapping[str, Any]
-    done: Future[Outcome]
+    done: Future[Outcome] = field(default_factory=Future)
+    noted: threading.Event = field(default_factory=threading.Event)
 
     @property
     def droppable(self) -> bool:
@@ -78,19 +81,22 @@ class ExportActor:
 
     def export(self, request: Mapping[str, Any]) -> Outcome:
         """Queue one chosen step and wait for its outcome; `request` is what `driver` wrote into the pin."""
-        job = _Job(request, Future())
+        job = _Job(request)
         if live := request.get("live"):
             self.deliveries.ask(live["id"])
-        self._bounded(f"noting step {request['step']}", self._note_asked, request)
         with self.changed:  # never held while a file system may hang
             self.waiting.append(job)
             self.waiting.sort(key=lambda j: j.request["step"])  # Ray may start concurrent calls in any order
             surplus = self._surplus()
             if surplus is not None:
                 self.waiting.remove(surplus[0])
-            self.changed.notify()
+        self._bounded(f"noting step {request['step']}", self._note_asked, request)
+        with self.changed:
+            job.noted.set()
+            self.changed.notify_all()
         if surplus is not None:
             dropped, reason = surplus
+            dropped.noted.wait()
             dropped.done.set_result(self._settle(dropped.request, "dropped", reason))
         return job.done.result()
 
@@ -138,7 +144,7 @@ class ExportActor:
     def _work(self) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.waiting)
+                self.changed.wait_for(lambda: self.waiting and self.waiting[0].noted.is_set())
                 job = self.waiting.pop(0)
                 self.running = 1
             outcome = self._supervised(job.request)
