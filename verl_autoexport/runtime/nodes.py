@@ -49,9 +49,6 @@ class Part:
 class NodeFiles:
     """An actor on one node, for what is on its disks. All methods but `about` raise SourceError."""
 
-    def __init__(self) -> None:
-        self.fds: dict[str, int] = {}
-
     def about(self) -> tuple[str, dict[str, str | None]]:
         return socket.gethostname(), versions()
 
@@ -68,14 +65,13 @@ class NodeFiles:
         return {rank: read_rank_file(path, rank) for rank, path in files.items()}
 
     def read(self, path: Path, offset: int, nbytes: int) -> np.ndarray:
-        key, block, done = str(path), np.empty(nbytes, dtype=np.uint8), 0
+        block, done = np.empty(nbytes, dtype=np.uint8), 0
         try:
-            if key not in self.fds:
-                self.fds[key] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            while done < nbytes:
-                if not (n := os.preadv(self.fds[key], [block[done:]], offset + done)):
-                    raise SourceError(f"{path}: ends at byte {offset + done}; it was truncated while being exported.")
-                done += n
+            with path.open("rb", buffering=0) as file:  # not kept open: that would keep the space of a removed file
+                while done < nbytes:
+                    if not (n := os.preadv(file.fileno(), [block[done:]], offset + done)):
+                        raise SourceError(f"{path}: ends at byte {offset + done}; it was truncated meanwhile.")
+                    done += n
         except OSError as e:
             raise SourceError(f"{path}: cannot be read: {e.strerror}.") from e
         return block
@@ -104,8 +100,6 @@ class NodeFiles:
         return pins.link_files(part.directory, paths, Path(pin)) if paths else True
 
     def release(self, pin: str) -> None:
-        for path in [p for p in self.fds if Path(p).is_relative_to(pin)]:
-            os.close(self.fds.pop(path))
         pins.release(Path(pin))
 
     def release_others(self, checkpoints: str, names: Sequence[str]) -> None:
