@@ -94,6 +94,10 @@ def test_every_n_steps_does_not_lose_an_interval_over_a_resume():
         (60, 1100.0, [fired(1, "every_seconds", "failed", time=1041.0)], "100 s since the start (every 60 s)"),
         (60, 1100.0, [fired(1, "on_save", time=1041.0)], "100 s since the start (every 60 s)"),
         (0.5, 1001.0, [fired(1, "every_seconds", time=900.0)], "101 s since the last one (every 0.5 s)"),
+        # the clock was set back after the last one, after the start
+        (60, 1100.0, [fired(1, "every_seconds", time=9000.0)], "60 s since the last one (every 60 s)"),
+        (60, 1100.0, [fired(t, "every_seconds", time=t) for t in (1090, 9000)], None),
+        (60, 500.0, [], "60 s since the start (every 60 s)"),
     ],
 )
 def test_every_seconds(seconds, time, history, expected):

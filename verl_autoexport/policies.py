@@ -74,7 +74,9 @@ class EverySeconds:
 
     def decide(self, event: StepEvent, history: Sequence[Milestone], start: RunStart) -> Trigger | None:
         fired = [m.time for m, _ in _fired(history, "every_seconds")]
-        passed = event.time - max(fired, default=start.time)
+        # What lies in the future was noted before the clock was set back: one milestone too early, not none for hours.
+        known = [t for t in (fired or [start.time]) if t <= event.time]
+        passed = event.time - max(known, default=event.time - self.seconds)
         if passed < self.seconds:
             return None
         since = "the last one" if fired else "the start"
