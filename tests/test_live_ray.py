@@ -215,7 +215,15 @@ def test_a_worker_dies_with_blocks_that_nobody_has_read(cluster, start):
 def test_a_dead_worker_is_not_waited_for(cluster):
     workers, deliveries = make_workers(), Deliveries()
     layouts = ray.put([Layout(rank, (), ()) for rank in range(WORLD)])
-    live = {"id": "x", "layouts": layouts, "workers": workers, "directory": ".", "backend": "", "captured": 0.0}
+    live = {
+        "id": "x",
+        "layouts": layouts,
+        "workers": workers,
+        "nodes": ["n"] * WORLD,
+        "directory": ".",
+        "backend": "",
+        "captured": 0.0,
+    }
     ray.get(workers[1].pid.remote())
     ray.kill(workers[1])
     deliveries.ask("x")

@@ -21,14 +21,14 @@ _UNASKED_S = 60.0  # a snapshot whose export nobody asks for is not kept longer;
 
 
 class RayBlock:
-    """A block in Ray's object store, kept as long as someone holds it. Once viewed it stays mapped."""
+    """A block in the object store of `node`, kept as long as someone holds it. Once read it stays mapped."""
 
-    def __init__(self, ref: Any) -> None:
-        self.ref = ref
+    def __init__(self, ref: Any, node: str | None = None) -> None:
+        self.ref, self.node = ref, node
         self.seen: memoryview | None = None
 
-    def __reduce__(self) -> tuple[type[RayBlock], tuple[Any]]:
-        return RayBlock, (self.ref,)
+    def __reduce__(self) -> tuple[type[RayBlock], tuple[Any, ...]]:
+        return RayBlock, (self.ref, self.node)
 
     def read(self, into: memoryview, offset: int) -> None:
         if self.seen is None:
@@ -53,9 +53,10 @@ class Snapshot:
     ) -> None:
         self.directory, self.fingerprint, self.backend = Path(live["directory"]), live["id"], live["backend"]
         self.layouts, self.refs, self.hand_over_s = layouts, refs, hand_over_s
+        self.nodes: Sequence[str] = live["nodes"]  # by rank: a worker's blocks are in the store of its own node
 
     def manifest(self) -> ShardManifest:
-        files = [[RayBlock(ref) for ref in self.refs[layout.rank]] for layout in self.layouts]
+        files = [[RayBlock(ref, self.nodes[at.rank]) for ref in self.refs[at.rank]] for at in self.layouts]
         return make_manifest(self.layouts, files, self.backend, self.fingerprint)
 
     def check_sums(self) -> None:

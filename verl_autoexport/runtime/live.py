@@ -84,7 +84,7 @@ class LiveSource:
             raise
         return {
             "id": ident, "layouts": self.known, "backend": self.backend, "directory": str(self.directory),
-            "captured": time.time(), "workers": self.workers,
+            "captured": time.time(), "workers": self.workers, "nodes": self.nodes,
         }  # fmt: skip
 
     def _call(self, function: Callable[..., Any], *args: Any, timeout_s: float) -> list[Any]:
