@@ -1,0 +1,153 @@
+"""One planned file to bytes on disk: what the kernel copies, what fails on the way, what stays in the page cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from verl_autoexport.errors import MergeError
+from verl_autoexport.export.merge import MergeJob
+from verl_autoexport.export.pipeline import LocalRunner
+from verl_autoexport.export.plan import Output, make_plan, whole
+from verl_autoexport.sources.base import Shard, ShardManifest, TensorEntry, check_coverage
+from verl_autoexport.sources.safetensors_files import model_files
+
+ROWS, COLUMNS, BEFORE = 1536, 640, 100  # 3.9 MB of float32, each part behind some other bytes in its file
+
+
+@pytest.fixture
+def values() -> torch.Tensor:
+    return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """The real `os.copy_file_range`, noting the bytes of every call that succeeded."""
+    real, found = os.copy_file_range, []
+
+    def copy(*args):
+        found.append(real(*args))
+        return found[-1]
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    return found
+
+
+def manifest(values: torch.Tensor, folders: list[Path], dim: int = 0) -> ShardManifest:
+    """`values` in as many parts as folders."""
+    files, shards, start = [], [], 0
+    for rank, (part, folder) in enumerate(zip(values.chunk(len(folders), dim), folders, strict=True)):
+        files.append(folder / f"{rank}.bin")
+        files[-1].write_bytes(os.urandom(BEFORE) + part.contiguous().numpy().tobytes())
+        offsets = (start, 0) if dim == 0 else (0, start)
+        shards.append(Shard(rank, offsets, tuple(part.shape), rank, BEFORE))
+        start += part.shape[dim]
+    entry = TensorEntry("w", str(values.dtype).removeprefix("torch."), tuple(values.shape), tuple(shards))
+    check_coverage(entry)
+    return ShardManifest(tuple(files), {"w": entry}, len(folders), "fsdp2", "")
+
+
+def merge(source: ShardManifest, path: Path, dtype: str = "float32", **how) -> torch.Tensor:
+    shape = source.tensors["w"].shape
+    plan = make_plan(source, [Output("w", shape, dtype, whole("w", shape))], 10**9)
+    written = MergeJob(plan.files[0], source, path, 1 << 20, **how).run()
+    content = path.read_bytes()
+    assert (written.sha256, written.nbytes) == (hashlib.sha256(content).hexdigest(), len(content))
+    (entry,) = model_files(path.parent).tensors.values()
+    data = bytearray(content[entry.shards[0].byte_offset :])
+    return torch.frombuffer(data, dtype=getattr(torch, dtype)).view(shape)
+
+
+def test_the_kernel_copies_what_needs_no_change(values, tmp_path, calls):
+    source = manifest(values, [tmp_path] * 3)
+    assert torch.equal(merge(source, tmp_path / "model.safetensors"), values)
+    assert sum(calls) == values.nbytes
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(1, "float32"), (0, "bfloat16")])
+def test_what_is_cut_or_cast_is_not_copied(values, tmp_path, calls, dim, dtype):
+    source = manifest(values, [tmp_path] * 3, dim)
+    assert torch.equal(merge(source, tmp_path / "model.safetensors", dtype), values.to(getattr(torch, dtype)))
+    assert calls == []
+
+
+def test_a_part_that_cannot_be_copied_is_read(values, tmp_path, monkeypatch):
+    """The second of two parts lies where the kernel does not copy from: the first one is written over."""
+    source, real = manifest(values, [tmp_path] * 2), os.copy_file_range
+    second = source.files[1].stat().st_ino
+
+    def copy(from_, to, *args):
+        if os.fstat(from_).st_ino == second:
+            return real(from_, os.pipe()[1], *args)  # EINVAL, from the kernel itself
+        return real(from_, to, *args)
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    assert torch.equal(merge(source, tmp_path / "model.safetensors"), values)
+
+
+def test_across_file_systems(values, tmp_path):
+    folder = Path("/dev/shm") / f"merge-{os.getpid()}"
+    folder.mkdir()
+    try:
+        assert torch.equal(merge(manifest(values, [folder, tmp_path]), tmp_path / "model.safetensors"), values)
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_nan_among_copied_bytes_is_refused(values, tmp_path, calls):
+    values[700, 5] = float("nan")
+    with pytest.raises(MergeError, match="w: 1 NaN and 0 Inf values"):
+        merge(manifest(values, [tmp_path] * 2), tmp_path / "model.safetensors")
+    assert calls
+
+
+def test_a_source_cut_short_while_it_is_copied(values, tmp_path):
+    source = manifest(values, [tmp_path] * 2)
+    os.truncate(source.files[1], BEFORE + 10)
+    with pytest.raises(MergeError, match=r"its source ends \d+ bytes too early"):
+        merge(source, tmp_path / "model.safetensors")
+
+
+def resident(path: Path) -> float:
+    """The share of a file that is in the page cache."""
+    done = subprocess.run(
+        ["fincore", "-b", "-n", "-r", "-o", "RES,SIZE", path], capture_output=True, text=True, check=True
+    )
+    held, size = map(int, done.stdout.split())
+    return held / size
+
+
+@pytest.mark.skipif(shutil.which("fincore") is None, reason="util-linux's fincore, which looks into the page cache")
+def test_the_page_cache_is_left_to_training(values, tmp_path):
+    source = manifest(values, [tmp_path] * 2)
+    for path in source.files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # as verl's are by the time that they are exported
+    out = tmp_path / "model.safetensors"
+    merge(source, out, "bfloat16", cached=True)
+    assert min(map(resident, (*source.files, out))) > 0.9
+    out.unlink()
+    shape = source.tensors["w"].shape
+    plan = make_plan(source, [Output("w", shape, "bfloat16", whole("w", shape))], 10**9)
+    MergeJob(plan.files[0], source, out, 1 << 20, cached=False).run()
+    assert max(map(resident, (*source.files, out))) < 0.1
+
+
+def test_a_file_that_fails_ends_the_others(values, tmp_path):
+    """Of several files merged at once the error of the one that failed is told."""
+    bad = values.clone()
+    bad[0, 0] = float("inf")
+    jobs = []
+    for name, held in {"a": values, "b": bad, "c": values}.items():
+        (tmp_path / name).mkdir()
+        source = manifest(held, [tmp_path / name])
+        plan = make_plan(source, [Output("w", (ROWS, COLUMNS), "bfloat16", whole("w", (ROWS, COLUMNS)))], 10**9)
+        jobs.append(MergeJob(plan.files[0], source, tmp_path / name / "out", 1 << 20))
+    with pytest.raises(MergeError, match="w: 0 NaN and 1 Inf values"):
+        LocalRunner(2).run(jobs, lambda nbytes: None)
