@@ -455,6 +455,7 @@ PRIVATE = {  # name → where it must be, and the module here that uses it
     "_cdata": ("torch:UntypedStorage", "export/layout.py"),
     "_schema": ("torch:ops.aten.clone.default", "export/layout.py"),
     "_non_persistent_buffers_set": ("torch.nn:Identity", "sources/live.py"),
+    "_parameters": ("torch.nn:Identity", "sources/live.py"),
 }
 """Private names of torch and transformers that the package uses, but for those of FSDP1's flat parameters."""
 IMPORTED = {
@@ -470,7 +471,7 @@ IMPORTED = {
 def test_private_names_are_where_they_are_looked_for(name: str) -> None:
     place, user = PRIVATE[name]
     owner = pkgutil.resolve_name(place)
-    owner = owner() if name == "_non_persistent_buffers_set" else owner  # set by the constructor
+    owner = owner() if name in ("_non_persistent_buffers_set", "_parameters") else owner  # set by the constructor
     assert hasattr(owner, name), f"{place}.{name} is gone; {user} needs it"
 
 

@@ -397,4 +397,4 @@ class Registry:
         for path, reason in self.invalid():
             if path.name == spec:
                 return f"{path} is no valid version: {reason}"
-        return f"{self.root}: no version {spec!r}; there is {pointers.listing(versions)}"
+        return f"{self.root}: no version {spec!r:.200}; there is {pointers.listing(versions)}"
