@@ -93,6 +93,7 @@ class Cluster:
             if process.poll() is None:
                 self.kill(rank)
         ray.shutdown()
+        shutil.rmtree(f"/tmp/nodes-{os.getpid()}", ignore_errors=True)
 
 
 @ray.remote(num_cpus=0)

@@ -82,5 +82,5 @@ def _shards(
         shape = list(parameter.shape)
         shape[d] = min(step, parameter.shape[d] - start)
         numel = int(torch.Size(shape).numel())
-        values = noise.repeat(-(-numel // len(noise)))[:numel].view(shape)
+        values = noise.repeat(-(-numel // len(noise)))[:numel].clone().view(shape)  # torch.save writes whole storages
         yield name, parameter, d, [start if i == d else 0 for i in range(len(shape))], values

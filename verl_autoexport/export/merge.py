@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -66,7 +67,8 @@ class MergeJob:
         errors, SourceError when a shard is shorter than it was.
         """
         # Two output blocks (one is written while the next is filled) and two for reading, of at most 4x the width.
-        block = max(4096, min(MAX_BLOCK, self.memory_budget // 8))
+        largest = max((getattr(file, "block", MAX_BLOCK) for file in self.manifest.files), default=MAX_BLOCK)
+        block = max(4096, min(largest, self.memory_budget // 8))
         ring = cycle([torch.empty(block, dtype=torch.uint8) for _ in range(2)])
         with ShardReader(self.manifest, self.cached) as reader, FileWriter(self.path, self.cached) as writer:
             source = _Source(reader, self.planned)
@@ -81,6 +83,17 @@ class MergeJob:
             raise MergeError(f"{self.path}: {size} bytes written, {self.planned.nbytes} planned; please report this.")
         trained, changed = frozenset(source.trained), frozenset(source.changed)
         return WrittenFile(self.planned.name, size, digest, trained, changed, self.planned.apart)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Torch's own threads wait actively, on the cores that hashing and writing need; those of one merge are enough."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Source:

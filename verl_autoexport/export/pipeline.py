@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, SourceError, VerifyError
 from verl_autoexport.events import ExportRecord
 from verl_autoexport.export import assets, lora, naming, peft_config, verify
-from verl_autoexport.export.merge import MergeJob, WrittenFile
+from verl_autoexport.export.merge import MergeJob, WrittenFile, one_torch_thread
 from verl_autoexport.export.model import ADAPTER_FOLDER, Planned, plan_model
 from verl_autoexport.export.plan import MergePlan
 from verl_autoexport.export.record import make_record
@@ -52,8 +52,12 @@ class LocalRunner:
         self.workers = workers or min(4, os.cpu_count() or 1)
 
     def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]:
-        if min(self.workers, len(jobs)) == 1:
-            return [job.run(progress) for job in jobs]
+        with one_torch_thread():
+            if min(self.workers, len(jobs)) == 1:
+                return [job.run(progress) for job in jobs]
+            return self._run_threads(jobs, progress)
+
+    def _run_threads(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]:
         lock, failed = Lock(), Event()
 
         def advance(nbytes: int) -> None:

@@ -289,6 +289,9 @@ def _one_of_each(directory: Path, parts: Mapping[str, Part], hosts: Mapping[int,
 class RemoteFile:
     """A rank file of `size` bytes on the disk of `node`; the block after the one that is read is asked for with it."""
 
+    block = 16 << 20
+    """Bytes to read at a time: each costs a round trip."""
+
     def __init__(self, server: Any, node: str, path: Path, size: int, what: str) -> None:
         self.server, self.node, self.path, self.size, self.what = server, node, path, size, what
         self.ahead: tuple[int, int, Any] | None = None

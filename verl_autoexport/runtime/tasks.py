@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_autoexport import __version__
 from verl_autoexport.errors import MergeError
-from verl_autoexport.export.merge import MergeJob, WrittenFile
+from verl_autoexport.export.merge import MergeJob, WrittenFile, one_torch_thread
 from verl_autoexport.sources.base import ITEMSIZE
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,8 @@ def merge_task(job: MergeJob, nonce: str, started: str, expected: dict[str, str 
     except FileExistsError:
         raise Lost("its worker was killed, for memory or from outside") from None
     try:
-        return job.run()
+        with one_torch_thread():
+            return job.run()
     finally:  # an error's traceback may keep the job for as long as this process lives
         for file in job.manifest.files:
             if not isinstance(file, Path):
