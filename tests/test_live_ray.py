@@ -175,7 +175,8 @@ def test_with_auto_a_step_that_verl_saves_is_exported_from_its_checkpoint(worker
     driver.drain(120)
     kinds = {v.step: (v.record.source["kind"], v.record.verification["structure"]["status"]) for v in versions(driver)}
     assert kinds == {1: ("live", "passed"), 2: ("checkpoint", "passed"), 3: ("live", "passed")}
-    assert [v.step for v in versions(driver)] == [1, 2, 3], "each of them once"
+    # In which order depends on what is at hand first: a checkpoint need not be handed over.
+    assert sorted(v.step for v in versions(driver)) == [1, 2, 3], "each of them once"
     found = values(driver)
     assert (found[1], found[3]) == ({1.0}, {3.0})
     assert len(found[2]) > 100
