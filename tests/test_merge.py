@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -68,6 +69,48 @@ def test_the_kernel_copies_what_needs_no_change(values, tmp_path, calls):
     source = manifest(values, [tmp_path] * 3)
     assert torch.equal(merge(source, tmp_path / "model.safetensors"), values)
     assert sum(calls) == values.nbytes
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(0, "float32"), (1, "float32"), (0, "bfloat16"), (1, "float16")])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_share_a_file(values, tmp_path, dim, dtype, threads):
+    """The file and its hash are the same; blocks are small, so that all have many turns."""
+    source = manifest(values, [tmp_path] * 3, dim)
+    found = merge(source, tmp_path / "model.safetensors", dtype, threads=threads)
+    assert torch.equal(found, values.to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_first_error_is_told(values, tmp_path, threads):
+    values[700, 5] = float("inf")
+    with pytest.raises(MergeError, match="w: 0 NaN and 1 Inf values"):
+        merge(manifest(values, [tmp_path] * 2, 1), tmp_path / "model.safetensors", threads=threads)
+
+
+def test_progress_that_raises_ends_all_threads(values, tmp_path):
+    source = manifest(values, [tmp_path] * 2)
+    plan = make_plan(source, [Output("w", (ROWS, COLUMNS), "bfloat16", whole("w", (ROWS, COLUMNS)))], 10**9)
+    seen: list[int] = []
+
+    def progress(nbytes: int) -> None:
+        seen.append(nbytes)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    job = MergeJob(plan.files[0], source, tmp_path / "out", 1 << 20, threads=4)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(progress)
+    assert len(seen) < 3 + 4, "each may have been in the middle of one block"
+
+
+def test_more_ranks_than_files_may_be_open(values, tmp_path):
+    source = manifest(values, [tmp_path] * 640, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (600, hard))
+    try:
+        assert torch.equal(merge(source, tmp_path / "model.safetensors"), values)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize(("dim", "dtype"), [(1, "float32"), (0, "bfloat16")])

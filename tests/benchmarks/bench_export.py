@@ -60,10 +60,10 @@ def _row(case: tuple[str, int, int, str], work: Path, repeat: int) -> list[str]:
     merger = ["-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", source, "--target_dir", out]
     export = ["-m", "verl_autoexport", "export", source, "--output", out, "--no-verify"]
     runs: dict[str, Callable[[], float]] = {
-        "bare": lambda: float(_python("merge", source, out, "bare", "1")),
+        "bare": lambda: float(_python("merge", source, out, "bare")),
         "cp": lambda: _timed("cp", kept, copy),
         "disk": lambda: _timed("dd", "if=/dev/zero", f"of={work / 'zeros'}", "bs=16M", f"count={count}", "conv=fsync"),
-        "all": lambda: float(_python("merge", source, out, "all", "1")),
+        "all": lambda: float(_python("merge", source, out, "all")),
         "three": lambda: _timed(
             "bash", "-c", f"cp {kept} {work / 'copy'} && sync -f {work / 'copy'} && sha256sum {kept}"
         ),
@@ -72,7 +72,7 @@ def _row(case: tuple[str, int, int, str], work: Path, repeat: int) -> list[str]:
         runs["dcp"] = lambda: float(_python("dcp", work / "dcp", out))
     found: dict[str, list[float]] = {}
     memory: dict[str, list[float]] = {}
-    _python("merge", source, work / "first", "bare", "1")
+    _python("merge", source, work / "first", "bare")
     (work / "first/model.safetensors").rename(kept)
     nbytes = kept.stat().st_size
     count = nbytes // (16 << 20)
@@ -96,16 +96,16 @@ def _row(case: tuple[str, int, int, str], work: Path, repeat: int) -> list[str]:
 
 
 def _two_workers(repeat: int) -> str:
-    """One file and two, merged by one worker and two, in memory."""
+    """Two files in memory, merged by one worker and two, of one thread each."""
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix=".bench-") as work:
         source, found = Path(work) / "actor", {"1": [], "2": []}
         _python("make", source, "0.45 B", 4, 0, "float32")
         for _ in range(repeat):
             for workers, seconds in found.items():
-                seconds.append(float(_python("merge", source, Path(work) / "out", "all", workers)))
+                seconds.append(float(_python("merge", source, Path(work) / "out", "all", workers, 1)))
                 _clean(Path(work) / "out")
     one, two = (statistics.median(seconds) for seconds in found.values())
-    return f"0.45 B in two files on tmpfs: one worker {one:.2f} s, two workers {two:.2f} s: {one / two:.2f} x"
+    return f"0.45 B in two files on tmpfs: one worker of one thread {one:.2f} s, two {two:.2f} s: {one / two:.2f} x"
 
 
 def _child(what: str, *args: str) -> float | str:
@@ -120,31 +120,35 @@ def _child(what: str, *args: str) -> float | str:
         return ""
     if what == "dcp":
         return _consolidate(Path(args[0]), Path(args[1]))
-    return _merge(Path(args[0]), Path(args[1]), args[2] == "bare", int(args[3]))
+    return _merge(Path(args[0]), Path(args[1]), args[2] == "bare", *(int(n) for n in args[3:]))
 
 
-def _merge(source: Path, out: Path, bare: bool, workers: int) -> float:
-    """The merge alone; `bare`: without hash and fsync. More than one file only for more than one worker."""
+def _merge(source: Path, out: Path, bare: bool, workers: int = 1, threads: int | None = None) -> float:
+    """The merge alone; `bare`: without hash and fsync. Several files only where the threads are given."""
     from verl_autoexport.export import merge, pipeline
     from verl_autoexport.export.model import plan_model
     from verl_autoexport.export.spec import checkpoint_spec
     from verl_autoexport.sources.fsdp_files import FsdpFiles
 
-    class Bare(merge.FileWriter):
-        def _hash(self, data: bytes | memoryview) -> None:
+    class NoHash:
+        def update(self, data: bytes | memoryview) -> None:
             pass
 
-        def finish(self) -> tuple[str, int]:
-            self._wait()
-            return "", self.size
+    class Bare(merge.FileWriter):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            self.digest = NoHash()
 
-    spec = checkpoint_spec(source, verify=False, max_shard_size="480MB" if "shm" in str(out) else "50GB")
+        def finish(self) -> tuple[str, int]:
+            return "", self.hashed
+
+    spec = checkpoint_spec(source, verify=False, max_shard_size="480MB" if threads else "50GB")
     out.mkdir()
     jobs = pipeline._jobs(spec, plan_model(spec, FsdpFiles(source).manifest()), out)
     if bare:
         merge.FileWriter = Bare
     start = time.perf_counter()
-    pipeline.LocalRunner(workers).run(jobs, lambda nbytes: None)
+    pipeline.LocalRunner(workers, threads).run(jobs, lambda nbytes: None)
     return time.perf_counter() - start
 
 

@@ -155,7 +155,7 @@ def instrument(killer: Killer) -> None:
 
     for owner, name, phase in (
         (pins, "make_pin", "pin"), (pins, "choose", "pin"), (staging, "create", "stage"),
-        (merge.MergeJob, "run", "write"), (merge.FileWriter, "_write", "write"), (pipeline, "_write_beside", "write"),
+        (merge.MergeJob, "run", "write"), (merge.FileWriter, "write", "write"), (pipeline, "_write_beside", "write"),
         (pipeline, "_verify", "verify"), (pipeline, "make_record", "verify"), (Registry, "publish", "publish"),
         (Registry, "_book", "pointers"), (Registry, "prune", "retention"),
     ):  # fmt: skip

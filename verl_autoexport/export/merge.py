@@ -2,17 +2,18 @@
 
 The output is produced front to back in blocks that are contiguous on disk, so that it can
 be hashed as it is written; of each shard the part that falls into the block is read by
-position.
+position. A block stays in the processor's cache from the cast to the hash.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -26,6 +27,7 @@ from verl_autoexport.sources.tiling import Index
 
 Progress = Callable[[int], None]
 _WORTH_A_COPY = 1 << 20  # bytes; below that a system call costs more than it saves
+_COPIED_AT_ONCE = 16 << 20  # bytes; more would make the other threads wait for their turn
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class MergeJob:
     path: Path
     memory_budget: int
     cached: bool = True
+    threads: int = 1
 
     def run(self, progress: Progress = lambda nbytes: None) -> WrittenFile:
         """Write the file (which must not exist) and fsync it; `progress` is called with the bytes of each block.
@@ -66,23 +69,115 @@ class MergeJob:
         Raises MergeError (tensor named) for NaN, Inf or an overflow in the cast and for write
         errors, SourceError when a shard is shorter than it was.
         """
-        # Two output blocks (one is written while the next is filled) and two for reading, of at most 4x the width.
+        threads = 1 if self.planned.fusions else self.threads  # each would fuse the same tensor
+        # Each thread has an output block and, of at most 4x the width, what is read for it.
         largest = max((getattr(file, "block", MAX_BLOCK) for file in self.manifest.files), default=MAX_BLOCK)
-        block = max(4096, min(largest, self.memory_budget // 8))
-        ring = cycle([torch.empty(block, dtype=torch.uint8) for _ in range(2)])
-        with ShardReader(self.manifest, self.cached) as reader, FileWriter(self.path, self.cached) as writer:
-            source = _Source(reader, self.planned)
-            writer.write(self.planned.header)
-            for output in self.planned.outputs:
-                copied = _copy(output, source, writer)
-                for data in _blocks(output, copied or source, self.manifest, ring, block):
-                    (writer.hashed if copied else writer.write)(data)
-                    progress(len(data))
+        block = max(4096, min(largest, self.memory_budget // (8 * threads)))
+        with FileWriter(self.path, self.cached) as writer:
+            writer.write(self.planned.header, 0)
+            writer.hash(self.planned.header, 0)
+            work = _Work(self, writer, block, progress)
+            if threads == 1:
+                work.do()
+            else:
+                work.share(threads)
             digest, size = writer.finish()
         if size != self.planned.nbytes:
             raise MergeError(f"{self.path}: {size} bytes written, {self.planned.nbytes} planned; please report this.")
-        trained, changed = frozenset(source.trained), frozenset(source.changed)
+        trained, changed = frozenset(work.trained), frozenset(work.changed)
         return WrittenFile(self.planned.name, size, digest, trained, changed, self.planned.apart)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A box of an output, contiguous from the byte `at` of the file on; `copied`: the kernel may copy its bytes."""
+
+    output: Output
+    offsets: Index
+    shape: Index
+    at: int
+    copied: bool
+
+
+class _Work:
+    """The spans of a file in order, for several threads: while one hashes its block, others fill theirs."""
+
+    def __init__(self, job: MergeJob, writer: FileWriter, block: int, progress: Progress) -> None:
+        self.job, self.writer, self.block, self.progress = job, writer, block, progress
+        self.spans = self._spans()
+        self.lock = Lock()
+        self.trained: set[str] = set()
+        self.changed: set[str] = set()
+
+    def share(self, threads: int) -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            running = [pool.submit(self.do) for _ in range(threads)]
+            try:
+                for future in running:
+                    future.result()
+            except BaseException as e:  # also one that ends the process: the threads must end first
+                self.writer.break_off(e)
+                raise
+
+    def do(self) -> None:
+        """Fill, check, write and hash one span after the other."""
+        buffer = torch.empty(self.block, dtype=torch.uint8)
+        try:
+            with ShardReader(self.job.manifest, self.job.cached) as reader:
+                source = _Source(reader, self.job.planned, self)
+                while span := self._next():
+                    self._write(span, source, buffer)
+        except BaseException as e:
+            self.writer.break_off(e)
+            raise
+
+    def _next(self) -> _Span | None:
+        with self.lock:
+            return next(self.spans, None)
+
+    def _spans(self) -> Iterator[_Span]:
+        at = len(self.job.planned.header)
+        for output in self.job.planned.outputs:
+            copied = self._unchanged(output)
+            size, most = ITEMSIZE[output.dtype], _COPIED_AT_ONCE if copied else self.block
+            for offsets, shape in boxes(_box_of(output), max(1, most // size)):
+                yield _Span(output, offsets, shape, at, copied)
+                at += math.prod(shape) * size
+
+    def _unchanged(self, output: Output) -> bool:
+        piece = output.pieces[0]
+        entry = self.job.manifest.tensors[piece.fqn]
+        same = output.dtype == entry.dtype == entry.value_dtype and piece.fqn not in self.job.planned.fusions
+        return same and _straight(output) and nbytes(output) >= _WORTH_A_COPY
+
+    def _write(self, span: _Span, source: _Source, buffer: torch.Tensor) -> None:
+        output, at = span.output, span.at
+        size, copied = ITEMSIZE[output.dtype], span.copied and self._copy(span, source.reader)
+        for within_span, shape in boxes(span.shape, max(1, self.block // size)):
+            out = buffer[: math.prod(shape) * size].view(getattr(torch, output.dtype)).view(shape)
+            data = as_bytes(out)
+            if copied:
+                self.writer.read_back(data, at)
+            else:
+                _fill(output, source, _sum(span.offsets, within_span), shape, out)
+            _check_finite(output, self.job.manifest, out)
+            if not copied:
+                self.writer.write(data, at)
+            self.writer.hash(data, at)
+            at += len(data)
+            with self.lock:
+                self.progress(len(data))
+
+    def _copy(self, span: _Span, reader: ShardReader) -> bool:
+        """Let the kernel copy whole rows of shards; False where that is not possible."""
+        piece, at = span.output.pieces[0], span.at
+        entry = reader.manifest.tensors[piece.fqn]
+        ranges = reader.ranges(entry, _sum(piece.offsets, span.offsets), span.shape)
+        for fd, offset, count in ranges:
+            if not self.writer.copy(fd, offset, count, at):
+                return False  # what was copied before is written over
+            at += count
+        return bool(ranges)
 
 
 @contextmanager
@@ -99,11 +194,10 @@ def one_torch_thread() -> Iterator[None]:
 class _Source:
     """Source tensors as the plan wants them: from the shards, and with LoRA fused in where it says so."""
 
-    def __init__(self, reader: ShardReader, planned: PlannedFile) -> None:
+    def __init__(self, reader: ShardReader, planned: PlannedFile, work: _Work) -> None:
         self.reader = reader
         self.fusions = planned.fusions
-        self.trained: set[str] = set()
-        self.changed: set[str] = set()
+        self.work = work
         self.last: tuple[str, torch.Tensor] | None = None  # a fused tensor is read in several boxes
 
     def fill(self, fqn: str, offsets: Index, shape: Index, out: torch.Tensor) -> None:
@@ -122,56 +216,35 @@ class _Source:
         )
         fused = lora.fuse(fusion, base, a, b, magnitude).to(dtype)
         if b.any():
-            self.trained.add(fqn)
+            self.work.trained.add(fqn)
         if not torch.equal(fused, base.to(dtype)):
-            self.changed.add(fqn)
+            self.work.changed.add(fqn)
         return fused
 
 
-class _Copied:
-    """An output that the kernel copied into the file, read back from it front to back."""
-
-    def __init__(self, writer: FileWriter, position: int) -> None:
-        self.writer, self.position = writer, position
-
-    def fill(self, fqn: str, offsets: Index, shape: Index, out: torch.Tensor) -> None:
-        data = as_bytes(out)
-        self.writer.read_back(data, self.position)
-        self.position += len(data)
+def _straight(output: Output) -> bool:
+    """Whether it is a box of one source tensor, as it is there."""
+    return len(output.pieces) == 1 and output.pieces[0].in_order
 
 
-def _copy(output: Output, source: _Source, writer: FileWriter) -> _Copied | None:
-    """Where bytes need no change, let the kernel copy whole rows of shards; None where that is not possible."""
-    piece, position = output.pieces[0], writer.size
-    entry = source.reader.manifest.tensors[piece.fqn]
-    same = output.dtype == entry.dtype == entry.value_dtype and piece.fqn not in source.fusions
-    if not same or len(output.pieces) > 1 or not piece.in_order or nbytes(output) < _WORTH_A_COPY:
-        return None
-    ranges = source.reader.ranges(entry, piece.offsets, piece.shape)
-    if ranges and all(writer.copy(*where) for where in ranges):
-        return _Copied(writer, position)
-    writer.size = position  # what was copied before one could not be is written over
-    return None
+def _box_of(output: Output) -> Index:
+    return output.pieces[0].shape if _straight(output) else output.shape
 
 
-def _blocks(
-    output: Output, source: _Source | _Copied, manifest: ShardManifest, ring: Iterator[torch.Tensor], block: int
-) -> Iterator[memoryview]:
-    """The bytes of `output`, front to back. A block must be used before the one after the next is asked for."""
-    first, size = output.pieces[0], ITEMSIZE[output.dtype]
-    straight = len(output.pieces) == 1 and first.in_order
-    for offsets, shape in boxes(first.shape if straight else output.shape, block // size):
-        buffer = next(ring)  # once per block: the other one may still be being written
-        out = buffer[: math.prod(shape) * size].view(getattr(torch, output.dtype)).view(shape)
-        if straight:
-            source.fill(first.fqn, tuple(map(sum, zip(first.offsets, offsets, strict=True))), shape, out)
-        else:
-            _fill(output, source, offsets, shape, out)
-        _check_finite(output, manifest, out)
-        yield as_bytes(out)
+def _sum(a: Index, b: Index) -> Index:
+    return tuple(map(sum, zip(a, b, strict=True)))
 
 
 def _fill(output: Output, source: _Source, offsets: Index, shape: Index, out: torch.Tensor) -> None:
+    """Fill `out` with the box at `offsets` of an output."""
+    if _straight(output):
+        piece = output.pieces[0]
+        source.fill(piece.fqn, _sum(piece.offsets, offsets), shape, out)
+    else:
+        _fill_pieces(output, source, offsets, shape, out)
+
+
+def _fill_pieces(output: Output, source: _Source, offsets: Index, shape: Index, out: torch.Tensor) -> None:
     """Fill `out` with the box at `offsets` of an output that is put together of pieces, or turned."""
     filled = 0
     for piece in output.pieces:

@@ -36,6 +36,7 @@ from verl_autoexport.untrusted import is_plain_name
 RECORD_NAME = "export.json"
 VERIFYING = "verifying"
 """The stage that has a time limit of its own."""
+_THREADS = 2  # of one file: beyond that they wait for each other, to hash
 _SPARE = 64 << 20  # bytes of disk left free beyond the estimate
 
 
@@ -46,34 +47,44 @@ class MergeRunner(Protocol):
 
 
 class LocalRunner:
-    """Merges in this process, `workers` files at a time; what costs time (reading, casting, writing) needs no GIL."""
+    """Merges in this process, `workers` files at a time, each with `threads`; by default as many as there are cores.
 
-    def __init__(self, workers: int | None = None) -> None:
-        self.workers = workers or min(4, os.cpu_count() or 1)
+    What costs time (reading, casting, writing, hashing) needs no GIL.
+    """
+
+    def __init__(self, workers: int | None = None, threads: int | None = None) -> None:
+        self.cores = len(os.sched_getaffinity(0))
+        self.workers = workers or min(4, self.cores)
+        self.threads = threads
 
     def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]:
+        workers = min(self.workers, len(jobs))
+        threads = self.threads or max(1, min(_THREADS, self.cores // workers))
+        jobs = [replace(job, threads=threads) for job in jobs]
         with one_torch_thread():
-            if min(self.workers, len(jobs)) == 1:
-                return [job.run(progress) for job in jobs]
-            return self._run_threads(jobs, progress)
+            return [job.run(progress) for job in jobs] if workers == 1 else _run_beside(jobs, progress, workers)
 
-    def _run_threads(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]:
-        lock, failed = Lock(), Event()
 
-        def advance(nbytes: int) -> None:
-            with lock:
-                progress(nbytes)
-            if failed.is_set():
-                raise MergeError("given up, because another file could not be written.")
+def _run_beside(jobs: Sequence[MergeJob], progress: Callable[[int], None], workers: int) -> list[WrittenFile]:
+    lock, failed = Lock(), Event()
 
-        with ThreadPoolExecutor(min(self.workers, len(jobs))) as pool:
-            running = [pool.submit(job.run, advance) for job in jobs]
+    def advance(nbytes: int) -> None:
+        with lock:
+            progress(nbytes)
+        if failed.is_set():
+            raise MergeError("given up, because another file could not be written.")
+
+    with ThreadPoolExecutor(workers) as pool:
+        running = [pool.submit(job.run, advance) for job in jobs]
+        try:
             done, _ = wait(running, return_when=FIRST_EXCEPTION)
             if errors := [error for future in done if (error := future.exception())]:
-                failed.set()
-                pool.shutdown(wait=False, cancel_futures=True)
                 raise errors[0]
             return [future.result() for future in running]
+        except BaseException:
+            failed.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 class Progress(Protocol):

@@ -14,10 +14,11 @@ from verl_autoexport.sources.base import ITEMSIZE, Shard, ShardManifest, TensorE
 from verl_autoexport.sources.tiling import Index
 
 MAX_BLOCK = 1 << 20  # bytes; what is larger falls out of the processor's cache, and is written several times slower
+_OPEN = 256  # files at a time; a process may often have 1024
 
 
 class ShardReader:
-    """Positional reads, each file opened once. A context manager; it closes the files.
+    """Positional reads, for one thread. A context manager; it closes the files.
 
     `cached` False then lets go of the page cache of what was read.
     """
@@ -31,10 +32,14 @@ class ShardReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in self.fds.values():
-            if not self.cached:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
+        while self.fds:
+            self._close_first()
+
+    def _close_first(self) -> None:
+        fd = self.fds.pop(next(iter(self.fds)))
+        if not self.cached:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
 
     def whole(self, fqn: str) -> torch.Tensor:
         """The global tensor in the dtype that training holds it in."""
@@ -102,6 +107,8 @@ class ShardReader:
 
     def _open(self, shard: Shard, fqn: str) -> int:
         if shard.file not in self.fds:
+            if len(self.fds) == _OPEN:
+                self._close_first()
             path = self.manifest.files[shard.file]
             try:
                 self.fds[shard.file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

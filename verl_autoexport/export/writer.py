@@ -1,12 +1,12 @@
-"""One output file, written front to back and hashed as it is written."""
+"""One output file, written at any position and hashed in order as it is written."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Condition
 
 from verl_autoexport.errors import MergeError
 
@@ -16,7 +16,7 @@ _CANNOT = {errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPER
 
 
 class FileWriter:
-    """Writes and hashes blocks in order, in two threads, one block behind the caller.
+    """Writes blocks where they belong, from several threads, and hashes them in the order of the file.
 
     A context manager; `path` must not exist. `cached` False keeps the page cache free of what
     was written. Every method raises MergeError naming the file.
@@ -24,41 +24,42 @@ class FileWriter:
 
     def __init__(self, path: Path, cached: bool = True) -> None:
         self.path, self.cached = path, cached
-        self.hash = hashlib.sha256()
-        self.size = 0
-        self.advised = 0
+        self.digest = hashlib.sha256()
+        self.turn = Condition()
+        self.hashed = self.advised = 0  # bytes from the begin of the file
+        self.broken: BaseException | None = None
         self.copies = True  # until the file system says that it cannot
-        self.pending: list[Future[None]] = []
 
     def __enter__(self) -> FileWriter:
         try:
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except OSError as e:
             raise MergeError(f"{self.path}: cannot be created: {e.strerror}.") from e
-        self.pool = ThreadPoolExecutor(2)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.pool.shutdown(wait=True)
         os.close(self.fd)
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Hand over a block; `data` must not change until the next call returns."""
-        self._wait()
-        self.pending = [self.pool.submit(self._hash, data), self.pool.submit(self._write, data, self.size)]
-        self.size += len(data)
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Write a block at a byte offset; `hash` must follow for it."""
+        rest = memoryview(data)
+        try:
+            while rest:
+                n = os.pwrite(self.fd, rest, offset)
+                rest, offset = rest[n:], offset + n
+        except OSError as e:
+            raise MergeError(f"{self.path}: cannot be written: {e.strerror}.") from e
 
-    def copy(self, source: int, offset: int, nbytes: int) -> bool:
-        """Let the kernel copy bytes of an open file, unhashed: `read_back` and `hashed` must follow for all of them.
+    def copy(self, source: int, offset: int, nbytes: int, to: int) -> bool:
+        """Let the kernel copy bytes of an open file to the byte offset `to`; `read_back` and `hash` must follow.
 
         Where the file systems share blocks, or a server copies, no byte moves. False, and nothing
         done, where they cannot copy between each other.
         """
-        self._wait()
         done = 0
         while self.copies and done < nbytes:
             try:
-                n = os.copy_file_range(source, self.fd, min(_COPY, nbytes - done), offset + done, self.size + done)
+                n = os.copy_file_range(source, self.fd, min(_COPY, nbytes - done), offset + done, to + done)
             except OSError as e:
                 if e.errno not in _CANNOT or done:
                     raise MergeError(f"{self.path}: cannot be written: {e.strerror}.") from e
@@ -67,7 +68,6 @@ class FileWriter:
             if n == 0:
                 raise MergeError(f"{self.path}: its source ends {nbytes - done} bytes too early; it was truncated.")
             done += n
-        self.size += done
         return self.copies
 
     def read_back(self, into: memoryview, offset: int) -> None:
@@ -81,42 +81,36 @@ class FileWriter:
         except OSError as e:
             raise MergeError(f"{self.path}: cannot be read back: {e.strerror}.") from e
 
-    def hashed(self, data: memoryview) -> None:
-        """Hash a block that is in the file already; it must not change until the next call returns."""
-        self._wait()
-        self.pending = [self.pool.submit(self._hash, data)]
+    def hash(self, data: bytes | memoryview, offset: int) -> None:
+        """Hash a block that is in the file, when all before it are hashed. Raises what `break_off` was told."""
+        with self.turn:
+            self.turn.wait_for(lambda: self.broken or self.hashed == offset)
+            if self.broken:
+                raise self.broken
+        self.digest.update(data)  # only one can have its turn
+        with self.turn:
+            self.hashed = end = offset + len(data)
+            self.turn.notify_all()
+        if not self.cached and end - self.advised >= _BEHIND:
+            # Dirty pages begin to be written at this advice, clean ones are dropped: those of the time before.
+            os.posix_fadvise(self.fd, 0, end, os.POSIX_FADV_DONTNEED)
+            self.advised = end
+
+    def break_off(self, error: BaseException) -> None:
+        """Let nobody wait for a turn that does not come; the first error is the one that is told."""
+        with self.turn:
+            self.broken = self.broken or error
+            self.turn.notify_all()
 
     def finish(self) -> tuple[str, int]:
         """Make it durable; returns sha256 (hex) and size in bytes."""
-        self._wait()
         try:
             os.fsync(self.fd)
         except OSError as e:
             raise MergeError(f"{self.path}: cannot be flushed to disk: {e.strerror}.") from e
         if not self.cached:
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        return self.hash.hexdigest(), self.size
-
-    def _wait(self) -> None:
-        for future in self.pending:
-            future.result()
-        self.pending = []
-        if not self.cached and self.size - self.advised >= _BEHIND:
-            # Dirty pages begin to be written at this advice, clean ones are dropped: those of the time before.
-            os.posix_fadvise(self.fd, 0, self.size, os.POSIX_FADV_DONTNEED)
-            self.advised = self.size
-
-    def _hash(self, data: bytes | memoryview) -> None:
-        self.hash.update(data)
-
-    def _write(self, data: bytes | memoryview, offset: int) -> None:
-        rest = memoryview(data)
-        try:
-            while rest:
-                n = os.pwrite(self.fd, rest, offset)
-                rest, offset = rest[n:], offset + n
-        except OSError as e:
-            raise MergeError(f"{self.path}: cannot be written: {e.strerror}.") from e
+        return self.digest.hexdigest(), self.hashed
 
 
 def drop_cache(path: Path) -> None:
