@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from threading import Lock
 
@@ -70,17 +71,14 @@ class MergeJob:
         errors, SourceError when a shard is shorter than it was.
         """
         threads = 1 if self.planned.fusions else self.threads  # each would fuse the same tensor
-        # Each thread has an output block and, of at most 4x the width, what is read for it.
+        # Each thread has two output blocks and, of at most 4x the width, what is read for one.
         largest = max((getattr(file, "block", MAX_BLOCK) for file in self.manifest.files), default=MAX_BLOCK)
         block = max(4096, min(largest, self.memory_budget // (8 * threads)))
         with FileWriter(self.path, self.cached) as writer:
             writer.write(self.planned.header, 0)
             writer.hash(self.planned.header, 0)
             work = _Work(self, writer, block, progress)
-            if threads == 1:
-                work.do()
-            else:
-                work.share(threads)
+            work.share(threads)
             digest, size = writer.finish()
         if size != self.planned.nbytes:
             raise MergeError(f"{self.path}: {size} bytes written, {self.planned.nbytes} planned; please report this.")
@@ -99,8 +97,16 @@ class _Span:
     copied: bool
 
 
+@dataclass
+class _Block:
+    """Bytes that may be filled again when the file is hashed as far as `end`."""
+
+    buffer: torch.Tensor
+    end: int = 0
+
+
 class _Work:
-    """The spans of a file in order, for several threads: while one hashes its block, others fill theirs."""
+    """The spans of a file in order, for several threads: while one hashes, others fill."""
 
     def __init__(self, job: MergeJob, writer: FileWriter, block: int, progress: Progress) -> None:
         self.job, self.writer, self.block, self.progress = job, writer, block, progress
@@ -110,8 +116,12 @@ class _Work:
         self.changed: set[str] = set()
 
     def share(self, threads: int) -> None:
+        """All of it, by `threads`; with two blocks each goes on while another hashes its first."""
+        if threads == 1:
+            self.do(blocks=1)
+            return
         with ThreadPoolExecutor(threads) as pool:
-            running = [pool.submit(self.do) for _ in range(threads)]
+            running = [pool.submit(self.do, blocks=2) for _ in range(threads)]
             try:
                 for future in running:
                     future.result()
@@ -119,14 +129,14 @@ class _Work:
                 self.writer.break_off(e)
                 raise
 
-    def do(self) -> None:
+    def do(self, blocks: int) -> None:
         """Fill, check, write and hash one span after the other."""
-        buffer = torch.empty(self.block, dtype=torch.uint8)
+        ring = cycle([_Block(torch.empty(self.block, dtype=torch.uint8)) for _ in range(blocks)])
         try:
             with ShardReader(self.job.manifest, self.job.cached) as reader:
                 source = _Source(reader, self.job.planned, self)
                 while span := self._next():
-                    self._write(span, source, buffer)
+                    self._write(span, source, ring)
         except BaseException as e:
             self.writer.break_off(e)
             raise
@@ -150,11 +160,13 @@ class _Work:
         same = output.dtype == entry.dtype == entry.value_dtype and piece.fqn not in self.job.planned.fusions
         return same and _straight(output) and nbytes(output) >= _WORTH_A_COPY
 
-    def _write(self, span: _Span, source: _Source, buffer: torch.Tensor) -> None:
+    def _write(self, span: _Span, source: _Source, ring: Iterator[_Block]) -> None:
         output, at = span.output, span.at
         size, copied = ITEMSIZE[output.dtype], span.copied and self._copy(span, source.reader)
         for within_span, shape in boxes(span.shape, max(1, self.block // size)):
-            out = buffer[: math.prod(shape) * size].view(getattr(torch, output.dtype)).view(shape)
+            block = next(ring)
+            self.writer.wait(block.end)
+            out = block.buffer[: math.prod(shape) * size].view(getattr(torch, output.dtype)).view(shape)
             data = as_bytes(out)
             if copied:
                 self.writer.read_back(data, at)
@@ -164,7 +176,7 @@ class _Work:
             if not copied:
                 self.writer.write(data, at)
             self.writer.hash(data, at)
-            at += len(data)
+            at = block.end = at + len(data)
             with self.lock:
                 self.progress(len(data))
 

@@ -27,6 +27,8 @@ class FileWriter:
         self.digest = hashlib.sha256()
         self.turn = Condition()
         self.hashed = self.advised = 0  # bytes from the begin of the file
+        self.ready: dict[int, bytes | memoryview] = {}  # by offset: written, not yet hashed
+        self.hashing = False
         self.broken: BaseException | None = None
         self.copies = True  # until the file system says that it cannot
 
@@ -82,22 +84,43 @@ class FileWriter:
             raise MergeError(f"{self.path}: cannot be read back: {e.strerror}.") from e
 
     def hash(self, data: bytes | memoryview, offset: int) -> None:
-        """Hash a block that is in the file, when all before it are hashed. Raises what `break_off` was told."""
+        """Hash a block that is in the file as soon as all before it are; it must not change before `wait` returns.
+
+        Whoever comes while another hashes leaves it to them.
+        """
         with self.turn:
-            self.turn.wait_for(lambda: self.broken or self.hashed == offset)
-            if self.broken:
-                raise self.broken
-        self.digest.update(data)  # only one can have its turn
+            self.ready[offset] = data
+            if self.hashing:
+                return
+            self.hashing = True
+        while (following := self._next()) is not None:
+            self.digest.update(following)
+            self._advance(len(following))
+
+    def _next(self) -> bytes | memoryview | None:
         with self.turn:
-            self.hashed = end = offset + len(data)
+            following = self.ready.pop(self.hashed, None)
+            self.hashing = following is not None
+            return following
+
+    def _advance(self, nbytes: int) -> None:
+        with self.turn:
+            self.hashed = end = self.hashed + nbytes
             self.turn.notify_all()
         if not self.cached and end - self.advised >= _BEHIND:
             # Dirty pages begin to be written at this advice, clean ones are dropped: those of the time before.
             os.posix_fadvise(self.fd, 0, end, os.POSIX_FADV_DONTNEED)
             self.advised = end
 
+    def wait(self, end: int) -> None:
+        """Until all bytes before `end` are hashed. Raises what `break_off` was told."""
+        with self.turn:
+            self.turn.wait_for(lambda: self.broken or self.hashed >= end)
+            if self.broken:
+                raise self.broken
+
     def break_off(self, error: BaseException) -> None:
-        """Let nobody wait for a turn that does not come; the first error is the one that is told."""
+        """Let nobody wait for bytes that do not come; the first error is the one that is told."""
         with self.turn:
             self.broken = self.broken or error
             self.turn.notify_all()
