@@ -154,7 +154,7 @@ def _merge(source: Path, out: Path, bare: bool, workers: int = 1, threads: int |
 
 def _consolidate(source: Path, out: Path) -> float:
     from safetensors import safe_open
-    from torch.distributed.checkpoint import consolidate_safetensors_files
+    from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 
     with safe_open(next(source.iterdir()), "pt") as file:
         names = dict.fromkeys(file.keys(), 1)

@@ -28,7 +28,6 @@ from verl_autoexport.sources.tiling import Index
 
 Progress = Callable[[int], None]
 _WORTH_A_COPY = 1 << 20  # bytes; below that a system call costs more than it saves
-_COPIED_AT_ONCE = 16 << 20  # bytes; more would make the other threads wait for their turn
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class MergeJob:
         errors, SourceError when a shard is shorter than it was.
         """
         threads = 1 if self.planned.fusions else self.threads  # each would fuse the same tensor
-        # Each thread has two output blocks and, of at most 4x the width, what is read for one.
+        # Each thread has buffers for two output blocks and, of at most 4x the width, what is read for one.
         largest = max((getattr(file, "block", MAX_BLOCK) for file in self.manifest.files), default=MAX_BLOCK)
         block = max(4096, min(largest, self.memory_budget // (8 * threads)))
         with FileWriter(self.path, self.cached) as writer:
@@ -87,41 +86,41 @@ class MergeJob:
 
 
 @dataclass(frozen=True)
-class _Span:
-    """A box of an output, contiguous from the byte `at` of the file on; `copied`: the kernel may copy its bytes."""
+class _Block:
+    """A box of an output, contiguous from the byte `at` of the file on; `unchanged`: as the shards hold it."""
 
     output: Output
     offsets: Index
     shape: Index
     at: int
-    copied: bool
+    unchanged: bool
 
 
 @dataclass
-class _Block:
+class _Buffer:
     """Bytes that may be filled again when the file is hashed as far as `end`."""
 
-    buffer: torch.Tensor
+    data: torch.Tensor
     end: int = 0
 
 
 class _Work:
-    """The spans of a file in order, for several threads: while one hashes, others fill."""
+    """The blocks of a file in order, for several threads: while one hashes, others fill."""
 
-    def __init__(self, job: MergeJob, writer: FileWriter, block: int, progress: Progress) -> None:
-        self.job, self.writer, self.block, self.progress = job, writer, block, progress
-        self.spans = self._spans()
+    def __init__(self, job: MergeJob, writer: FileWriter, size: int, progress: Progress) -> None:
+        self.job, self.writer, self.size, self.progress = job, writer, size, progress
+        self.blocks = self._blocks()
         self.lock = Lock()
         self.trained: set[str] = set()
         self.changed: set[str] = set()
 
     def share(self, threads: int) -> None:
-        """All of it, by `threads`; with two blocks each goes on while another hashes its first."""
+        """All of it, by `threads`; with two buffers each goes on while another hashes its first."""
         if threads == 1:
-            self.do(blocks=1)
+            self.do(buffers=1)
             return
         with ThreadPoolExecutor(threads) as pool:
-            running = [pool.submit(self.do, blocks=2) for _ in range(threads)]
+            running = [pool.submit(self.do, buffers=2) for _ in range(threads)]
             try:
                 for future in running:
                     future.result()
@@ -129,29 +128,28 @@ class _Work:
                 self.writer.break_off(e)
                 raise
 
-    def do(self, blocks: int) -> None:
-        """Fill, check, write and hash one span after the other."""
-        ring = cycle([_Block(torch.empty(self.block, dtype=torch.uint8)) for _ in range(blocks)])
+    def do(self, buffers: int) -> None:
+        """Fill, check, write and hash one block after the other."""
+        ring = cycle([_Buffer(torch.empty(self.size, dtype=torch.uint8)) for _ in range(buffers)])
         try:
             with ShardReader(self.job.manifest, self.job.cached) as reader:
                 source = _Source(reader, self.job.planned, self)
-                while span := self._next():
-                    self._write(span, source, ring)
+                while block := self._next():
+                    self._write(block, source, next(ring))
         except BaseException as e:
             self.writer.break_off(e)
             raise
 
-    def _next(self) -> _Span | None:
+    def _next(self) -> _Block | None:
         with self.lock:
-            return next(self.spans, None)
+            return next(self.blocks, None)
 
-    def _spans(self) -> Iterator[_Span]:
+    def _blocks(self) -> Iterator[_Block]:
         at = len(self.job.planned.header)
         for output in self.job.planned.outputs:
-            copied = self._unchanged(output)
-            size, most = ITEMSIZE[output.dtype], _COPIED_AT_ONCE if copied else self.block
-            for offsets, shape in boxes(_box_of(output), max(1, most // size)):
-                yield _Span(output, offsets, shape, at, copied)
+            unchanged, size = self._unchanged(output), ITEMSIZE[output.dtype]
+            for offsets, shape in boxes(_box_of(output), max(1, self.size // size)):
+                yield _Block(output, offsets, shape, at, unchanged)
                 at += math.prod(shape) * size
 
     def _unchanged(self, output: Output) -> bool:
@@ -160,31 +158,28 @@ class _Work:
         same = output.dtype == entry.dtype == entry.value_dtype and piece.fqn not in self.job.planned.fusions
         return same and _straight(output) and nbytes(output) >= _WORTH_A_COPY
 
-    def _write(self, span: _Span, source: _Source, ring: Iterator[_Block]) -> None:
-        output, at = span.output, span.at
-        size, copied = ITEMSIZE[output.dtype], span.copied and self._copy(span, source.reader)
-        for within_span, shape in boxes(span.shape, max(1, self.block // size)):
-            block = next(ring)
-            self.writer.wait(block.end)
-            out = block.buffer[: math.prod(shape) * size].view(getattr(torch, output.dtype)).view(shape)
-            data = as_bytes(out)
-            if copied:
-                self.writer.read_back(data, at)
-            else:
-                _fill(output, source, _sum(span.offsets, within_span), shape, out)
-            _check_finite(output, self.job.manifest, out)
-            if not copied:
-                self.writer.write(data, at)
-            self.writer.hash(data, at)
-            at = block.end = at + len(data)
-            with self.lock:
-                self.progress(len(data))
+    def _write(self, block: _Block, source: _Source, buffer: _Buffer) -> None:
+        output = block.output
+        self.writer.wait(buffer.end)
+        nbytes = math.prod(block.shape) * ITEMSIZE[output.dtype]
+        out = buffer.data[:nbytes].view(getattr(torch, output.dtype)).view(block.shape)
+        data, copied = as_bytes(out), block.unchanged and self._copy(block, source.reader)
+        if copied:
+            self.writer.read_back(data, block.at)
+        else:
+            _fill(output, source, block.offsets, block.shape, out)
+        _check_finite(output, self.job.manifest, out)
+        if not copied:
+            self.writer.write(data, block.at)
+        self.writer.hash(data, block.at)
+        buffer.end = block.at + nbytes
+        with self.lock:
+            self.progress(nbytes)
 
-    def _copy(self, span: _Span, reader: ShardReader) -> bool:
+    def _copy(self, block: _Block, reader: ShardReader) -> bool:
         """Let the kernel copy whole rows of shards; False where that is not possible."""
-        piece, at = span.output.pieces[0], span.at
-        entry = reader.manifest.tensors[piece.fqn]
-        ranges = reader.ranges(entry, _sum(piece.offsets, span.offsets), span.shape)
+        piece, at = block.output.pieces[0], block.at
+        ranges = reader.ranges(reader.manifest.tensors[piece.fqn], _sum(piece.offsets, block.offsets), block.shape)
         for fd, offset, count in ranges:
             if not self.writer.copy(fd, offset, count, at):
                 return False  # what was copied before is written over
