@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sharding import QWEN2, QWEN3_MOE, make_checkpoints
+import ray
+from sharding import QWEN2, QWEN3_MOE, make_checkpoint, make_checkpoints
 
 from verl_autoexport.registry.store import Registry
 
@@ -59,6 +60,20 @@ def own_checkpoint(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callabl
         return shutil.copytree(checkpoint(name), tmp_path / name / f"global_step_{STEP}")
 
     return get
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest checkpoint; only to be read."""
+    return make_checkpoint(tmp_path_factory.mktemp("small"), QWEN2, reference=False)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray of two CPUs in this process."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sharding import QWEN2, make_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 import chaos
@@ -22,11 +21,6 @@ from verl_autoexport.registry.store import Registry
 
 KINDS = (*((phase, False) for phase in chaos.PHASES), ("write", True))
 """Phase, and whether the merge's own process is meant."""
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("small"), QWEN2, reference=False)
 
 
 class Chaos:

@@ -197,7 +197,7 @@ def test_never_a_wrong_model(change, family, sources, tmp_path):
         folder = tmp_path / f"{seed}"
         made = shutil.copytree(sources[family].good, folder / "made")
         CHANGES[change](made, random.Random(f"{family} {change} {seed}"), sources[family])
-        outcome(made, sources[family].reference, folder / "out", harmless=change in HARMLESS)
+        assert_refused_or_right(made, sources[family].reference, folder / "out", harmless=change in HARMLESS)
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -212,10 +212,10 @@ def test_flipped_bits(family, sources, tmp_path):
         at = rng.randrange(len(whole)) if number % 3 else len(whole) - 1 - rng.randrange(len(whole) // 8)
         content[at] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
-        outcome(made, sources[family].reference, tmp_path / f"out{number}")
+        assert_refused_or_right(made, sources[family].reference, tmp_path / f"out{number}")
 
 
-def outcome(made: Path, reference: Path, output: Path, harmless: bool = True) -> None:
+def assert_refused_or_right(made: Path, reference: Path, output: Path, harmless: bool = True) -> None:
     """Refused in one line and nothing there, or, if that may be, every tensor as it was trained."""
     message = refusal(made, output)
     if message is not None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from sharding import QWEN2, make_checkpoint
 
 from verl_autoexport.config import load_config
 from verl_autoexport.errors import AutoExportError, ConfigError
@@ -21,18 +20,6 @@ from verl_autoexport.sources.pins import find_pins
 
 METRIC = "val-core/x/acc/mean@1"
 BEST = {"metric": METRIC}
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("small"), QWEN2, reference=False)
 
 
 @pytest.fixture

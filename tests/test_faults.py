@@ -91,8 +91,10 @@ def test_a_fault_at_every_change(attempt):
 @pytest.mark.parametrize("sticky", [False, True])
 @pytest.mark.full
 def test_every_fault_at_every_change_once_or_from_then_on(attempt, err, sticky):
-    every(attempt, err=err, sticky=sticky)
+    seen = every(attempt, err=err, sticky=sticky)
+    assert "failed" in seen.values()
 
 
 def test_a_disk_that_is_full_from_some_change_on(attempt):
-    every(attempt, step=9, err=errno.ENOSPC, sticky=True)
+    seen = every(attempt, step=9, err=errno.ENOSPC, sticky=True)
+    assert "failed" in seen.values()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from sharding import QWEN2, make_checkpoint
+from sharding import make_checkpoint
 from test_driver import Script
 from test_tasks import WIDE, process_named
 
@@ -92,18 +92,6 @@ def test_an_export_that_was_given_up_gets_to_no_other_stage():
 
 
 # -- in a real Ray ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("small"), QWEN2, reference=False)
 
 
 @pytest.fixture

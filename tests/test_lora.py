@@ -256,7 +256,7 @@ def set_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def refused(made: Path, tmp_path: Path, *parts: str, **options: Any) -> None:
+def assert_refused(made: Path, tmp_path: Path, *parts: str, **options: Any) -> None:
     with pytest.raises(PlanError) as e:
         export(made, tmp_path / "out", **options)
     for part in parts:
@@ -265,7 +265,7 @@ def refused(made: Path, tmp_path: Path, *parts: str, **options: Any) -> None:
 
 
 def test_rank_pattern_without_its_config(made, tmp_path):
-    refused(
+    assert_refused(
         made["patterns"], tmp_path, "q_proj.lora_A.default.weight: rank 8 by its shape, 4 according", "--lora-config"
     )
 
@@ -287,48 +287,50 @@ def test_config_in_the_huggingface_folder_does_not_make_a_model_an_adapter(own, 
 def test_no_alpha(own, tmp_path):
     made = own("some")
     (made / "actor/lora_train_meta.json").unlink()
-    refused(made, tmp_path, "lora_train_meta.json: not found", "lora_alpha", "--lora-config")
+    assert_refused(made, tmp_path, "lora_train_meta.json: not found", "lora_alpha", "--lora-config")
 
 
 def test_alpha_that_verl_cut_to_zero(own, tmp_path):
     made = own("some")
     set_json(made / "actor/lora_train_meta.json", lora_alpha=0)
-    refused(made, tmp_path, "lora_alpha=0", "--lora-config")
+    assert_refused(made, tmp_path, "lora_alpha=0", "--lora-config")
 
 
 def test_meta_of_another_rank(own, tmp_path):
     made = own("some")
     set_json(made / "actor/lora_train_meta.json", r=8)
-    refused(made, tmp_path, "rank 4 by its shape, 8 according to")
+    assert_refused(made, tmp_path, "rank 4 by its shape, 8 according to")
 
 
 def test_config_that_contradicts_the_meta(own, tmp_path):
     made = own("some")
     set_json(made / "adapter/adapter_config.json", lora_alpha=99)
-    refused(made, tmp_path, "lora_alpha=99", "lora_train_meta.json says", lora_config=made / "adapter")
+    assert_refused(made, tmp_path, "lora_alpha=99", "lora_train_meta.json says", lora_config=made / "adapter")
 
 
 @pytest.mark.parametrize("changed", [{"init_lora_weights": "pissa"}, {"use_qalora": True}, {"peft_type": "ADALORA"}])
 def test_config_of_something_else(changed, own, tmp_path):
     made = own("some")
     set_json(made / "adapter/adapter_config.json", **changed)
-    refused(made, tmp_path, "adapter_config.json", str(next(iter(changed.values()))), lora_config=made / "adapter")
+    assert_refused(
+        made, tmp_path, "adapter_config.json", str(next(iter(changed.values()))), lora_config=made / "adapter"
+    )
 
 
 def test_lora_on_parameters(made, tmp_path):
-    refused(made["parameters"], tmp_path, "mlp.experts", "not supported")
+    assert_refused(made["parameters"], tmp_path, "mlp.experts", "not supported")
 
 
 def test_lora_on_one_of_two_tied_tensors(made, tmp_path):
     path = made["tied_embedding"]
-    refused(path, tmp_path, "model.embed_tokens.weight is tied with lm_head.weight", "lora: adapter")
+    assert_refused(path, tmp_path, "model.embed_tokens.weight is tied with lm_head.weight", "lora: adapter")
     export(path, tmp_path / "out", lora="adapter")
 
 
 def test_trained_biases(own, tmp_path):
     made = own("biases")
     given = {"lora_config": made / "adapter"}
-    refused(made, tmp_path, "bias=lora_only", "use fused", lora="adapter", **given)
+    assert_refused(made, tmp_path, "bias=lora_only", "use fused", lora="adapter", **given)
     export(made, tmp_path / "out", dtype="source", **given)
     assert_same_model(tmp_path / "out", made / "reference")
 
@@ -336,56 +338,58 @@ def test_trained_biases(own, tmp_path):
 def test_half_a_pair(own, tmp_path):
     lost = "layers.1.self_attn.q_proj.lora_B"
     made = edit(own("some"), lambda k, t: None if lost in k else t)
-    refused(made, tmp_path, "layers.1.self_attn.q_proj", "expected lora_A and lora_B")
+    assert_refused(made, tmp_path, "layers.1.self_attn.q_proj", "expected lora_A and lora_B")
 
 
 def test_lora_of_a_module_is_lost(own, tmp_path):
     made = edit(own("some"), lambda k, t: None if "layers.1.self_attn.q_proj.lora_" in k else t)
     for mode in ("fused", "adapter"):
-        refused(made, tmp_path, "layers.1.self_attn.q_proj: wrapped for LoRA, but the shards hold no lora_A", lora=mode)
+        assert_refused(
+            made, tmp_path, "layers.1.self_attn.q_proj: wrapped for LoRA, but the shards hold no lora_A", lora=mode
+        )
 
 
 def test_magnitude_of_a_module_is_lost(own, tmp_path):
     made = edit(own("dora"), lambda k, t: None if "layers.1.self_attn.q_proj.lora_magnitude" in k else t)
-    refused(made, tmp_path, "layers.1.self_attn.q_proj: no lora_magnitude_vector")
+    assert_refused(made, tmp_path, "layers.1.self_attn.q_proj: no lora_magnitude_vector")
 
 
 @pytest.mark.parametrize("mode", ["fused", "adapter"])
 def test_parts_of_another_peft_method(mode, own, tmp_path):
     made = rename(own("some"), "embed_tokens.weight", "embed_tokens.token_adapter.trainable_tokens_delta.default")
-    refused(made, tmp_path, "trainable_tokens_delta.default", "unexpected", lora=mode)
+    assert_refused(made, tmp_path, "trainable_tokens_delta.default", "unexpected", lora=mode)
 
 
 def test_lora_on_a_tied_head(made, tmp_path):
-    refused(made["tied_head"], tmp_path, "lm_head.weight is tied with model.embed_tokens.weight")
+    assert_refused(made["tied_head"], tmp_path, "lm_head.weight is tied with model.embed_tokens.weight")
 
 
 def test_missing_base_tensor(own, tmp_path):
     made = edit(own("some"), lambda k, t: None if "k_proj.weight" in k else t)
-    refused(made, tmp_path, "not a complete Qwen2ForCausalLM", "k_proj.weight")
+    assert_refused(made, tmp_path, "not a complete Qwen2ForCausalLM", "k_proj.weight")
 
 
 def test_two_adapters(own, tmp_path):
     made = rename(own("some"), "layers.1.self_attn.q_proj.lora_A.default", "layers.1.self_attn.q_proj.lora_A.other")
-    refused(made, tmp_path, "['default', 'other']", "exactly one")
+    assert_refused(made, tmp_path, "['default', 'other']", "exactly one")
 
 
 def test_unknown_part_of_lora(own, tmp_path):
     made = rename(own("some"), "layers.1.self_attn.q_proj.lora_B.default", "layers.1.self_attn.q_proj.lora_E.default")
-    refused(made, tmp_path, "lora_E.weight", "not supported")
+    assert_refused(made, tmp_path, "lora_E.weight", "not supported")
 
 
 def test_no_lora(checkpoint, tmp_path):
-    refused(checkpoint("even"), tmp_path, "lora=adapter, but the shards hold no LoRA", lora="adapter")
+    assert_refused(checkpoint("even"), tmp_path, "lora=adapter, but the shards hold no LoRA", lora="adapter")
 
 
 @pytest.mark.parametrize("base", [None, "no/such/model"])
 def test_lora_only_without_its_base(base, made, tmp_path):
-    refused(made["only"], tmp_path, "save_lora_only", "--base-model DIR", str(base), base_model=base)
+    assert_refused(made["only"], tmp_path, "save_lora_only", "--base-model DIR", str(base), base_model=base)
 
 
 def test_lora_only_with_another_base(made, tmp_path):
-    refused(made["only"], tmp_path, "expected", "found nothing", base_model=str(made["conv1d"] / "base"))
+    assert_refused(made["only"], tmp_path, "expected", "found nothing", base_model=str(made["conv1d"] / "base"))
 
 
 def test_lora_only_with_a_truncated_base(own, tmp_path):
@@ -399,7 +403,7 @@ def test_lora_only_with_a_truncated_base(own, tmp_path):
 def test_lora_only_of_modules_to_save(own, tmp_path):
     made = edit(own("saved"), lambda k, t: t if "lora_" in k else None)
     found = {"lora_config": made / "adapter", "base_model": str(made / "base")}
-    refused(made, tmp_path, "modules_to_save=['lm_head', 'model.norm']", "save_lora_only", **found)
+    assert_refused(made, tmp_path, "modules_to_save=['lm_head', 'model.norm']", "save_lora_only", **found)
 
 
 def test_lora_only_merges_in_the_dtype_of_training(made, tmp_path):

@@ -2,9 +2,9 @@
 
 `python tests/benchmarks/bench_export.py [--case N …] [--repeat 3] [--where DIR]` prints one row a
 case, each differing in one thing from the second. What is compared in a row runs in turns, so that other
-work on the machine shifts all of it alike; medians. Figures in GB/s are of output. What is shorter than
-a second runs twice in a row, and the second time counts: a virtual machine's host may have taken back
-the memory that was free meanwhile, and whoever fills it first waits for it.
+work on the machine shifts all of it alike; medians. Figures in GB/s are of output. All but
+the whole processes run twice in a row, and the second time counts: a virtual machine's host may have
+taken back the memory that was free meanwhile, and whoever fills it first waits for it.
 """
 
 from __future__ import annotations

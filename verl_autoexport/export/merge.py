@@ -2,7 +2,7 @@
 
 The output is produced front to back in blocks that are contiguous on disk, so that it can
 be hashed as it is written; of each shard the part that falls into the block is read by
-position. A block stays in the processor's cache from the cast to the hash.
+position.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class WrittenFile:
 class MergeJob:
     """All that a worker in another process needs to write one file; `memory_budget` in bytes.
 
-    `cached` False keeps the page cache free of what is read and written.
+    `cached` False keeps the page cache free of what is read and written; `threads` share the file.
     """
 
     planned: PlannedFile
@@ -148,7 +148,7 @@ class _Work:
         at = len(self.job.planned.header)
         for output in self.job.planned.outputs:
             unchanged, size = self._unchanged(output), ITEMSIZE[output.dtype]
-            for offsets, shape in boxes(_box_of(output), max(1, self.size // size)):
+            for offsets, shape in boxes(_box_of(output), self.size // size):
                 yield _Block(output, offsets, shape, at, unchanged)
                 at += math.prod(shape) * size
 
@@ -163,14 +163,13 @@ class _Work:
         self.writer.wait(buffer.end)
         nbytes = math.prod(block.shape) * ITEMSIZE[output.dtype]
         out = buffer.data[:nbytes].view(getattr(torch, output.dtype)).view(block.shape)
-        data, copied = as_bytes(out), block.unchanged and self._copy(block, source.reader)
-        if copied:
+        data = as_bytes(out)
+        if block.unchanged and self._copy(block, source.reader):
             self.writer.read_back(data, block.at)
         else:
             _fill(output, source, block.offsets, block.shape, out)
-        _check_finite(output, self.job.manifest, out)
-        if not copied:
             self.writer.write(data, block.at)
+        _check_finite(output, self.job.manifest, out)
         self.writer.hash(data, block.at)
         buffer.end = block.at + nbytes
         with self.lock:

@@ -47,7 +47,7 @@ class MergeRunner(Protocol):
 
 
 class LocalRunner:
-    """Merges in this process, `workers` files at a time, each with `threads`; by default as many as there are cores.
+    """Merges in this process, `workers` files at a time, each with `threads`; by default two where cores are free.
 
     What costs time (reading, casting, writing, hashing) needs no GIL.
     """

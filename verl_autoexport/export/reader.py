@@ -13,7 +13,7 @@ from verl_autoexport.errors import MergeError, SourceError
 from verl_autoexport.sources.base import ITEMSIZE, Shard, ShardManifest, TensorEntry
 from verl_autoexport.sources.tiling import Index
 
-MAX_BLOCK = 2 << 20  # bytes; what is larger falls out of the processor's cache, what is smaller costs calls
+MAX_BLOCK = 2 << 20  # bytes; measured: 1 MiB costs more in calls, 4 MiB brings nothing for twice the memory
 _OPEN = 256  # files at a time; a process may often have 1024
 
 

@@ -19,7 +19,7 @@ class FileWriter:
     """Writes blocks where they belong, from several threads, and hashes them in the order of the file.
 
     A context manager; `path` must not exist. `cached` False keeps the page cache free of what
-    was written. Every method raises MergeError naming the file.
+    was written. Raises MergeError naming the file.
     """
 
     def __init__(self, path: Path, cached: bool = True) -> None:
@@ -55,8 +55,7 @@ class FileWriter:
     def copy(self, source: int, offset: int, nbytes: int, to: int) -> bool:
         """Let the kernel copy bytes of an open file to the byte offset `to`; `read_back` and `hash` must follow.
 
-        Where the file systems share blocks, or a server copies, no byte moves. False, and nothing
-        done, where they cannot copy between each other.
+        False, and nothing done, where the file systems cannot copy between each other.
         """
         done = 0
         while self.copies and done < nbytes:
