@@ -104,6 +104,15 @@ def test_placement_is_kept_to_as_long_as_it_lets_tasks_run(cluster, source, tmp_
     ray.kill(holder)
 
 
+def test_labels_say_where(cluster, source, tmp_path, caplog):
+    spec, here = checkpoint_spec(source, verify=False), ray.get_runtime_context().get_node_id()
+    placement = {"resources": {}, "labels": {"ray.io/node-id": here}}
+    export_to_directory(spec, tmp_path / "here", RayRunner(1, 1, 120, placement))
+    assert "going on with" not in caplog.text
+    export_to_directory(spec, tmp_path / "nowhere", RayRunner(1, 0, 1, {**placement, "labels": {"zone": "none"}}))
+    assert "no node takes it with merge.placement={'resources': {}, 'labels': {'zone': 'none'}}" in caplog.text
+
+
 def test_a_killed_merge_task_is_run_again(cluster, source, tmp_path):
     made = driver(tmp_path)
     save_and_log(made, source, 2)

@@ -70,8 +70,8 @@ class RayRunner:
         self.schedule_timeout_s = schedule_timeout_s
         self.placement = placement
         self.node = ray.get_runtime_context().get_node_id()
-        # Ray kills retriable tasks first where memory is short, so ours are; but it is here that they are
-        # run again: each attempt needs its own marker and file, and its own time-out.
+        # Where memory is short Ray kills the newest first, before 2.56 what is retriable, so ours are; but it is
+        # here that they are run again: each attempt needs its own marker and file, and its own time-out.
         self.task = ray.remote(num_gpus=0, max_retries=1)(merge_task)
         self.refs: list[Any] = []
 
