@@ -8,6 +8,7 @@ import pickle
 import random
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,13 +137,33 @@ def rewrite(path: Path, change: Callable[[bytes], bytes], compression: int = zip
             archive.writestr(name, change(content) if name.endswith("data.pkl") else content)
 
 
+@pytest.mark.parametrize("summed", [True, False])
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_a_pickle_that_asks_for_memory(protocol, own_checkpoint, tmp_path):
+def test_a_pickle_that_asks_for_memory(protocol, summed, own_checkpoint, tmp_path):
     made = own_checkpoint("even")
-    rewrite(rank_file(made, 0), lambda _: pickle.dumps({EMBED: Calls(bytearray, 1 << 40)}, protocol))
+    pickled = pickle.dumps({EMBED: Calls(bytearray, 1 << 40)}, protocol)
+    rewrite(rank_file(made, 0), lambda _: pickled)
+    if not summed:  # as if they were switched off
+        whole = rank_file(made, 0).read_bytes()
+        rank_file(made, 0).write_bytes(whole.replace(zlib.crc32(pickled).to_bytes(4, "little"), bytes(4)))
     message = refused(made, tmp_path, SourceError)
     assert "bytearray" in message
     assert str(rank_file(made, 0)) in message
+
+
+def test_a_tensor_that_is_more_than_its_storage(own_checkpoint, tmp_path):
+    made = own_checkpoint("even")
+    path = rank_file(made, 0)
+    with zipfile.ZipFile(path) as archive:
+        pickled = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+    part = bytes([75, 24, 133])  # half of a norm's weight: BININT1 24, TUPLE1
+    changed = pickled.replace(part, bytes([75, 48, 133]))
+    content = path.read_bytes().replace(pickled, changed)
+    sums = (zlib.crc32(data).to_bytes(4, "little") for data in (pickled, changed))
+    path.write_bytes(content.replace(*sums))
+    message = refused(made, tmp_path, SourceError)
+    assert "192 bytes from byte" in message
+    assert "has 96 and the file" in message
 
 
 def test_an_archive_that_unpacks_to_more_than_it_is(own_checkpoint, tmp_path):

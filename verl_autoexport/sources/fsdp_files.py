@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.base import ITEMSIZE, Memory, Shard, ShardManifest, TensorEntry, check_coverage, join_runs
 from verl_autoexport.sources.checkpoints import BLOCK, brief, digest, rank_files, stats
-from verl_autoexport.sources.torch_archive import check_archive, check_sums, read_sums
+from verl_autoexport.sources.torch_archive import Storage, check_sums, read_archive
 from verl_autoexport.untrusted import read_json
 
 _DAMAGED = "The file is truncated or damaged, or holds objects that `weights_only` loading refuses."
@@ -96,72 +97,101 @@ def make_manifest(
 def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
     """Metadata of one rank file, without reading any weight.
 
-    Two loads of the pickle, each milliseconds: one memory-mapped for the device meshes,
-    one onto the meta device, where torch notes every storage's offset in the file.
+    The pickle is loaded onto the meta device, where torch notes every storage's offset in the
+    file; the few numbers of the device meshes are read from there.
     """
     if path.stat().st_size == 0:
         raise SourceError(f"{path} (rank {rank}): the file is empty (0 bytes); the save was interrupted.")
-    check_archive(path, rank)
+    file = _RankFile(path, rank, read_archive(path, rank))
     with _quiet_device_mesh():
-        real = _load(path, rank, mmap=True)
-        meta = _load(path, rank, map_location="meta")
-    if not isinstance(real, dict) or not all(isinstance(v, torch.Tensor) for v in real.values()):
-        raise SourceError(f"{path} (rank {rank}): expected a dict of tensors, found {type(real).__name__}.")
-    size = path.stat().st_size
+        state = file.load()
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise SourceError(f"{path} (rank {rank}): expected a dict of tensors, found {type(state).__name__}.")
     try:
-        crcs = read_sums(path)
-        return {fqn: _piece(fqn, real[fqn], meta[fqn], path, rank, size, crcs) for fqn in real}
+        return {fqn: file.piece(fqn, tensor) for fqn, tensor in state.items()}
     except SourceError:
         raise
     except Exception as e:  # half-built DTensors: a pickle in which something else is missing
         raise SourceError(f"{path} (rank {rank}): what it says of its tensors cannot be read: {e!r}. {_DAMAGED}") from e
 
 
-def _load(path: Path, rank: int, map_location: str = "cpu", mmap: bool = False) -> Any:
-    try:
-        return torch.load(path, weights_only=True, map_location=map_location, mmap=mmap)
-    except Exception as e:
-        detail = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise SourceError(
-            f"{path} (rank {rank}, {path.stat().st_size} bytes): not a whole torch file of plain tensors: {detail} "
-            f"{_DAMAGED}"
-        ) from e
+class _RankFile:
+    """One rank file: `storages` are those of its archive, `meshes` the ranks in each device mesh, read once."""
 
+    def __init__(self, path: Path, rank: int, storages: Mapping[int, Storage]) -> None:
+        self.path, self.rank, self.storages = path, rank, storages
+        self.meshes: dict[int, torch.Tensor] = {}
 
-def _piece(
-    fqn: str, real: torch.Tensor, meta: torch.Tensor, path: Path, rank: int, size: int, crcs: Mapping[int, int]
-) -> Piece:
-    local, meta_local = (t._local_tensor if isinstance(t, DTensor) else t for t in (real, meta))
-    dtype = str(local.dtype).removeprefix("torch.")
-    where = f"{fqn} in {path} (rank {rank})"
-    if dtype not in ITEMSIZE:
-        raise SourceError(f"{where}: dtype {dtype} cannot be stored in safetensors.")
-    if not local.is_contiguous() or local.layout != torch.strided:
-        raise SourceError(f"{where}: the local tensor is not contiguous (strides {local.stride()}); not supported.")
-    storage_begin = getattr(meta_local.untyped_storage(), "_checkpoint_offset", None)
-    if storage_begin is None:
-        raise SourceError(f"{where}: torch {torch.__version__} does not tell where in the file it is; upgrade torch.")
-    begin = storage_begin + meta_local.storage_offset() * ITEMSIZE[dtype]
-    if begin + local.numel() * ITEMSIZE[dtype] > size:
-        raise SourceError(f"{where}: its bytes end beyond the file's {size} bytes; the file is truncated.")
-    offsets = None
-    if isinstance(real, DTensor):
-        _check_writer(where, real, rank)
-        expected, offsets = local_box(fqn, tuple(real.shape), real.device_mesh.mesh, real.placements, rank)
-        if expected != tuple(local.shape):
+    def load(self) -> Any:
+        try:
+            return torch.load(self.path, weights_only=True, map_location="meta")
+        except Exception as e:
+            detail = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise SourceError(
-                f"{where}: the local shapes do not add up to the global shape {list(real.shape)}: with placements "
-                f"{real.placements} this rank should hold {list(expected)}, found {list(local.shape)}."
+                f"{self.path} (rank {self.rank}, {self.path.stat().st_size} bytes): not a whole torch file of plain "
+                f"tensors: {detail} {_DAMAGED}"
+            ) from e
+
+    def piece(self, fqn: str, tensor: torch.Tensor) -> Piece:
+        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        where = f"{fqn} in {self.path} (rank {self.rank})"
+        begin, nbytes, storage = self.find(where, local)
+        offsets = None
+        if isinstance(tensor, DTensor):
+            mesh = self.mesh(where, tensor.device_mesh)
+            _check_writer(where, tensor.device_mesh, mesh, self.rank)
+            expected, offsets = local_box(fqn, tuple(tensor.shape), mesh, tensor.placements, self.rank)
+            if expected != tuple(local.shape):
+                raise SourceError(
+                    f"{where}: the local shapes do not add up to the global shape {list(tensor.shape)}: with "
+                    f"placements {tensor.placements} this rank should hold {list(expected)}, found "
+                    f"{list(local.shape)}."
+                )
+        crc = storage.crc if nbytes == storage.nbytes else 0
+        return Piece(_dtype(local), tuple(tensor.shape), tuple(local.shape), offsets, begin, crc)
+
+    def find(self, where: str, tensor: torch.Tensor) -> tuple[int, int, Storage]:
+        """First byte and length in bytes of a tensor, and the storage that it lies in."""
+        dtype = _dtype(tensor)
+        if dtype not in ITEMSIZE:
+            raise SourceError(f"{where}: dtype {dtype} cannot be stored in safetensors.")
+        if not tensor.is_contiguous() or tensor.layout != torch.strided:
+            raise SourceError(f"{where}: the tensor is not contiguous (strides {tensor.stride()}); not supported.")
+        start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        if start is None:
+            version = torch.__version__
+            raise SourceError(f"{where}: torch {version} does not tell where in the file it is; upgrade torch.")
+        skipped, nbytes = tensor.storage_offset() * ITEMSIZE[dtype], tensor.numel() * ITEMSIZE[dtype]
+        storage = self.storages.get(start, Storage(0, 0))
+        if skipped + nbytes > storage.nbytes or start + storage.nbytes > self.path.stat().st_size:
+            raise SourceError(
+                f"{where}: {nbytes} bytes from byte {start + skipped} on, but what is stored from {start} on has "
+                f"{storage.nbytes} and the file {self.path.stat().st_size}; the file is truncated or damaged."
             )
-    alone = meta_local.untyped_storage().nbytes() == local.numel() * ITEMSIZE[dtype]
-    crc = crcs.get(storage_begin, 0) if alone else 0
-    return Piece(dtype, tuple(real.shape), tuple(local.shape), offsets, begin, crc)
+        return start + skipped, nbytes, storage
+
+    def mesh(self, where: str, mesh: DeviceMesh) -> torch.Tensor:
+        if id(mesh) not in self.meshes:
+            for name, value in vars(mesh).items():
+                if isinstance(value, torch.Tensor) and value.is_meta:
+                    setattr(mesh, name, self.values(f"{name} of the device mesh of {where}", value))
+            self.meshes[id(mesh)] = mesh.mesh
+        return self.meshes[id(mesh)]
+
+    def values(self, where: str, tensor: torch.Tensor) -> torch.Tensor:
+        begin, nbytes, _ = self.find(where, tensor)
+        data = bytearray(b"".join(_blocks(self.path, begin, nbytes)))
+        return torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape)
 
 
-def _check_writer(where: str, tensor: DTensor, rank: int) -> None:
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _check_writer(where: str, mesh: DeviceMesh, ranks: torch.Tensor, rank: int) -> None:
     """Shards of equal size do not tell whose they are, but the mesh does: a renamed or copied file is found."""
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is not None and (writer := int(tensor.device_mesh.mesh[tuple(coordinate)])) != rank:
+    coordinate = mesh.get_coordinate()
+    if coordinate is not None and (writer := int(ranks[tuple(coordinate)])) != rank:
         raise SourceError(
             f"{where}: it was written by rank {writer}, so the file has a wrong name. Copy the ranks' files again."
         )

@@ -2,70 +2,75 @@
 
 from __future__ import annotations
 
-import pickletools
+import os
 import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from verl_autoexport.errors import SourceError
 
 _BLOCK = 1 << 20  # bytes read at a time
 _MAX_PICKLE = 256 << 20  # bytes; names and shapes of a million tensors
-_ALLOCATES = frozenset({"builtins bytearray", "__builtin__ bytearray"})
-"""What `weights_only` lets a pickle call, and what then takes as much memory as the pickle asks for."""
+_ALLOCATES = (b"builtin", b"bytearray")
+"""Module and name of what `weights_only` lets a pickle call, and what then takes as much memory as that asks for.
+
+Names can be written in no other way in what it reads (`torch._weights_only_unpickler`, 2.13)."""
 
 
-def check_archive(path: Path, rank: int) -> None:
-    """Refuse what would take memory that no file of this size holds, before anything is unpickled.
+@dataclass(frozen=True)
+class Storage:
+    """One storage's bytes in the file: how many, and the CRC-32 that torch wrote of them (0: none)."""
 
-    Files that are no archive, or a damaged one, are left to torch's own message. Raises SourceError.
+    nbytes: int
+    crc: int
+
+
+def read_archive(path: Path, rank: int) -> dict[int, Storage]:
+    """The storages in a file, by their first byte; reads no weight.
+
+    Refuses what would take memory that no file of this size holds, before anything is
+    unpickled. Files that are no archive, or a damaged one, are left to torch's own message: they have
+    no storages. Raises SourceError.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = path.stat().st_size
-            for record in archive.infolist():
-                if record.compress_type != zipfile.ZIP_STORED or record.file_size > size:
-                    raise SourceError(
-                        f"{path} (rank {rank}): {record.filename!r:.100} would unpack to {record.file_size} bytes; "
-                        "torch never packs its files, so this is not one that training wrote."
-                    )
-            pickles = [r for r in archive.infolist() if r.filename.endswith("data.pkl")]
-            if any(r.file_size > _MAX_PICKLE for r in pickles):
-                raise SourceError(f"{path} (rank {rank}): more than {_MAX_PICKLE} bytes of names and shapes.")
-            called = set().union(*(_globals(archive.read(record)) for record in pickles))
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            _check_sizes(records, path, rank)
+            begins = {r.filename: _begin(file.fileno(), r) for r in records}
+            names = [r for r in records if r.filename.endswith("data.pkl")]
+            pickles = [os.pread(file.fileno(), r.file_size, begins[r.filename]) for r in names]
+            data = (r for r in records if "/data/" in r.filename)
+            storages = {begins[r.filename]: Storage(r.file_size, r.CRC) for r in data}
     except SourceError:
         raise
     except Exception:  # noqa: BLE001 - torch reads it next and says what is wrong
-        return
-    if bad := called & _ALLOCATES:
+        return {}
+    if any(all(name in pickled for name in _ALLOCATES) for pickled in pickles):
         raise SourceError(
-            f"{path} (rank {rank}): its pickle calls {', '.join(sorted(bad))}, which no shard needs and which "
+            f"{path} (rank {rank}): its pickle calls bytearray, which no shard needs and which "
             "`weights_only` lets take any amount of memory; this is not a file that training wrote."
         )
+    return storages
 
 
-def _globals(pickled: bytes) -> set[str]:
-    """Every `module name` that a pickle may call."""
-    found, texts = set(), []
-    for opcode, argument, _ in pickletools.genops(pickled):
-        if opcode.name in ("GLOBAL", "INST"):
-            found.add(str(argument))
-        elif isinstance(argument, str):
-            texts.append(argument)
-        elif opcode.name == "STACK_GLOBAL":  # its module and name are texts that came before, however far
-            found |= {f"{module} {name}" for module in {*texts} & {"builtins", "__builtin__"} for name in texts}
-    return found
+def _check_sizes(records: Sequence[zipfile.ZipInfo], path: Path, rank: int) -> None:
+    size = path.stat().st_size
+    for record in records:
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size > size:
+            raise SourceError(
+                f"{path} (rank {rank}): {record.filename!r:.100} would unpack to {record.file_size} bytes; "
+                "torch never packs its files, so this is not one that training wrote."
+            )
+        if record.filename.endswith("data.pkl") and record.file_size > _MAX_PICKLE:
+            raise SourceError(f"{path} (rank {rank}): more than {_MAX_PICKLE} bytes of names and shapes.")
 
 
-def read_sums(path: Path) -> dict[int, int]:
-    """{first byte: CRC-32} of the storages in a file, from the zip directory."""
-    with zipfile.ZipFile(path) as archive, path.open("rb") as f:
-        sums = {}
-        for record in (r for r in archive.infolist() if "/data/" in r.filename):
-            f.seek(record.header_offset + 26)  # lengths of name and extra field, which here pads to an alignment
-            lengths = f.read(4)
-            begin = record.header_offset + 30 + int.from_bytes(lengths[:2], "little")
-            sums[begin + int.from_bytes(lengths[2:], "little")] = record.CRC
-        return sums
+def _begin(fd: int, record: zipfile.ZipInfo) -> int:
+    """Where a record's bytes begin: behind its name and an extra field, which here pads to an alignment."""
+    lengths = os.pread(fd, 4, record.header_offset + 26)
+    behind = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+    return record.header_offset + 30 + behind
 
 
 def check_sums(path: Path) -> None:
