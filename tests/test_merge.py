@@ -100,7 +100,7 @@ def test_progress_that_raises_ends_all_threads(values, tmp_path):
     job = MergeJob(plan.files[0], source, tmp_path / "out", 1 << 20, threads=4)
     with pytest.raises(KeyboardInterrupt):
         job.run(progress)
-    assert len(seen) < 3 + 4, "each may have been in the middle of one block"
+    assert len(seen) <= 3 + 3, "each of the others may have been in the middle of one block"
 
 
 def test_more_ranks_than_files_may_be_open(values, tmp_path):

@@ -142,6 +142,7 @@ class _Work:
 
     def _next(self) -> _Block | None:
         with self.lock:
+            self.writer.wait(0)  # not once it is broken off
             return next(self.blocks, None)
 
     def _blocks(self) -> Iterator[_Block]:
@@ -173,7 +174,11 @@ class _Work:
         self.writer.hash(data, block.at)
         buffer.end = block.at + nbytes
         with self.lock:
-            self.progress(nbytes)
+            try:
+                self.progress(nbytes)
+            except BaseException as e:
+                self.writer.break_off(e)  # before anyone takes another block
+                raise
 
     def _copy(self, block: _Block, reader: ShardReader) -> bool:
         """Let the kernel copy whole rows of shards; False where that is not possible."""

@@ -28,7 +28,7 @@ from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
 from verl_autoexport.export.writer import drop_cache
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.registry.twins import Twins, find_twins, link_twin
-from verl_autoexport.sources.base import ShardSource
+from verl_autoexport.sources.base import Check, ShardSource
 from verl_autoexport.sources.fsdp_files import FsdpFiles
 from verl_autoexport.sources.safetensors_files import INDEX_NAME
 from verl_autoexport.untrusted import is_plain_name
@@ -170,20 +170,19 @@ def run_export(
     timings = {"stall": spec.stall_s}
     if spec.hand_over_s is not None:
         timings["hand_over"] = spec.hand_over_s
-    with _timed(timings, "gather"):
-        progress.stage("reading shards")
-        source = _open_source(spec)
-        manifest = source.manifest()
-        planned = plan_model(spec, manifest)
-        _check_space(target, planned.plan)
-    with _timed(timings, "merge"):
-        progress.stage("merging", planned.plan.nbytes)
-        with ThreadPoolExecutor(1) as beside:
-            sums = beside.submit(source.check_sums)
+    source = _open_source(spec)
+    with source.check_sums() as sums:
+        with _timed(timings, "gather"):
+            progress.stage("reading shards")
+            manifest = source.manifest()
+            planned = plan_model(spec, manifest)
+            _check_space(target, planned.plan)
+        with _timed(timings, "merge"):
+            progress.stage("merging", planned.plan.nbytes)
             written = runner.run(_jobs(spec, planned, target), progress.advance)
-            sums.result()
-        written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
-        notes = _write_beside(spec, planned, written, target)
+            _await(sums, source)
+            written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
+            notes = _write_beside(spec, planned, written, target)
     with _timed(timings, "verify"):
         progress.stage(VERIFYING)
         checks = _verify(spec, target, planned)
@@ -205,6 +204,14 @@ def _open_source(spec: ExportSpec) -> ShardSource:
             f"{spec.fingerprint} expected, {source.fingerprint} found. The step was saved again meanwhile."
         )
     return source
+
+
+def _await(sums: Check, source: ShardSource) -> None:
+    try:
+        sums.wait()
+    except SourceError:
+        source.check_unchanged()  # then that is the reason
+        raise
 
 
 def _jobs(spec: ExportSpec, planned: Planned, target: Path) -> list[MergeJob]:

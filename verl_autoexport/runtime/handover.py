@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.sources.base import ShardManifest
+from verl_autoexport.sources.base import Check, ShardManifest
 from verl_autoexport.sources.live import Layout, make_manifest
 
 _FETCH_S = 300.0
@@ -59,8 +59,8 @@ class Snapshot:
         files = [[RayBlock(ref, self.nodes[at.rank]) for ref in self.refs[at.rank]] for at in self.layouts]
         return make_manifest(self.layouts, files, self.backend, self.fingerprint)
 
-    def check_sums(self) -> None:
-        pass  # nothing was written yet
+    def check_sums(self) -> Check:
+        return Check()  # nothing was written yet
 
     def check_unchanged(self) -> None:
         pass  # objects in the store never change

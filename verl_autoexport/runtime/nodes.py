@@ -23,10 +23,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl_autoexport.errors import ConfigError, SourceError
 from verl_autoexport.runtime.tasks import versions
 from verl_autoexport.sources import pins
-from verl_autoexport.sources.base import ShardManifest
+from verl_autoexport.sources.base import Check, ShardManifest
 from verl_autoexport.sources.checkpoints import Stat, brief, digest, find_checkpoint, present_ranks, stats
 from verl_autoexport.sources.fsdp_files import Piece, make_manifest, read_rank_file
-from verl_autoexport.sources.torch_archive import check_sums
+from verl_autoexport.sources.sum_check import SumCheck
 
 logger = logging.getLogger(__name__)
 _START_S = 60.0  # until an actor answers first: its process starts, torch is imported
@@ -48,6 +48,9 @@ class Part:
 
 class NodeFiles:
     """An actor on one node, for what is on its disks. All methods but `about` raise SourceError."""
+
+    def __init__(self) -> None:
+        self.checks: dict[str, SumCheck] = {}
 
     def about(self) -> tuple[str, dict[str, str | None]]:
         return socket.gethostname(), versions()
@@ -79,9 +82,13 @@ class NodeFiles:
     def stats(self, paths: Sequence[Path]) -> list[Stat]:
         return stats(paths)
 
-    def check_sums(self, paths: Sequence[Path]) -> None:
-        for path in paths:
-            check_sums(path)
+    def check_sums(self, name: str, paths: Sequence[Path]) -> None:
+        with SumCheck(paths) as self.checks[name]:
+            self.checks[name].wait()
+
+    def stop_sums(self, name: str) -> None:
+        if check := self.checks.pop(name, None):
+            check.stop()
 
     def config_files(self, directory: Path) -> dict[str, bytes]:
         """By path below `directory`, what is needed beside the shards."""
@@ -144,7 +151,14 @@ class Nodes:
 
     def ask_each(self, method: str, args: Mapping[str, tuple[Any, ...]], timeout_s: float = _ASK_S) -> dict[str, Any]:
         """The same of some nodes, with arguments for each."""
-        refs = {node: getattr(self.servers[node], method).remote(*given) for node, given in args.items()}
+        return self.collect(self.begin_each(method, args), timeout_s)
+
+    def begin_each(self, method: str, args: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+        """Ask them, and return before they answer."""
+        return {node: getattr(self.servers[node], method).remote(*given) for node, given in args.items()}
+
+    def collect(self, refs: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        """The answers to what was begun."""
         ray.wait(list(refs.values()), num_returns=max(1, len(refs)), timeout=timeout_s) if refs else None
         return {node: answer(ref, 0, f"node {self.names[node]} ({node[:8]})") for node, ref in refs.items()}
 
@@ -240,9 +254,8 @@ class SpreadFiles:
         ]
         return make_manifest(self.directory, [pieces[r] for r in range(len(files))], files, self.fingerprint)
 
-    def check_sums(self) -> None:
-        given = {node: (list(files.values()),) for node, files in self._by_node().items()}
-        self.nodes.ask_each("check_sums", given, _SUMS_S)
+    def check_sums(self) -> Check:
+        return _NodeSums(self.nodes, {node: list(files.values()) for node, files in self._by_node().items()})
 
     def check_unchanged(self) -> None:
         by_node = self._by_node()
@@ -267,6 +280,20 @@ class SpreadFiles:
             path = self.directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+
+
+class _NodeSums(Check):
+    """A SumCheck on every node, of what is there."""
+
+    def __init__(self, nodes: Nodes, files: Mapping[str, Sequence[Path]]) -> None:
+        self.nodes, self.name = nodes, uuid.uuid4().hex
+        self.refs = nodes.begin_each("check_sums", {node: (self.name, paths) for node, paths in files.items()})
+
+    def wait(self) -> None:
+        self.nodes.collect(self.refs, _SUMS_S)
+
+    def stop(self) -> None:
+        self.nodes.begin_each("stop_sums", dict.fromkeys(self.refs.keys() & self.nodes.servers.keys(), (self.name,)))
 
 
 def _one_of_each(directory: Path, parts: Mapping[str, Part], hosts: Mapping[int, str]) -> list[tuple[str, Path, Stat]]:

@@ -138,6 +138,22 @@ class ShardManifest:
     fingerprint: str
 
 
+class Check:
+    """Something that is looked at beside other work, until `stop`; a context manager. This one looks at nothing."""
+
+    def wait(self) -> None:
+        """Until it is done; raises SourceError where something is wrong."""
+
+    def stop(self) -> None:
+        """Look no further."""
+
+    def __enter__(self) -> Check:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
 class ShardSource(Protocol):
     """Where weights come from: `kind` is `checkpoint` or `live`, `directory` holds `huggingface/`, the model's config.
 
@@ -150,8 +166,8 @@ class ShardSource(Protocol):
 
     def manifest(self) -> ShardManifest: ...
 
-    def check_sums(self) -> None:
-        """Raises unless the bytes are those that were saved, as far as that can be told."""
+    def check_sums(self) -> Check:
+        """Begins to look whether the bytes are those that were saved, as far as that can be told."""
 
     def check_unchanged(self) -> None:
         """Raises unless the source is what it was when `manifest` was read."""

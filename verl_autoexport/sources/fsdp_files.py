@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,19 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.sources.base import ITEMSIZE, Memory, Shard, ShardManifest, TensorEntry, check_coverage, join_runs
+from verl_autoexport.sources.base import (
+    ITEMSIZE,
+    Check,
+    Memory,
+    Shard,
+    ShardManifest,
+    TensorEntry,
+    check_coverage,
+    join_runs,
+)
 from verl_autoexport.sources.checkpoints import BLOCK, brief, digest, rank_files, stats
-from verl_autoexport.sources.torch_archive import Storage, check_sums, read_archive
+from verl_autoexport.sources.sum_check import SumCheck
+from verl_autoexport.sources.torch_archive import Storage, read_archive
 from verl_autoexport.untrusted import read_json
 
 _DAMAGED = "The file is truncated or damaged, or holds objects that `weights_only` loading refuses."
@@ -71,14 +80,9 @@ class FsdpFiles:
                 "The step was saved again meanwhile; export it again."
             )
 
-    def check_sums(self) -> None:
-        """Read every file whole and compare with the CRC-32 that torch wrote beside each storage."""
-        try:
-            with ThreadPoolExecutor(min(4, len(self.paths))) as pool:
-                list(pool.map(check_sums, self.paths))
-        except SourceError:
-            self.check_unchanged()  # then that is the reason
-            raise
+    def check_sums(self) -> Check:
+        """Every file is read whole and compared with the CRC-32 that torch wrote beside each storage."""
+        return SumCheck(self.paths)
 
     def manifest(self) -> ShardManifest:
         ranks = [read_rank_file(path, rank) for rank, path in enumerate(self.paths)]
