@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,9 +57,10 @@ def main() -> int:
     paths = [Path(path) for path in json.loads(sys.stdin.readline())]
     threading.Thread(target=_end_with_parent, daemon=True).start()
     cores = len(os.sched_getaffinity(0))
+    pool = ThreadPoolExecutor(min(4, max(1, cores - 1)))
     try:
-        with ThreadPoolExecutor(min(4, len(paths), max(1, cores - 1))) as pool:
-            list(pool.map(check_sums, paths))
+        for done in as_completed([pool.submit(check_sums, path) for path in paths]):
+            done.result()
     except SourceError as e:
         print(e, flush=True)
         os._exit(_DAMAGED)  # not after the other files
