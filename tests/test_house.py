@@ -62,7 +62,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "hydra": ("runtime/guard.py", "hydra_plugins/"),
     "omegaconf": ("config.py", "preflight.py", "runtime/"),
     "filelock": ("registry/",),
-    "psutil": ("export/verify.py",),
+    "psutil": ("export/verify.py", "export/writer.py"),
     "numpy": ("runtime/nodes.py",),  # whose arrays Ray hands out without a copy
 }  # fmt: skip
 LIBRARIES_LAZY: Mapping[str, tuple[str, ...]] = {

@@ -1,4 +1,4 @@
-"""One planned file to bytes on disk: what the kernel copies, what fails on the way, what stays in the page cache."""
+"""One planned file to bytes on disk: what is copied by others, what fails on the way, what stays in the page cache."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from verl_autoexport.errors import MergeError
+from verl_autoexport.export import writer
 from verl_autoexport.export.merge import MergeJob
 from verl_autoexport.export.pipeline import LocalRunner
 from verl_autoexport.export.plan import Output, make_plan, whole
-from verl_autoexport.sources.base import Shard, ShardManifest, TensorEntry, check_coverage
+from verl_autoexport.export.reader import within
+from verl_autoexport.sources.base import Shard, ShardManifest, TensorEntry, check_coverage, join_runs
 from verl_autoexport.sources.safetensors_files import model_files
 
 ROWS, COLUMNS, BEFORE = 1536, 640, 100  # 3.9 MB of float32, each part behind some other bytes in its file
@@ -25,6 +29,12 @@ ROWS, COLUMNS, BEFORE = 1536, 640, 100  # 3.9 MB of float32, each part behind so
 @pytest.fixture
 def values() -> torch.Tensor:
     return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path) -> None:
+    """This file system is one whose copies are asked for."""
+    monkeypatch.setattr(writer, "SERVER_COPIES", {writer.file_system(tmp_path)})
 
 
 @pytest.fixture
@@ -49,7 +59,7 @@ def manifest(values: torch.Tensor, folders: list[Path], dim: int = 0) -> ShardMa
         offsets = (start, 0) if dim == 0 else (0, start)
         shards.append(Shard(rank, offsets, tuple(part.shape), rank, BEFORE))
         start += part.shape[dim]
-    entry = TensorEntry("w", str(values.dtype).removeprefix("torch."), tuple(values.shape), tuple(shards))
+    entry = TensorEntry("w", str(values.dtype).removeprefix("torch."), tuple(values.shape), join_runs(shards))
     check_coverage(entry)
     return ShardManifest(tuple(files), {"w": entry}, len(folders), "fsdp2", "")
 
@@ -65,7 +75,32 @@ def merge(source: ShardManifest, path: Path, dtype: str = "float32", **how) -> t
     return torch.frombuffer(data, dtype=getattr(torch, dtype)).view(shape)
 
 
-def test_the_kernel_copies_what_needs_no_change(values, tmp_path, calls):
+@given(st.data())
+def test_cuts_of_a_run_are_what_a_box_has_of_its_shards(data):
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(data.draw(st.integers(low, high)) for _ in range(3))
+
+    dim, count, offsets, shape = data.draw(st.integers(0, 2)), data.draw(st.integers(1, 5)), each(0, 3), each(1, 4)
+    run, box = Shard(3, offsets, shape, 7, 0, count, dim, 2), (each(0, 8), each(1, 12))
+    held, wanted, found = (torch.full((30, 30, 30), -1) for _ in range(3))
+    for number in range(count):
+        one = run.number(number)
+        held[within(one.offsets, one.shape)] = torch.arange(one.file * 1000, one.file * 1000 + 64)[
+            : torch.tensor(shape).prod()
+        ].view(shape)
+    wanted[within(*box)] = held[within(*box)]
+    for cut in run.cuts(*box):
+        assert cut.extent == (*cut.shape[:dim], cut.shape[dim] * cut.count, *cut.shape[dim + 1 :])
+        parts = [
+            held[within(run.number(cut.first + i).offsets, shape)][within(cut.local, cut.shape)]
+            for i in range(cut.count)
+        ]
+        assert (found[within(cut.at, cut.extent)] == -1).all(), "none twice"
+        found[within(cut.at, cut.extent)] = torch.cat(parts, dim)
+    assert torch.equal(found, wanted)
+
+
+def test_the_server_copies_what_needs_no_change(values, tmp_path, server, calls):
     source = manifest(values, [tmp_path] * 3)
     assert torch.equal(merge(source, tmp_path / "model.safetensors"), values)
     assert sum(calls) == values.nbytes
@@ -113,14 +148,20 @@ def test_more_ranks_than_files_may_be_open(values, tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_on_a_disk_of_this_machine_reading_and_writing_is_faster(values, tmp_path, calls):
+    assert writer.file_system(tmp_path / "not/yet/there") not in ("", *writer.SERVER_COPIES)
+    assert torch.equal(merge(manifest(values, [tmp_path] * 3), tmp_path / "model.safetensors"), values)
+    assert calls == []
+
+
 @pytest.mark.parametrize(("dim", "dtype"), [(1, "float32"), (0, "bfloat16")])
-def test_what_is_cut_or_cast_is_not_copied(values, tmp_path, calls, dim, dtype):
+def test_what_is_cut_or_cast_is_not_copied(values, tmp_path, server, calls, dim, dtype):
     source = manifest(values, [tmp_path] * 3, dim)
     assert torch.equal(merge(source, tmp_path / "model.safetensors", dtype), values.to(getattr(torch, dtype)))
     assert calls == []
 
 
-def test_a_part_that_cannot_be_copied_is_read(values, tmp_path, monkeypatch):
+def test_a_part_that_cannot_be_copied_is_read(values, tmp_path, server, monkeypatch):
     """The second of two parts lies where the kernel does not copy from: the first one is written over."""
     source, real = manifest(values, [tmp_path] * 2), os.copy_file_range
     second = source.files[1].stat().st_ino
@@ -134,7 +175,7 @@ def test_a_part_that_cannot_be_copied_is_read(values, tmp_path, monkeypatch):
     assert torch.equal(merge(source, tmp_path / "model.safetensors"), values)
 
 
-def test_across_file_systems(values, tmp_path):
+def test_across_file_systems(values, tmp_path, server):
     folder = Path("/dev/shm") / f"merge-{os.getpid()}"
     folder.mkdir()
     try:
@@ -143,14 +184,14 @@ def test_across_file_systems(values, tmp_path):
         shutil.rmtree(folder)
 
 
-def test_nan_among_copied_bytes_is_refused(values, tmp_path, calls):
+def test_nan_among_copied_bytes_is_refused(values, tmp_path, server, calls):
     values[700, 5] = float("nan")
     with pytest.raises(MergeError, match="w: 1 NaN and 0 Inf values"):
         merge(manifest(values, [tmp_path] * 2), tmp_path / "model.safetensors")
     assert calls
 
 
-def test_a_source_cut_short_while_it_is_copied(values, tmp_path):
+def test_a_source_cut_short_while_it_is_copied(values, tmp_path, server):
     source = manifest(values, [tmp_path] * 2)
     os.truncate(source.files[1], BEFORE + 10)
     with pytest.raises(MergeError, match=r"its source ends \d+ bytes too early"):

@@ -72,12 +72,12 @@ def test_runs_stand_for_the_same_shards(size, world, dim, stride, data):
     check_coverage(TensorEntry("w", "float32", tuple(shape), runs))
     lo = [data.draw(st.integers(0, n - 1)) for n in shape]
     extent = [data.draw(st.integers(1, n - o)) for n, o in zip(shape, lo, strict=True)]
-    touching = [one for run in runs for one in run.touching(tuple(lo), tuple(extent))]
+    cuts = [(run, cut) for run in runs for cut in run.cuts(tuple(lo), tuple(extent))]
     overlap = [
         s for s in single
         if all(max(a, b) < min(a + n, b + m) for a, n, b, m in zip(lo, extent, s.offsets, s.shape, strict=True))
     ]  # fmt: skip
-    assert [s for s in touching if s in overlap] == overlap
+    assert [run.number(cut.first + i) for run, cut in cuts for i in range(cut.count)] == overlap
 
 
 def test_an_even_layout_is_one_run_however_many_ranks():

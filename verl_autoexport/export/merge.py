@@ -21,10 +21,10 @@ import torch
 from verl_autoexport.errors import MergeError
 from verl_autoexport.export import lora
 from verl_autoexport.export.plan import Output, Piece, PlannedFile, nbytes
-from verl_autoexport.export.reader import MAX_BLOCK, ShardReader, as_bytes, boxes, overlap, within
+from verl_autoexport.export.reader import MAX_BLOCK, ShardReader, as_bytes, boxes, within
 from verl_autoexport.export.writer import FileWriter
 from verl_autoexport.sources.base import FLOATING, ITEMSIZE, ShardManifest
-from verl_autoexport.sources.tiling import Index
+from verl_autoexport.sources.tiling import Index, overlap
 
 Progress = Callable[[int], None]
 _WORTH_A_COPY = 1 << 20  # bytes; below that a system call costs more than it saves

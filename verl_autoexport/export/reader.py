@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from verl_autoexport.errors import MergeError, SourceError
-from verl_autoexport.sources.base import ITEMSIZE, Shard, ShardManifest, TensorEntry
+from verl_autoexport.sources.base import ITEMSIZE, Cut, Shard, ShardManifest, TensorEntry
 from verl_autoexport.sources.tiling import Index
 
 MAX_BLOCK = 2 << 20  # bytes; measured: 1 MiB costs more in calls, 4 MiB brings nothing for twice the memory
@@ -56,14 +56,11 @@ class ShardReader:
         """
         entry = self.manifest.tensors[fqn]
         filled = 0
-        for shard in self._touching(entry, offsets, shape):
-            lo, extent = overlap(offsets, shape, shard.offsets, shard.shape)
-            if not math.prod(extent):
-                continue
-            part = self._read(entry, shard, tuple(a - b for a, b in zip(lo, shard.offsets, strict=True)), extent)
-            target = within(tuple(a - b for a, b in zip(lo, offsets, strict=True)), extent)
-            out[target].copy_(part if entry.loaded is None else part.to(getattr(torch, entry.loaded)))
-            filled += part.numel()
+        for shard in entry.shards:
+            for cut in shard.cuts(offsets, shape):
+                target = out[within(tuple(a - b for a, b in zip(cut.at, offsets, strict=True)), cut.extent)]
+                self._fill(entry, shard, cut, target)
+                filled += target.numel()
         if filled != math.prod(shape):
             raise MergeError(f"{fqn}: {filled} of {math.prod(shape)} elements at {list(offsets)} are covered.")
 
@@ -71,68 +68,86 @@ class ShardReader:
         """(file descriptor, offset, bytes) of what the box is in row-major order; empty unless it is whole rows."""
         found = []
         inner, size = math.prod(shape[1:]), ITEMSIZE[entry.dtype]
-        for shard in sorted(self._touching(entry, offsets, shape), key=lambda s: s.offsets):
-            lo, extent = overlap(offsets, shape, shard.offsets, shard.shape)
-            if not math.prod(extent):
-                continue
+        cuts = ((shard, cut) for shard in entry.shards for cut in shard.cuts(offsets, shape))
+        for shard, cut in sorted(cuts, key=lambda both: both[1].at):
             if (
                 not isinstance(self.manifest.files[shard.file], Path)
-                or (extent[1:], shard.shape[1:]) != (shape[1:],) * 2
+                or (cut.shape[1:], shard.shape[1:]) != (shape[1:],) * 2
             ):
                 return []
-            begin = shard.byte_offset + (lo[0] - shard.offsets[0]) * inner * size if shape else shard.byte_offset
-            found.append((self._open(shard, entry.fqn), begin, math.prod(extent) * size))
+            begin = shard.byte_offset + (cut.local[0] * inner * size if shape else 0)
+            for number in range(cut.first, cut.first + cut.count):
+                found.append((self._open(shard, number, entry.fqn), begin, math.prod(cut.shape) * size))
         return found
 
-    def _touching(self, entry: TensorEntry, offsets: Index, shape: Index) -> Iterator[Shard]:
-        return (one for run in entry.shards for one in run.touching(offsets, shape))
+    def _fill(self, entry: TensorEntry, shard: Shard, cut: Cut, target: torch.Tensor) -> None:
+        """One copy for all shards of a cut; none where they follow each other in `target` as they are in the files."""
+        dtype = getattr(torch, entry.dtype)
+        in_order = cut.count == 1 or shard.dim == 0
+        if in_order and target.dtype == dtype and entry.loaded is None and target.is_contiguous():
+            self._read(entry, shard, cut, as_bytes(target))
+            return
+        nbytes = target.numel() * ITEMSIZE[entry.dtype]
+        if self.buffer.numel() < nbytes:
+            self.buffer = torch.empty(nbytes, dtype=torch.uint8)
+        held = self.buffer[:nbytes]
+        self._read(entry, shard, cut, memoryview(held.numpy()))
+        part = held.view(dtype)
+        if in_order:
+            part = part.view(target.shape)
+        else:
+            part = part.view(cut.count, *cut.shape).movedim(0, shard.dim)
+            target = target.unflatten(shard.dim, (cut.count, cut.shape[shard.dim]))
+        target.copy_(part if entry.loaded is None else part.to(getattr(torch, entry.loaded)))
 
-    def _read(self, entry: TensorEntry, shard: Shard, local: Index, extent: Index) -> torch.Tensor:
-        """The box at `local` of the shard, one read for each run of it that is contiguous in the file."""
+    def _read(self, entry: TensorEntry, shard: Shard, cut: Cut, into: memoryview) -> None:
+        """The boxes of a cut one after the other, one read for each run of them that is contiguous in its file."""
         size = ITEMSIZE[entry.dtype]
-        count = math.prod(extent) * size
-        if self.buffer.numel() < count:
-            self.buffer = torch.empty(count, dtype=torch.uint8)
-        view = self.buffer[:count]
-        data = memoryview(view.numpy())
-        outer = _outer_dims(extent, shard.shape)
-        run = math.prod(extent[outer:]) * size
-        for number, index in enumerate(_indices(extent[:outer])):
+        outer = _outer_dims(cut.shape, shard.shape)
+        run = math.prod(cut.shape[outer:]) * size
+        begins = []
+        for index in _indices(cut.shape[:outer]):
             first = 0
             for i, dim in enumerate(shard.shape):
-                first = first * dim + local[i] + (index[i] if i < outer else 0)
-            into = data[number * run : (number + 1) * run]
-            self._pread(shard, into, shard.byte_offset + first * size, entry.fqn)
-        return view.view(getattr(torch, entry.dtype)).reshape(extent)
+                first = first * dim + cut.local[i] + (index[i] if i < outer else 0)
+            begins.append(shard.byte_offset + first * size)
+        at = 0
+        for number in range(cut.first, cut.first + cut.count):
+            for begin in begins:
+                self._pread(shard, number, into[at : at + run], begin, entry.fqn)
+                at += run
 
-    def _open(self, shard: Shard, fqn: str) -> int:
-        if shard.file not in self.fds:
+    def _open(self, shard: Shard, number: int, fqn: str) -> int:
+        step = number * shard.stride
+        file, rank = shard.file + step, shard.rank + step
+        if file not in self.fds:
             if len(self.fds) == _OPEN:
                 self._close_first()
-            path = self.manifest.files[shard.file]
+            path = self.manifest.files[file]
             try:
-                self.fds[shard.file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self.fds[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as e:
-                raise SourceError(f"{path} (rank {shard.rank}): {fqn} cannot be read: {e.strerror}.") from e
-        return self.fds[shard.file]
+                raise SourceError(f"{path} (rank {rank}): {fqn} cannot be read: {e.strerror}.") from e
+        return self.fds[file]
 
-    def _pread(self, shard: Shard, into: memoryview, offset: int, fqn: str) -> None:
-        path = self.manifest.files[shard.file]
+    def _pread(self, shard: Shard, number: int, into: memoryview, offset: int, fqn: str) -> None:
+        step = number * shard.stride
+        path, rank = self.manifest.files[shard.file + step], shard.rank + step
         if not isinstance(path, Path):
             path.read(into, offset)
             return
-        fd, done = self._open(shard, fqn), 0
+        fd, done = self._open(shard, number, fqn), 0
         try:
             while done < len(into):
                 n = os.preadv(fd, [into[done:]], offset + done)
                 if n == 0:
                     raise SourceError(
-                        f"{path} (rank {shard.rank}): ends at byte {offset + done}, but {fqn} goes on to "
+                        f"{path} (rank {rank}): ends at byte {offset + done}, but {fqn} goes on to "
                         f"{offset + len(into)}; the file was truncated while being exported."
                     )
                 done += n
         except OSError as e:
-            raise SourceError(f"{path} (rank {shard.rank}): {fqn} cannot be read: {e.strerror}.") from e
+            raise SourceError(f"{path} (rank {rank}): {fqn} cannot be read: {e.strerror}.") from e
 
 
 def equal_values(manifest: ShardManifest, a: str, b: str) -> bool:
@@ -161,13 +176,6 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 def within(offsets: Index, shape: Index) -> tuple[slice, ...]:
     """The index of a box in the tensor that holds it."""
     return tuple(slice(o, o + n) for o, n in zip(offsets, shape, strict=True))
-
-
-def overlap(offsets: Index, shape: Index, others: Index, extent: Index) -> tuple[Index, Index]:
-    """(offsets, shape) of what two boxes have in common, in the coordinates of both; empty ones have a 0 in shape."""
-    lo = tuple(max(a, b) for a, b in zip(offsets, others, strict=True))
-    hi = (min(a + n, b + m) for a, n, b, m in zip(offsets, shape, others, extent, strict=True))
-    return lo, tuple(max(0, h - low) for low, h in zip(lo, hi, strict=True))
 
 
 def boxes(shape: Index, limit: int) -> Iterator[tuple[Index, Index]]:

@@ -8,10 +8,17 @@ import os
 from pathlib import Path
 from threading import Condition
 
+import psutil
+
 from verl_autoexport.errors import MergeError
 
 _WRITE = 1 << 20  # bytes at a time; larger ones are written several times slower (ext4, Linux 6.18)
 _BEHIND = 64 << 20  # bytes after which those written before are sent to the disk and leave the page cache
+SERVER_COPIES = frozenset({"nfs4", "cifs", "smb3", "ceph"})
+"""File systems where `copy_file_range` is the server's work, and bytes cross the network once less.
+
+On others reading and writing is faster (ext4, Linux 6.18: 1.8 x): what is written must be read for its hash anyway.
+"""
 _CANNOT = {errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 
 
@@ -30,7 +37,7 @@ class FileWriter:
         self.ready: dict[int, bytes | memoryview] = {}  # by offset: written, not yet hashed
         self.hashing = False
         self.broken: BaseException | None = None
-        self.copies = True  # until the file system says that it cannot
+        self.copies = file_system(path) in SERVER_COPIES  # until it says that it cannot
 
     def __enter__(self) -> FileWriter:
         try:
@@ -55,7 +62,7 @@ class FileWriter:
     def copy(self, source: int, offset: int, nbytes: int, to: int) -> bool:
         """Let the kernel copy bytes of an open file to the byte offset `to`; `read_back` and `hash` must follow.
 
-        False, and nothing done, where the file systems cannot copy between each other.
+        False, and nothing done, where the file systems cannot copy between each other, or need not.
         """
         done = 0
         while self.copies and done < nbytes:
@@ -133,6 +140,13 @@ class FileWriter:
         if not self.cached:
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         return self.digest.hexdigest(), self.hashed
+
+
+def file_system(path: Path) -> str:
+    """The type of the one that `path` is, or would be, in."""
+    path = path.resolve()
+    mounted = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    return next((mounted[str(p)] for p in (path, *path.parents) if str(p) in mounted), "")
 
 
 def drop_cache(path: Path) -> None:

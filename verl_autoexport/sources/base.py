@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.sources.tiling import Index, find_flaw
+from verl_autoexport.sources.tiling import Index, find_flaw, overlap
 
 ITEMSIZE = {
     "float64": 8, "int64": 8, "uint64": 8,
@@ -43,26 +43,53 @@ class Shard:
     @property
     def extent(self) -> Index:
         """The shape of the box that all of them fill together."""
-        if self.count == 1:
-            return self.shape
-        return (*self.shape[: self.dim], self.shape[self.dim] * self.count, *self.shape[self.dim + 1 :])
+        return self.shape if self.count == 1 else _with(self.shape, self.dim, self.shape[self.dim] * self.count)
 
     def number(self, i: int) -> Shard:
         """The i-th alone."""
-        offsets = (*self.offsets[: self.dim], self.offsets[self.dim] + i * self.shape[self.dim])
-        step = i * self.stride
-        return Shard(
-            self.rank + step, offsets + self.offsets[self.dim + 1 :], self.shape, self.file + step, self.byte_offset
-        )
-
-    def touching(self, offsets: Index, shape: Index) -> Iterator[Shard]:
-        """One by one, those that may share elements with the box of `shape` at `offsets`."""
         if self.count == 1:
-            yield self
+            return self
+        offsets = _with(self.offsets, self.dim, self.offsets[self.dim] + i * self.shape[self.dim])
+        step = i * self.stride
+        return Shard(self.rank + step, offsets, self.shape, self.file + step, self.byte_offset)
+
+    def cuts(self, offsets: Index, shape: Index) -> Iterator[Cut]:
+        """What the box of `shape` at `offsets` has of them: of those that are whole along `dim` all at once."""
+        at, extent = overlap(offsets, shape, self.offsets, self.extent)
+        if not math.prod(extent):
             return
-        size, begin = self.shape[self.dim], offsets[self.dim] - self.offsets[self.dim]
-        for i in range(max(0, begin // size), min(self.count, -(-(begin + shape[self.dim]) // size))):
-            yield self.number(i)
+        local = tuple(a - b for a, b in zip(at, self.offsets, strict=True))
+        if self.count == 1:
+            yield Cut(0, 1, local, extent, at, extent)
+            return
+        d, size = self.dim, self.shape[self.dim]
+        begin, end = local[d], local[d] + extent[d]
+        while begin < end:
+            first, skipped = divmod(begin, size)
+            count = 1 if skipped else max(1, (end - begin) // size)
+            rows = min(size - skipped, end - begin)
+            box = _with(local, d, skipped), _with(extent, d, rows)
+            yield Cut(first, count, *box, _with(at, d, self.offsets[d] + begin), _with(extent, d, rows * count))
+            begin += rows * count
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Of `count` shards of a run from number `first` on, the box of `shape` at `local` in each.
+
+    Together they are the box of `extent` at `at` of the tensor.
+    """
+
+    first: int
+    count: int
+    local: Index
+    shape: Index
+    at: Index
+    extent: Index
+
+
+def _with(index: Index, dim: int, n: int) -> Index:
+    return (*index[:dim], n, *index[dim + 1 :])
 
 
 def join_runs(shards: Iterable[Shard]) -> tuple[Shard, ...]:

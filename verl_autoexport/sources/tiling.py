@@ -11,6 +11,13 @@ Box = tuple[Index, Index]
 """Offsets and shape, in elements, per dimension."""
 
 
+def overlap(offsets: Index, shape: Index, others: Index, extent: Index) -> tuple[Index, Index]:
+    """(offsets, shape) of what two boxes have in common, in the coordinates of both; empty ones have a 0 in shape."""
+    lo = tuple(max(a, b) for a, b in zip(offsets, others, strict=True))
+    hi = (min(a + n, b + m) for a, n, b, m in zip(offsets, shape, others, extent, strict=True))
+    return lo, tuple(max(0, h - low) for low, h in zip(lo, hi, strict=True))
+
+
 @dataclass(frozen=True)
 class Flaw:
     """Why boxes do not tile a shape: `kind` is `outside`, `volume` or `overlap`.
