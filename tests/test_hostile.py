@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import shutil
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -149,6 +150,32 @@ def test_a_pickle_that_asks_for_memory(protocol, summed, own_checkpoint, tmp_pat
     message = refused(made, tmp_path, SourceError)
     assert "bytearray" in message
     assert str(rank_file(made, 0)) in message
+
+
+@pytest.mark.parametrize("behind", ["nothing", "an archive"])
+def test_a_pickle_alone(behind, own_checkpoint, tmp_path):
+    """As torch wrote files before it wrote archives; zip files may have something in front."""
+    made = own_checkpoint("even")
+    whole = rank_file(made, 0).read_bytes() if behind == "an archive" else b""
+    rank_file(made, 0).write_bytes(pickle.dumps(Calls(bytearray, 1 << 40), 2) + whole)
+    assert "not a whole torch file" in refused(made, tmp_path, SourceError)
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "DATA.PKL"])
+def test_two_pickles_of_which_one_asks_for_memory(name, own_checkpoint, tmp_path):
+    made = own_checkpoint("even")
+    with zipfile.ZipFile(rank_file(made, 0), "a") as archive:
+        folder = archive.namelist()[0].split("/")[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # zipfile's, of the name that is there twice
+            archive.writestr(f"{folder}/{name}", pickle.dumps({EMBED: Calls(bytearray, 1 << 40)}, 2))
+    assert "2 pickles in it, expected one" in refused(made, tmp_path, SourceError)
+
+
+def test_a_mesh_of_too_many_ranks(own_checkpoint, tmp_path, monkeypatch):
+    made = own_checkpoint("even")
+    monkeypatch.setattr("verl_autoexport.sources.fsdp_files.BLOCK", 4)  # bytes; two ranks need more
+    assert "_rank_map of the device mesh" in refused(made, tmp_path, SourceError)
 
 
 def test_a_tensor_that_is_more_than_its_storage(own_checkpoint, tmp_path):

@@ -154,6 +154,13 @@ def test_on_a_disk_of_this_machine_reading_and_writing_is_faster(values, tmp_pat
     assert calls == []
 
 
+def test_more_ranks_than_files_may_be_open_are_copied(values, tmp_path, server, calls):
+    """A row each, so that one block is of more files than are kept open."""
+    source = manifest(values[:640], [tmp_path] * 640)
+    assert torch.equal(merge(source, tmp_path / "model.safetensors"), values[:640])
+    assert sum(calls) == values[:640].nbytes
+
+
 @pytest.mark.parametrize(("dim", "dtype"), [(1, "float32"), (0, "bfloat16")])
 def test_what_is_cut_or_cast_is_not_copied(values, tmp_path, server, calls, dim, dtype):
     source = manifest(values, [tmp_path] * 3, dim)

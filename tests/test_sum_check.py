@@ -48,6 +48,20 @@ def test_whole_files(checkpoint):
         check.wait()
 
 
+def test_modules_in_the_working_directory_are_not_run(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json.py").write_text("raise SystemExit('not the library')")
+    with SumCheck([checkpoint("even") / "actor/model_world_size_2_rank_0.pt"]) as check:
+        check.wait()
+
+
+def test_an_end_without_a_result_is_none(endless):
+    with SumCheck([endless]) as check:
+        check.process.stdin.close()  # as if its parent were gone
+        with pytest.raises(SourceError, match="ended with 1"):
+            check.wait()
+
+
 def test_it_ends_when_it_is_stopped(endless):
     with SumCheck([endless]) as check:
         assert psutil.pid_exists(check.process.pid)
@@ -68,7 +82,7 @@ def test_it_ends_when_its_parent_is_killed(endless):
 def test_it_is_killed(endless):
     with SumCheck([endless]) as check:
         check.process.send_signal(signal.SIGKILL)
-        with pytest.raises(SourceError, match="ended with -9: it said nothing"):
+        with pytest.raises(SourceError, match="ended with -9: it said nothing. What is not checked"):
             check.wait()
 
 

@@ -70,7 +70,8 @@ class MergeJob:
         errors, SourceError when a shard is shorter than it was.
         """
         threads = 1 if self.planned.fusions else self.threads  # each would fuse the same tensor
-        # Each thread has buffers for two output blocks and, of at most 4x the width, what is read for one.
+        # Each thread has buffers for two output blocks and, of at most 4x the width, what is read for one;
+        # what training had cast to another dtype is held in that too, of at most 2x.
         largest = max((getattr(file, "block", MAX_BLOCK) for file in self.manifest.files), default=MAX_BLOCK)
         block = max(4096, min(largest, self.memory_budget // (8 * threads)))
         with FileWriter(self.path, self.cached) as writer:
@@ -165,7 +166,7 @@ class _Work:
         nbytes = math.prod(block.shape) * ITEMSIZE[output.dtype]
         out = buffer.data[:nbytes].view(getattr(torch, output.dtype)).view(block.shape)
         data = as_bytes(out)
-        if block.unchanged and self._copy(block, source.reader):
+        if block.unchanged and self.writer.copies and self._copy(block, source.reader):
             self.writer.read_back(data, block.at)
         else:
             _fill(output, source, block.offsets, block.shape, out)
@@ -181,14 +182,14 @@ class _Work:
                 raise
 
     def _copy(self, block: _Block, reader: ShardReader) -> bool:
-        """Let the kernel copy whole rows of shards; False where that is not possible."""
+        """Let the file system copy whole rows of shards; False where that is not possible."""
         piece, at = block.output.pieces[0], block.at
         ranges = reader.ranges(reader.manifest.tensors[piece.fqn], _sum(piece.offsets, block.offsets), block.shape)
-        for fd, offset, count in ranges:
+        for fd, offset, count in ranges or ():
             if not self.writer.copy(fd, offset, count, at):
                 return False  # what was copied before is written over
             at += count
-        return bool(ranges)
+        return ranges is not None
 
 
 @contextmanager

@@ -170,10 +170,10 @@ def run_export(
     timings = {"stall": spec.stall_s}
     if spec.hand_over_s is not None:
         timings["hand_over"] = spec.hand_over_s
+    progress.stage("reading shards")
     source = _open_source(spec)
     with source.check_sums() as sums:
         with _timed(timings, "gather"):
-            progress.stage("reading shards")
             manifest = source.manifest()
             planned = plan_model(spec, manifest)
             _check_space(target, planned.plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -64,21 +64,25 @@ class ShardReader:
         if filled != math.prod(shape):
             raise MergeError(f"{fqn}: {filled} of {math.prod(shape)} elements at {list(offsets)} are covered.")
 
-    def ranges(self, entry: TensorEntry, offsets: Index, shape: Index) -> list[tuple[int, int, int]]:
-        """(file descriptor, offset, bytes) of what the box is in row-major order; empty unless it is whole rows."""
-        found = []
-        inner, size = math.prod(shape[1:]), ITEMSIZE[entry.dtype]
-        cuts = ((shard, cut) for shard in entry.shards for cut in shard.cuts(offsets, shape))
-        for shard, cut in sorted(cuts, key=lambda both: both[1].at):
-            if (
-                not isinstance(self.manifest.files[shard.file], Path)
-                or (cut.shape[1:], shard.shape[1:]) != (shape[1:],) * 2
-            ):
-                return []
-            begin = shard.byte_offset + (cut.local[0] * inner * size if shape else 0)
+    def ranges(self, entry: TensorEntry, offsets: Index, shape: Index) -> Iterator[tuple[int, int, int]] | None:
+        """(file descriptor, offset, bytes) of what the box is in row-major order; None unless it is whole rows.
+
+        A descriptor is good until the next one is asked for.
+        """
+        found = [(shard, cut) for shard in entry.shards for cut in shard.cuts(offsets, shape)]
+        for shard, cut in found:
+            rows = (cut.shape[1:], shard.shape[1:]) == (shape[1:],) * 2
+            if not rows or not isinstance(self.manifest.files[shard.file], Path):
+                return None
+        return self._ranges(entry, sorted(found, key=lambda both: both[1].at))
+
+    def _ranges(self, entry: TensorEntry, found: Sequence[tuple[Shard, Cut]]) -> Iterator[tuple[int, int, int]]:
+        size = ITEMSIZE[entry.dtype]
+        for shard, cut in found:
+            skipped = cut.local[0] * math.prod(cut.shape[1:]) * size if cut.local else 0
             for number in range(cut.first, cut.first + cut.count):
-                found.append((self._open(shard, number, entry.fqn), begin, math.prod(cut.shape) * size))
-        return found
+                fd = self._open(shard, number, entry.fqn)
+                yield fd, shard.byte_offset + skipped, math.prod(cut.shape) * size
 
     def _fill(self, entry: TensorEntry, shard: Shard, cut: Cut, target: torch.Tensor) -> None:
         """One copy for all shards of a cut; none where they follow each other in `target` as they are in the files."""

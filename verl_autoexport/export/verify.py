@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from verl_autoexport import untrusted
+from verl_autoexport import child, untrusted
 from verl_autoexport.errors import VerifyError
 from verl_autoexport.export.plan import MergePlan
 from verl_autoexport.sources.safetensors_files import INDEX_NAME
@@ -111,7 +109,7 @@ def check_loading(
         limit = f"verify.max_memory is {_gib(max_memory)}" if need > max_memory else f"{_gib(free)} are free"
         reason = f"needs about {_gib(need)}, {limit}"
         return dict.fromkeys(names, _skipped(reason))
-    command = [sys.executable, "-m", "verl_autoexport.export.load_check", str(directory.resolve())]
+    command = child.command("verl_autoexport.export.load_check", str(directory.resolve()))
     command += ["--no-generate"] if generate is False else []
     command += ["--trust-remote-code"] if trust_remote_code else []
     command += ["--external-lib", external_lib] if external_lib else []
@@ -142,10 +140,9 @@ def _parse(
 
 def _environment() -> dict[str, str]:
     """CPU only, offline, few threads: training's GPUs and cores are not ours."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "VERL_"))}
-    paths = [p for p in sys.path if p]
+    env = {k: v for k, v in child.environment().items() if not k.startswith(("RAY_", "VERL_"))}
     fixed = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**env, **fixed, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(paths)}
+    return {**env, **fixed, "OMP_NUM_THREADS": "2"}
 
 
 def _skipped(reason: str) -> Check:

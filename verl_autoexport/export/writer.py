@@ -143,9 +143,12 @@ class FileWriter:
 
 
 def file_system(path: Path) -> str:
-    """The type of the one that `path` is, or would be, in."""
-    path = path.resolve()
-    mounted = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    """The type of the one that `path` is, or would be, in; empty where that cannot be told."""
+    try:
+        path = path.resolve()
+        mounted = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    except OSError:  # mounts are not shown to everyone
+        return ""
     return next((mounted[str(p)] for p in (path, *path.parents) if str(p) in mounted), "")
 
 

@@ -50,7 +50,7 @@ class NodeFiles:
     """An actor on one node, for what is on its disks. All methods but `about` raise SourceError."""
 
     def __init__(self) -> None:
-        self.checks: dict[str, SumCheck] = {}
+        self.checks: dict[str, SumCheck | None] = {}  # by name; None: not to begin any more
 
     def about(self) -> tuple[str, dict[str, str | None]]:
         return socket.gethostname(), versions()
@@ -83,11 +83,13 @@ class NodeFiles:
         return stats(paths)
 
     def check_sums(self, name: str, paths: Sequence[Path]) -> None:
-        with SumCheck(paths) as self.checks[name]:
-            self.checks[name].wait()
+        with SumCheck(paths) as check:
+            if self.checks.setdefault(name, check) is check:
+                check.wait()
+        self.checks[name] = None
 
     def stop_sums(self, name: str) -> None:
-        if check := self.checks.pop(name, None):
+        if check := self.checks.setdefault(name, None):
             check.stop()
 
     def config_files(self, directory: Path) -> dict[str, bytes]:

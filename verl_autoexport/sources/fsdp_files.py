@@ -123,16 +123,17 @@ class _RankFile:
     """One rank file: `storages` are those of its archive, `meshes` the ranks in each device mesh, read once."""
 
     def __init__(self, path: Path, rank: int, storages: Mapping[int, Storage]) -> None:
-        self.path, self.rank, self.storages = path, rank, storages
+        self.path, self.rank, self.storages, self.size = path, rank, storages, path.stat().st_size
         self.meshes: dict[int, torch.Tensor] = {}
 
     def load(self) -> Any:
         try:
-            return torch.load(self.path, weights_only=True, map_location="meta")
+            # `mmap` refuses everything but archives
+            return torch.load(self.path, weights_only=True, map_location="meta", mmap=True)
         except Exception as e:
             detail = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise SourceError(
-                f"{self.path} (rank {self.rank}, {self.path.stat().st_size} bytes): not a whole torch file of plain "
+                f"{self.path} (rank {self.rank}, {self.size} bytes): not a whole torch file of plain "
                 f"tensors: {detail} {_DAMAGED}"
             ) from e
 
@@ -167,10 +168,10 @@ class _RankFile:
             raise SourceError(f"{where}: torch {version} does not tell where in the file it is; upgrade torch.")
         skipped, nbytes = tensor.storage_offset() * ITEMSIZE[dtype], tensor.numel() * ITEMSIZE[dtype]
         storage = self.storages.get(start, Storage(0, 0))
-        if skipped + nbytes > storage.nbytes or start + storage.nbytes > self.path.stat().st_size:
+        if skipped + nbytes > storage.nbytes or start + storage.nbytes > self.size:
             raise SourceError(
                 f"{where}: {nbytes} bytes from byte {start + skipped} on, but what is stored from {start} on has "
-                f"{storage.nbytes} and the file {self.path.stat().st_size}; the file is truncated or damaged."
+                f"{storage.nbytes} and the file {self.size}; the file is truncated or damaged."
             )
         return start + skipped, nbytes, storage
 
@@ -184,7 +185,9 @@ class _RankFile:
 
     def values(self, where: str, tensor: torch.Tensor) -> torch.Tensor:
         begin, nbytes, _ = self.find(where, tensor)
-        data = bytearray(b"".join(_blocks(self.path, begin, nbytes)))
+        if nbytes > BLOCK:
+            raise SourceError(f"{where}: {nbytes} bytes; no run has so many ranks.")
+        data = bytearray(next(_blocks(self.path, begin, nbytes)))
         return torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape)
 
 

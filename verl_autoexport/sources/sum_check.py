@@ -12,65 +12,69 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 
+from verl_autoexport import child
 from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.base import Check
 from verl_autoexport.sources.torch_archive import check_sums
 
-_DAMAGED = 3
-"""Exit code of the process where a file is not what was saved; it prints which."""
+_WHOLE, _DAMAGED = "whole: all", "damaged: "
+"""How its last line begins where every file is what was saved, and where one is not."""
 
 
 class SumCheck(Check):
     """Reads `paths` whole from now on. The process ends with this one, however that ends."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        command, pipe = [sys.executable, "-m", __name__], subprocess.PIPE
+        pipe = subprocess.PIPE
         try:
             self.process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, env=env, text=True
-            )
+                child.command(__name__), stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, env=child.environment(),
+                encoding="utf-8", errors="replace",
+            )  # fmt: skip
         except OSError as e:
-            raise SourceError(f"no process to compare the shards' check sums can be started: {e}") from e
+            raise SourceError(f"{paths[0].parent}: no process to compare check sums can be started: {e}") from e
+        self.where = paths[0].parent
         with suppress(BrokenPipeError):  # `wait` tells why
             self.process.stdin.write(json.dumps([str(path.absolute()) for path in paths]) + "\n")
             self.process.stdin.flush()  # and not closed: its end is ours
 
     def wait(self) -> None:
-        said = self.process.stdout.read().strip()
+        said = self.process.stdout.read().strip().splitlines() or ["it said nothing"]
         code = self.process.wait()
-        if code == _DAMAGED:
-            raise SourceError(said)
-        if code:
-            last = said.splitlines()[-1] if said else "it said nothing"
-            raise SourceError(f"the process that compares the shards' check sums ended with {code}: {last}.")
+        if said[-1].startswith(_DAMAGED):
+            raise SourceError(said[-1].removeprefix(_DAMAGED))
+        if code or said[-1] != _WHOLE:
+            raise SourceError(
+                f"{self.where}: the process that compares check sums ended with {code}: {said[-1]}. What is not "
+                "checked is not published; export the step again."
+            )
 
     def stop(self) -> None:
         self.process.kill()
 
     def __exit__(self, *_: object) -> None:
-        with self.process:  # closes the pipes
+        with suppress(BrokenPipeError), self.process:  # closes the pipes
             self.stop()
 
 
-def main() -> int:
+def main() -> None:
     paths = [Path(path) for path in json.loads(sys.stdin.readline())]
     threading.Thread(target=_end_with_parent, daemon=True).start()
     cores = len(os.sched_getaffinity(0))
-    pool = ThreadPoolExecutor(min(4, max(1, cores - 1)))
+    pool, last = ThreadPoolExecutor(min(4, max(1, cores - 1))), _WHOLE
     try:
         for done in as_completed([pool.submit(check_sums, path) for path in paths]):
             done.result()
     except SourceError as e:
-        print(e, flush=True)
-        os._exit(_DAMAGED)  # not after the other files
-    return 0
+        last = _DAMAGED + " ".join(str(e).splitlines())
+    print(last, flush=True)
+    os._exit(0)  # not after files that are still read
 
 
 def _end_with_parent() -> None:
     sys.stdin.read()
-    os._exit(0)
+    os._exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

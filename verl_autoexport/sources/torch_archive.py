@@ -29,24 +29,25 @@ class Storage:
 def read_archive(path: Path, rank: int) -> dict[int, Storage]:
     """The storages in a file, by their first byte; reads no weight.
 
-    Refuses what would take memory that no file of this size holds, before anything is
-    unpickled. Files that are no archive, or a damaged one, are left to torch's own message: they have
-    no storages. Raises SourceError.
+    Refuses what is no whole archive, and what would take memory that no file of this size holds, before
+    anything is unpickled. Raises SourceError.
     """
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
-            _check_sizes(records, path, rank)
-            begins = {r.filename: _begin(file.fileno(), r) for r in records}
-            names = [r for r in records if r.filename.endswith("data.pkl")]
-            pickles = [os.pread(file.fileno(), r.file_size, begins[r.filename]) for r in names]
+            records, size = archive.infolist(), path.stat().st_size
+            _check_sizes(records, size, path, rank)
+            # torch finds records by names in any case
+            pickles = [r for r in records if r.filename.lower().endswith("data.pkl")]
+            pickled = [os.pread(file.fileno(), r.file_size, _begin(file.fileno(), r)) for r in pickles[:1]]
             data = (r for r in records if "/data/" in r.filename)
-            storages = {begins[r.filename]: Storage(r.file_size, r.CRC) for r in data}
+            storages = {_begin(file.fileno(), r): Storage(r.file_size, r.CRC) for r in data}
     except SourceError:
         raise
-    except Exception:  # noqa: BLE001 - torch reads it next and says what is wrong
-        return {}
-    if any(all(name in pickled for name in _ALLOCATES) for pickled in pickles):
+    except Exception as e:  # zipfile raises what its parsers do: BadZipFile, OverflowError, UnicodeDecodeError …
+        raise SourceError(f"{path} (rank {rank}): not a whole torch file: {e!r}. It is truncated or damaged.") from e
+    if len(pickles) != 1:
+        raise SourceError(f"{path} (rank {rank}): {len(pickles)} pickles in it, expected one; not a torch file.")
+    if all(name in pickled[0] for name in _ALLOCATES):
         raise SourceError(
             f"{path} (rank {rank}): its pickle calls bytearray, which no shard needs and which "
             "`weights_only` lets take any amount of memory; this is not a file that training wrote."
@@ -54,15 +55,14 @@ def read_archive(path: Path, rank: int) -> dict[int, Storage]:
     return storages
 
 
-def _check_sizes(records: Sequence[zipfile.ZipInfo], path: Path, rank: int) -> None:
-    size = path.stat().st_size
+def _check_sizes(records: Sequence[zipfile.ZipInfo], size: int, path: Path, rank: int) -> None:
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.file_size > size:
             raise SourceError(
                 f"{path} (rank {rank}): {record.filename!r:.100} would unpack to {record.file_size} bytes; "
                 "torch never packs its files, so this is not one that training wrote."
             )
-        if record.filename.endswith("data.pkl") and record.file_size > _MAX_PICKLE:
+        if record.filename.lower().endswith("data.pkl") and record.file_size > _MAX_PICKLE:
             raise SourceError(f"{path} (rank {rank}): more than {_MAX_PICKLE} bytes of names and shapes.")
 
 
