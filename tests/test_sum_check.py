@@ -82,7 +82,7 @@ def test_it_ends_when_its_parent_is_killed(endless):
 def test_it_is_killed(endless):
     with SumCheck([endless]) as check:
         check.process.send_signal(signal.SIGKILL)
-        with pytest.raises(SourceError, match="ended with -9: it said nothing. What is not checked"):
+        with pytest.raises(SourceError, match=r"ended with -9: it said nothing\. What is not checked"):
             check.wait()
 
 
