@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from verl_autoexport.errors import SourceError
+from verl_autoexport.sources.checkpoints import BLOCK
 
-_BLOCK = 1 << 20  # bytes read at a time
 _MAX_PICKLE = 256 << 20  # bytes; names and shapes of a million tensors
 _ALLOCATES = (b"builtin", b"bytearray")
 """Module and name of what `weights_only` lets a pickle call, and what then takes as much memory as that asks for.
@@ -80,7 +80,7 @@ def check_sums(path: Path) -> None:
             # 0: training has switched them off (`torch.serialization.set_crc32_options`)
             for record in (r for r in archive.infolist() if r.CRC):
                 with archive.open(record) as f:
-                    while f.read(_BLOCK):
+                    while f.read(BLOCK):
                         pass
     except Exception as e:  # zipfile raises what its parsers do: zlib.error, UnicodeDecodeError, NotImplementedError …
         raise SourceError(
