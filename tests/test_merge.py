@@ -215,19 +215,23 @@ def resident(path: Path) -> float:
 
 
 @pytest.mark.skipif(shutil.which("fincore") is None, reason="util-linux's fincore, which looks into the page cache")
-def test_the_page_cache_is_left_to_training(values, tmp_path):
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("read_again", [True, False])
+def test_the_page_cache_keeps_what_is_read_again(values, tmp_path, monkeypatch, cached, read_again):
+    monkeypatch.setattr(writer, "_BEHIND", 1 << 18)  # so that most is sent to the disk before the end
     source = manifest(values, [tmp_path] * 2)
     for path in source.files:
         with path.open("rb") as file:
             os.fsync(file.fileno())  # as verl's are by the time that they are exported
     out = tmp_path / "model.safetensors"
-    merge(source, out, "bfloat16", cached=True)
-    assert min(map(resident, (*source.files, out))) > 0.9
-    out.unlink()
     shape = source.tensors["w"].shape
     plan = make_plan(source, [Output("w", shape, "bfloat16", whole("w", shape))], 10**9)
-    MergeJob(plan.files[0], source, out, 1 << 20, cached=False).run()
-    assert max(map(resident, (*source.files, out))) < 0.1
+    MergeJob(plan.files[0], source, out, 1 << 20, cached, read_again).run()
+    held = {True: lambda path: resident(path) > 0.9, False: lambda path: resident(path) < 0.1}
+    assert held[read_again](out)
+    assert all(map(held[cached], source.files))
+    content = out.read_bytes()[-2 * values.numel() :]
+    assert torch.equal(torch.frombuffer(bytearray(content), dtype=torch.bfloat16).view(shape), values.bfloat16())
 
 
 def test_a_file_that_fails_ends_the_others(values, tmp_path):

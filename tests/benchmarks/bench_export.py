@@ -124,7 +124,7 @@ def _child(what: str, *args: str) -> float | str:
 
 
 def _merge(source: Path, out: Path, bare: bool, workers: int = 1, threads: int | None = None) -> float:
-    """The merge alone; `bare`: without hash and fsync. Several files only where the threads are given."""
+    """The merge alone; `bare`: without hash and flushing. Several files only where the threads are given."""
     from verl_autoexport.export import merge, pipeline
     from verl_autoexport.export.model import plan_model
     from verl_autoexport.export.spec import checkpoint_spec
@@ -138,6 +138,9 @@ def _merge(source: Path, out: Path, bare: bool, workers: int = 1, threads: int |
         def __init__(self, *args: object) -> None:
             super().__init__(*args)
             self.digest = NoHash()
+
+        def send(self, end: int) -> None:
+            self.advised = end
 
         def finish(self) -> tuple[str, int]:
             return "", self.hashed

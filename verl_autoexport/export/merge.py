@@ -52,7 +52,8 @@ class WrittenFile:
 class MergeJob:
     """All that a worker in another process needs to write one file; `memory_budget` in bytes.
 
-    `cached` False keeps the page cache free of what is read and written; `threads` share the file.
+    `cached` False keeps the page cache free of what is read, `read_again` False of what is written;
+    `threads` share the file.
     """
 
     planned: PlannedFile
@@ -60,6 +61,7 @@ class MergeJob:
     path: Path
     memory_budget: int
     cached: bool = True
+    read_again: bool = True
     threads: int = 1
 
     def run(self, progress: Progress = lambda nbytes: None) -> WrittenFile:
@@ -74,7 +76,7 @@ class MergeJob:
         # what training had cast to another dtype is held in that too, of at most 2x.
         largest = max((getattr(file, "block", MAX_BLOCK) for file in self.manifest.files), default=MAX_BLOCK)
         block = max(4096, min(largest, self.memory_budget // (8 * threads)))
-        with FileWriter(self.path, self.cached) as writer:
+        with FileWriter(self.path, self.read_again) as writer:
             writer.write(self.planned.header, 0)
             writer.hash(self.planned.header, 0)
             work = _Work(self, writer, block, progress)

@@ -222,7 +222,7 @@ def _jobs(spec: ExportSpec, planned: Planned, target: Path) -> list[MergeJob]:
         path.parent.mkdir(exist_ok=True)
         needed = {fqn: planned.manifest.tensors[fqn] for fqn in file.sources}
         manifest, cached = replace(planned.manifest, tensors=needed), spec.cached or read_again
-        jobs.append(MergeJob(file, manifest, path, spec.memory_budget, cached))
+        jobs.append(MergeJob(file, manifest, path, spec.memory_budget, cached, read_again))
     return jobs
 
 

@@ -13,7 +13,7 @@ import psutil
 from verl_autoexport.errors import MergeError
 
 _WRITE = 1 << 20  # bytes at a time; larger ones are written several times slower (ext4, Linux 6.18)
-_BEHIND = 64 << 20  # bytes after which those written before are sent to the disk and leave the page cache
+_BEHIND = 64 << 20  # bytes after which they are sent to the disk, so that the flush at the end is short
 SERVER_COPIES = frozenset({"nfs4", "cifs", "smb3", "ceph"})
 """File systems where `copy_file_range` is the server's work, and bytes cross the network once less.
 
@@ -113,10 +113,15 @@ class FileWriter:
         with self.turn:
             self.hashed = end = self.hashed + nbytes
             self.turn.notify_all()
-        if not self.cached and end - self.advised >= _BEHIND:
-            # Dirty pages begin to be written at this advice, clean ones are dropped: those of the time before.
-            os.posix_fadvise(self.fd, 0, end, os.POSIX_FADV_DONTNEED)
-            self.advised = end
+        if end - self.advised >= _BEHIND:
+            self.send(end)
+
+    def send(self, end: int) -> None:
+        """Let the disk begin to write what is before `end`."""
+        # Dirty pages begin to be written at this advice and stay, clean ones are dropped: those of the time before.
+        begin = self.advised if self.cached else 0
+        os.posix_fadvise(self.fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+        self.advised = end
 
     def wait(self, end: int) -> None:
         """Until all bytes before `end` are hashed. Raises what `break_off` was told."""
