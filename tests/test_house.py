@@ -64,7 +64,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "omegaconf": ("config.py", "preflight.py", "runtime/"),
     "filelock": ("registry/",),
     "psutil": ("export/verify.py", "export/writer.py"),
-    "numpy": ("runtime/nodes.py",),  # whose arrays Ray hands out without a copy
+    "numpy": ("runtime/node_files.py",),  # whose arrays Ray hands out without a copy
 }  # fmt: skip
 LIBRARIES_LAZY: Mapping[str, tuple[str, ...]] = {
     "ray": ("cli.py",), "tqdm": ("terminal.py",), "huggingface_hub": ("export/lora.py",),

@@ -104,6 +104,9 @@ class Copied:
     def check_unchanged(self) -> None:
         pass
 
+    def drop_cache(self) -> None:
+        pass
+
 
 @pytest.mark.parametrize(
     ("name", "lora"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from verl_autoexport.sources.pins import find_pins
 
 RAY = Path(sys.executable).with_name("ray")
 WORLD = 3
+CONFIG = QWEN2 | {"vocab_size": 20000}
 
 
 def can_unshare() -> bool:
@@ -35,11 +37,12 @@ pytestmark = pytest.mark.skipif(not can_unshare(), reason="needs root: each node
 
 
 class Cluster:
-    """A head without shards, where exports are merged, and `WORLD` nodes that each see only their own `shared`."""
+    """A head without shards and `WORLD` nodes that each see only their own `shared`; `private` is the head's alone."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.shared = folder, folder / "shared"
+        self.folder, self.shared, self.private = folder, folder / "shared", folder / "private"
         self.shared.mkdir()
+        self.private.mkdir()
         paths = {"PYTHONPATH": os.pathsep.join((os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")))}
         self.address = ray.init(
             address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": paths},
@@ -50,16 +53,18 @@ class Cluster:
             self.start(rank)
         self.workers = [Worker.options(resources={f"rank{r}": 1}).remote() for r in range(WORLD)]
 
-    def start(self, rank: int) -> None:
-        own = self.own(rank)
+    def start(self, rank: int, cpus: int = 1, **variables: str) -> None:
+        own, empty = self.own(rank), self.folder / f"empty{rank}"
         own.mkdir(exist_ok=True)
+        empty.mkdir(exist_ok=True)
         script = (
-            f"mount --make-rprivate / && mount --bind {own} {self.shared} && exec {RAY} start --address={self.address} "
-            f"--num-cpus=1 --resources='{{\"rank{rank}\": 1}}' --object-store-memory=200000000 --block"
+            f"mount --make-rprivate / && mount --bind {own} {self.shared} && mount --bind {empty} {self.private} && "
+            f"exec {RAY} start --address={self.address} "
+            f"--num-cpus={cpus} --resources='{{\"rank{rank}\": 1}}' --object-store-memory=200000000 --block"
         )
         log = (self.folder / f"node{rank}.log").open("wb")
         command = ["unshare", "--mount", "bash", "-c", script]
-        env = os.environ | {"RAY_TMPDIR": f"/tmp/nodes-{os.getpid()}"}
+        env = os.environ | variables | {"RAY_TMPDIR": f"/tmp/nodes-{os.getpid()}"}
         self.processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=env))
         deadline = time.monotonic() + 60
         while not any(f"rank{rank}" in n["Resources"] and n["Alive"] for n in ray.nodes()):
@@ -110,16 +115,16 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("source"), QWEN2 | {"vocab_size": 20000}, world_size=WORLD)
+    return make_checkpoint(tmp_path_factory.mktemp("source"), CONFIG, world_size=WORLD)
 
 
 @pytest.fixture
 def start(cluster, tmp_path):
     drivers = []
 
-    def start(**merge) -> ExportDriver:
+    def start(root: Path = tmp_path, **merge) -> ExportDriver:
         node = {
-            "output_dir": str(tmp_path / "exports"), "verify": {"load": False}, "merge": merge,
+            "output_dir": str(root / "exports"), "verify": {"load": False}, "merge": merge,
             "trigger": {"every_n_steps": 1, "on_train_end": False},
         }  # fmt: skip
         drivers.append(driver := ExportDriver(load_config(node), RunInfo(cluster.shared, run={})))
@@ -146,7 +151,10 @@ def left_over(cluster: Cluster) -> list[Path]:
     return found
 
 
-def test_shards_on_three_nodes_make_the_same_model(cluster, source, driver, tmp_path):
+@pytest.mark.parametrize("output", ["seen by all", "seen by the head"])
+def test_shards_on_three_nodes_make_the_same_model(cluster, source, start, tmp_path, output):
+    """What only the head sees is merged there."""
+    driver = start(tmp_path if output == "seen by all" else cluster.private)
     driver.saved(1, cluster.spread(source, 1))
     (pin,) = find_pins(cluster.shared)
     assert (pin.spread, pin.linked) == (True, True)
@@ -174,24 +182,101 @@ def test_a_file_that_is_on_no_node_is_named_with_its_rank_and_host(cluster, sour
     assert left_over(cluster) == []
 
 
+def by_hand(checkpoint: Path, output: Path, *more: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "verl_autoexport", "export", checkpoint, "--output", output, "--no-verify", *more]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def test_the_command_line_finds_them_too(cluster, source, tmp_path):
     checkpoint = cluster.spread(source, 3)
-    command = [
-        sys.executable,
-        "-m",
-        "verl_autoexport",
-        "export",
-        checkpoint,
-        "--output",
-        tmp_path / "out",
-        "--no-verify",
-    ]
-    alone = subprocess.run(command, capture_output=True, text=True)
+    alone = by_hand(checkpoint, tmp_path / "out")
     assert alone.returncode == 1, alone.stderr
-    done = subprocess.run([*command, "--ray-address", cluster.address], capture_output=True, text=True)
+    done = by_hand(checkpoint, tmp_path / "out", "--ray-address", cluster.address)
     assert done.returncode == 0, done.stderr
     export(source, tmp_path / "here")
     assert_same_model(tmp_path / "out", tmp_path / "here")
+
+
+def leave_older(cluster: Cluster, older: Path, step: int, rank: int, node: int) -> None:
+    """What a run with other ranks on this node left there: as large, each checked, of the same step."""
+    actor = cluster.own(node) / f"global_step_{step}" / "actor"
+    shutil.copy(older / "actor" / f"model_world_size_{WORLD}_rank_{rank}.pt", actor)
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("older"), CONFIG, world_size=WORLD, scale=0.03)
+
+
+def test_a_rank_is_taken_from_its_own_node(cluster, source, older, driver, tmp_path):
+    checkpoint = cluster.spread(source, 6)
+    for rank in range(WORLD):
+        leave_older(cluster, older, 6, rank, node=(rank + 1) % WORLD)
+    driver.saved(6, checkpoint)
+    driver.logged(6, {})
+    assert "1 published (v0001-step6)" in driver.drain(120)
+    export(source, tmp_path / "here")
+    assert_same_model(driver.registry.find("latest").path, tmp_path / "here")
+
+
+def test_different_files_of_a_rank_are_refused_where_its_node_is_not_known(cluster, source, older, tmp_path):
+    checkpoint = cluster.spread(source, 7)
+    leave_older(cluster, older, 7, rank=1, node=2)
+    done = by_hand(checkpoint, tmp_path / "out", "--ray-address", cluster.address)
+    host = os.uname().nodename
+    assert done.returncode == 1
+    assert re.search(rf"different files of rank 1 are on {host} \(\w+\) and {host} \(\w+\)", done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_of_a_rank_on_another_node_is_as_good(cluster, source, tmp_path):
+    checkpoint = cluster.spread(source, 8)
+    held = Path("global_step_8", "actor", f"model_world_size_{WORLD}_rank_1.pt")
+    shutil.copy2(cluster.own(1) / held, cluster.own(0) / held)
+    done = by_hand(checkpoint, tmp_path / "out", "--ray-address", cluster.address)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("elsewhere", ["nothing", "another checkpoint"])
+def test_shards_that_only_the_exporting_node_sees_are_merged_there(cluster, source, older, tmp_path, elsewhere):
+    """Where the checkpoint's path holds something else on other nodes, that is not read."""
+    step = 9 if elsewhere == "nothing" else 10
+    checkpoint = Path(shutil.copytree(source, cluster.shared / f"global_step_{step}"))
+    if elsewhere != "nothing":
+        for rank in range(WORLD):
+            shutil.copytree(older, cluster.own(rank) / f"global_step_{step}")
+    done = by_hand(checkpoint, tmp_path / "out", "--ray-address", cluster.address, "--max-shard-size", "1MB")
+    assert done.returncode == 0, done.stderr
+    assert "as it is here; merging on the export's node" in done.stderr
+    export(source, tmp_path / "here")
+    assert_same_model(tmp_path / "out", tmp_path / "here")
+
+
+def test_a_node_for_other_things_is_not_asked(cluster, source, tmp_path):
+    """What it has installed is not what the export needs, and it holds nothing of it."""
+    installed = tmp_path / "transformers-9.9.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 9.9\n")
+    checkpoint = cluster.spread(source, 11)
+    cluster.start(WORLD, cpus=0, PYTHONPATH=str(tmp_path))
+    try:
+        done = by_hand(checkpoint, tmp_path / "out", "--ray-address", cluster.address)
+        assert done.returncode == 0, done.stderr
+        (cluster.own(1) / f"global_step_11/actor/model_world_size_{WORLD}_rank_1.pt").unlink()
+        refused = by_hand(checkpoint, tmp_path / "again", "--ray-address", cluster.address)
+        assert re.search(r"ranks 1 of 3 are on no node .* Not asked: .*'transformers': '9\.9'", refused.stderr)
+    finally:
+        cluster.kill(WORLD)
+
+
+def test_killed_actors_of_nodes_come_back(cluster, source, driver):
+    killed = [p for p in psutil.process_iter(["cmdline"]) if "ray::NodeFiles" in " ".join(p.info["cmdline"] or ())]
+    assert len(killed) >= WORLD
+    for process in killed:
+        process.kill()
+    driver.saved(12, cluster.spread(source, 12))
+    driver.logged(12, {})
+    assert "1 published (v0001-step12)" in driver.drain(120)
 
 
 def test_a_damaged_shard_is_found_where_it_lies(cluster, source, driver):

@@ -21,7 +21,7 @@ from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.driver import ExportDriver
 from verl_autoexport.runtime.request import RunInfo
-from verl_autoexport.runtime.tasks import NotShared, RayRunner, merge_task, versions
+from verl_autoexport.runtime.tasks import RayRunner
 from verl_autoexport.sources.pins import find_pins, make_pin
 
 WIDE = QWEN2 | {"vocab_size": 60_000, "hidden_size": 512}  # long enough to be killed in
@@ -169,11 +169,6 @@ def test_the_command_line_merges_in_a_cluster_if_asked(cluster, source, tmp_path
     assert len(files) > 1
     for name in files:
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
-
-
-def test_a_node_that_does_not_see_the_staging_directory_says_so(tmp_path):
-    with pytest.raises(NotShared):
-        merge_task(None, str(tmp_path / "nonce"), str(tmp_path / "started"), versions())
 
 
 def test_where_links_are_impossible_the_pin_reads_the_original(source, tmp_path):

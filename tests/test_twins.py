@@ -33,15 +33,17 @@ def train(source, registry):
     names = set(torch.load(source / "actor/model_world_size_2_rank_0.pt", weights_only=False))
     frozen = frozenset(name for name in names if name.startswith(FROZEN))
 
-    def train(step: int, frozen: frozenset[str] = frozen):
+    def train(step: int, trained: str | None = None, known: bool = True):
+        """`trained`: what of the frozen is trained from now on; `known`: whether the run tells what is frozen."""
+        left = frozenset(name for name in frozen if trained is None or not name.startswith(trained))
         for path in sorted((source / "actor").glob("*.pt")):
             state = torch.load(path, weights_only=False)
             for name, value in state.items():
-                if not name.startswith(FROZEN):
+                if name not in left:
                     value._local_tensor.normal_()
             torch.save(state, path)
         spec = checkpoint_spec(source, verify=False, max_shard_size="1GB")
-        return export_to_registry(replace(spec, step=step, frozen=frozen), registry, LocalRunner(1))
+        return export_to_registry(replace(spec, step=step, frozen=left if known else None), registry, LocalRunner(1))
 
     return train
 
@@ -71,8 +73,15 @@ def test_ten_versions_of_a_model_with_a_frozen_half(train, registry, root):
 
 def test_an_export_by_hand_keeps_apart_what_the_version_before_did(train):
     train(1)
-    version = train(2, frozen=frozenset())
+    version = train(2, known=False)
     assert [f["name"] for f in version.record.files if f.get("linked")] == ["model-00001-of-00002.safetensors"]
+
+
+def test_what_is_trained_later_is_no_longer_kept_apart(train):
+    train(1)
+    second, third = train(2, trained="model.layers.0."), train(3, trained="model.layers.0.")
+    assert [f.get("linked") for f in second.record.files if f.get("apart")] == [None]  # fewer tensors than before
+    assert [f.get("linked") for f in third.record.files if f.get("apart")] == [True]
 
 
 def test_what_was_changed_since_or_is_gone_is_no_twin(train, registry, root):

@@ -10,6 +10,8 @@ _RUN = (
     "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 )  # `-m` would import what lies in the working directory, which may be a checkpoint
 
+_PACKAGES = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 
 def command(module: str, *args: str) -> list[str]:
     """The command that runs `module`; with `environment`."""
@@ -17,6 +19,6 @@ def command(module: str, *args: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's, with its search path."""
-    path = [os.path.abspath(p) for p in sys.path if isinstance(p, str)]
+    """This process's, with its search path and where this package is."""
+    path = [os.path.abspath(p) for p in sys.path if isinstance(p, str) and p] + [_PACKAGES]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}

@@ -312,7 +312,7 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:
         "--lora-config", metavar="FILE", type=Path, help="adapter_config.json of the adapter that training began with"
     )
     export.add_argument(
-        "--workers", type=int, metavar="N", help="files merged at a time (default: by cores, at most 4)"
+        "--workers", type=int, metavar="N", help="files merged at a time (default: by cores, at most 4; 4 in a cluster)"
     )
     export.add_argument("--memory-budget", default="1GiB", metavar="B", help="bytes of buffers per worker")
     export.add_argument("--no-verify", action="store_true", help="skip loading and generating; structure is checked")

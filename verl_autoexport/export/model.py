@@ -65,10 +65,11 @@ def plan_model(spec: ExportSpec, manifest: ShardManifest, values: bool = True) -
 
 
 def _unchanging(spec: ExportSpec, outputs: Sequence[Output], fusions: Mapping[str, Fusion]) -> set[str]:
-    """Names on disk of what training leaves as it is, and of what an earlier version keeps apart."""
+    """Names on disk of what training leaves as it is; where that is not known, what an earlier version keeps apart."""
+    if spec.frozen is None:
+        return set(spec.grouped)
     frozen = {lora.plain_name(fqn) for fqn in spec.frozen}
-    same = {o.name for o in outputs if all(p.fqn in frozen and p.fqn not in fusions for p in o.pieces)}
-    return same | spec.grouped
+    return {o.name for o in outputs if all(p.fqn in frozen and p.fqn not in fusions for p in o.pieces)}
 
 
 def capture_dtypes(spec: ExportSpec, planned: Planned) -> dict[str, str]:

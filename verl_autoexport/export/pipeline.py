@@ -25,10 +25,10 @@ from verl_autoexport.export.model import ADAPTER_FOLDER, Planned, plan_model
 from verl_autoexport.export.plan import MergePlan
 from verl_autoexport.export.record import make_record
 from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
-from verl_autoexport.export.writer import drop_cache
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.registry.twins import Twins, find_twins, link_twin
 from verl_autoexport.sources.base import Check, ShardSource
+from verl_autoexport.sources.checkpoints import drop_cache
 from verl_autoexport.sources.fsdp_files import FsdpFiles
 from verl_autoexport.sources.safetensors_files import INDEX_NAME
 from verl_autoexport.untrusted import is_plain_name
@@ -167,11 +167,23 @@ def run_export(
     A file of weights that is among `twins` becomes a link to it, before it is verified.
     """
     progress = progress or Silent()
+    progress.stage("reading shards")
+    source = _open_source(spec)
+    try:
+        return _run(spec, source, target, runner, progress, twins)
+    finally:
+        if not spec.cached:
+            source.drop_cache()
+            for path in target.rglob("*.safetensors"):
+                drop_cache(path)
+
+
+def _run(
+    spec: ExportSpec, source: ShardSource, target: Path, runner: MergeRunner, progress: Progress, twins: Twins
+) -> ExportRecord:
     timings = {"stall": spec.stall_s}
     if spec.hand_over_s is not None:
         timings["hand_over"] = spec.hand_over_s
-    progress.stage("reading shards")
-    source = _open_source(spec)
     with source.check_sums() as sums:
         with _timed(timings, "gather"):
             manifest = source.manifest()
@@ -180,16 +192,13 @@ def run_export(
         with _timed(timings, "merge"):
             progress.stage("merging", planned.plan.nbytes)
             written = runner.run(_jobs(spec, planned, target), progress.advance)
-            _await(sums, source)
+            _await(sums, source, partial(progress.advance, 0))
             written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
             notes = _write_beside(spec, planned, written, target)
     with _timed(timings, "verify"):
         progress.stage(VERIFYING)
         checks = _verify(spec, target, planned)
         source.check_unchanged()
-    if not spec.cached:
-        for path in (*(f for f in manifest.files if isinstance(f, Path)), *(target / w.name for w in written)):
-            drop_cache(path)
     architectures = (naming.architecture(planned.skeleton.config),)
     return make_record(
         spec, source.kind, target, manifest, planned.plan, written, checks, timings, architectures, notes
@@ -206,9 +215,9 @@ def _open_source(spec: ExportSpec) -> ShardSource:
     return source
 
 
-def _await(sums: Check, source: ShardSource) -> None:
+def _await(sums: Check, source: ShardSource, alive: Callable[[], None]) -> None:
     try:
-        sums.wait()
+        sums.wait(alive)
     except SourceError:
         source.check_unchanged()  # then that is the reason
         raise

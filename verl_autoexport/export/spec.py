@@ -24,8 +24,8 @@ class ExportSpec:
     (of a live source: from the copy until all of it was with the exporter) seconds.
     `lora_config`: the `adapter_config.json` that a LoRA run began with, or its directory.
     `source`: where the weights are if not in rank files; `checkpoint` is its directory then.
-    `frozen`: in-memory names of tensors that training does not change; `grouped`: names on disk
-    that an earlier version keeps in files of their own. `cached` False: the page cache is
+    `frozen`: in-memory names of tensors that training does not change, where that is known; `grouped`:
+    names on disk that an earlier version keeps in files of their own. `cached` False: the page cache is
     training's, and is left without what an export reads and writes.
     """
 
@@ -49,7 +49,7 @@ class ExportSpec:
     lora: str = "fused"
     lora_config: Path | None = None
     source: ShardSource | None = None
-    frozen: frozenset[str] = frozenset()
+    frozen: frozenset[str] | None = None
     grouped: frozenset[str] = frozenset()
     cached: bool = True
 
@@ -80,7 +80,8 @@ def checkpoint_spec(
         raise ConfigError(f"dtype {dtype!r}: expected bfloat16, float16, float32, source or base.")
     if lora not in ("fused", "adapter", "both"):
         raise ConfigError(f"lora {lora!r}: expected fused, adapter or both.")
-    directory = find_checkpoint(checkpoint) if source is None else checkpoint
+    # Ray's workers have another working directory
+    directory = find_checkpoint(checkpoint.absolute()) if source is None else checkpoint
     return ExportSpec(
         checkpoint=directory if source is None else source.directory,
         step=step_of(directory),

@@ -11,6 +11,7 @@ from threading import Condition
 import psutil
 
 from verl_autoexport.errors import MergeError
+from verl_autoexport.sources.checkpoints import advise_away
 
 _WRITE = 1 << 20  # bytes at a time; larger ones are written several times slower (ext4, Linux 6.18)
 _BEHIND = 64 << 20  # bytes after which they are sent to the disk, so that the flush at the end is short
@@ -25,12 +26,12 @@ _CANNOT = {errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPER
 class FileWriter:
     """Writes blocks where they belong, from several threads, and hashes them in the order of the file.
 
-    A context manager; `path` must not exist. `cached` False keeps the page cache free of what
-    was written. Raises MergeError naming the file.
+    A context manager; `path` must not exist. `read_again` False keeps the page cache free of
+    what was written. Raises MergeError naming the file.
     """
 
-    def __init__(self, path: Path, cached: bool = True) -> None:
-        self.path, self.cached = path, cached
+    def __init__(self, path: Path, read_again: bool = True) -> None:
+        self.path, self.read_again = path, read_again
         self.digest = hashlib.sha256()
         self.turn = Condition()
         self.hashed = self.advised = 0  # bytes from the begin of the file
@@ -119,8 +120,8 @@ class FileWriter:
     def send(self, end: int) -> None:
         """Let the disk begin to write what is before `end`."""
         # Dirty pages begin to be written at this advice and stay, clean ones are dropped: those of the time before.
-        begin = self.advised if self.cached else 0
-        os.posix_fadvise(self.fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+        begin = self.advised if self.read_again else 0
+        advise_away(self.fd, begin, end - begin)
         self.advised = end
 
     def wait(self, end: int) -> None:
@@ -142,8 +143,8 @@ class FileWriter:
             os.fsync(self.fd)
         except OSError as e:
             raise MergeError(f"{self.path}: cannot be flushed to disk: {e.strerror}.") from e
-        if not self.cached:
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if not self.read_again:
+            advise_away(self.fd)
         return self.digest.hexdigest(), self.hashed
 
 
@@ -155,15 +156,3 @@ def file_system(path: Path) -> str:
     except OSError:  # mounts are not shown to everyone
         return ""
     return next((mounted[str(p)] for p in (path, *path.parents) if str(p) in mounted), "")
-
-
-def drop_cache(path: Path) -> None:
-    """Advise the kernel to free the page cache of a file that is not needed soon; what is dirty stays."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return  # advice only
-    try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)

@@ -58,12 +58,12 @@ def describe(worker: Any, rank: int, role: str) -> Worker:
     return Worker(lay_out(rank, parts, {}, CHUNK), backend, ray.get_runtime_context().get_node_id())
 
 
-def frozen(worker: Any, role: str) -> list[str]:
-    """The parameters that are not trained; none where the engine is another than the known ones."""
+def frozen(worker: Any, role: str) -> tuple[str, ...] | None:
+    """The parameters that are not trained; None where the engine is another than the known ones."""
     try:
-        return frozen_names(find_engine(worker, role).module)
+        return tuple(frozen_names(find_engine(worker, role).module))
     except SourceError:
-        return []
+        return None
 
 
 def prepare(

@@ -65,6 +65,9 @@ class Snapshot:
     def check_unchanged(self) -> None:
         pass  # objects in the store never change
 
+    def drop_cache(self) -> None:
+        pass  # it is in no file
+
 
 class Deliveries:
     """The export actor's side: what the workers have handed over, by snapshot. Of any thread.

@@ -94,7 +94,7 @@ class AutoExportCallback(CheckpointCallback):
         except ray.exceptions.RayError as e:
             logger.warning("verl_autoexport: rank 0 does not tell what is not trained: %s", e)
             return
-        self.driver.info = replace(self.driver.info, frozen=tuple(names))
+        self.driver.info = replace(self.driver.info, frozen=names)
 
     def _nodes(self, workers: Sequence[Any]) -> Nodes | None:
         """Those that keep checkpoints on disks of their own. Raises ConfigError where they have other versions."""

@@ -110,7 +110,7 @@ def start_live(workers: Sequence[Any], settings: AutoExportConfig, info: RunInfo
     spec = ExportSpec(
         checkpoint=source.directory, step=0, dtype=settings.weights.dtype, base_model=info.base_model,
         trust_remote_code=info.trust_remote_code, external_lib=info.external_lib, lora=settings.weights.lora,
-        frozen=frozenset(info.frozen),
+        frozen=None if info.frozen is None else frozenset(info.frozen),
     )  # fmt: skip
     planned = plan_model(spec, source.manifest(), values=False)
     groups: dict[str, int] = {}

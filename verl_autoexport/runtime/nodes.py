@@ -1,151 +1,86 @@
 """Checkpoints without a shared file system: each node holds its own ranks' shards, and an actor there reads them.
 
 Nothing is copied beforehand: metadata is read where the shards lie, and their bytes go through
-Ray's object store to the merge in blocks, each as it is asked for.
+Ray's object store to the merge.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_autoexport.errors import ConfigError, SourceError
+from verl_autoexport.runtime.node_files import NodeFiles, Part, RemoteFile, answer
 from verl_autoexport.runtime.tasks import versions
 from verl_autoexport.sources import pins
 from verl_autoexport.sources.base import Check, ShardManifest
-from verl_autoexport.sources.checkpoints import Stat, brief, digest, find_checkpoint, present_ranks, stats
-from verl_autoexport.sources.fsdp_files import Piece, make_manifest, read_rank_file
-from verl_autoexport.sources.sum_check import SumCheck
+from verl_autoexport.sources.checkpoints import Stat, brief, digest
+from verl_autoexport.sources.fsdp_files import make_manifest
 
 logger = logging.getLogger(__name__)
 _START_S = 60.0  # until an actor answers first: its process starts, torch is imported
 _ASK_S = 60.0  # metadata, links
-_READ_S = 120.0  # a block
-_SUMS_S = 24 * 3600.0  # reading all shards of a node; a node that dies meanwhile is told at once
-_MAX_CONFIG = 256 << 20  # bytes of a file beside the shards
+_SUMS_S = 24 * 3600.0  # reading all shards of a node; a node that dies meanwhile, or finds damage, is told at once
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one node holds of a checkpoint: `files` are path and identity of the ranks that are there."""
-
-    host: str
-    directory: Path
-    world_size: int
-    files: Mapping[int, tuple[Path, Stat]]
-
-
-class NodeFiles:
-    """An actor on one node, for what is on its disks. All methods but `about` raise SourceError."""
-
-    def __init__(self) -> None:
-        self.checks: dict[str, SumCheck | None] = {}  # by name; None: not to begin any more
-
-    def about(self) -> tuple[str, dict[str, str | None]]:
-        return socket.gethostname(), versions()
-
-    def look(self, directory: str, role: str) -> Part:
-        host, path = socket.gethostname(), Path(directory)
-        if not path.is_dir() or not any(present_ranks(p)[1] for p in (path, path / role)):
-            return Part(host, path, 0, {})
-        source = find_checkpoint(path, role)
-        world_size, files = present_ranks(source)
-        seen = dict(zip(files, stats(list(files.values())), strict=True))
-        return Part(host, source, world_size, {rank: (file, seen[rank]) for rank, file in files.items()})
-
-    def pieces(self, files: Mapping[int, Path]) -> dict[int, dict[str, Piece]]:
-        return {rank: read_rank_file(path, rank) for rank, path in files.items()}
-
-    def read(self, path: Path, offset: int, nbytes: int) -> np.ndarray:
-        block, done = np.empty(nbytes, dtype=np.uint8), 0
-        try:
-            with path.open("rb", buffering=0) as file:  # not kept open: that would keep the space of a removed file
-                while done < nbytes:
-                    if not (n := os.preadv(file.fileno(), [block[done:]], offset + done)):
-                        raise SourceError(f"{path}: ends at byte {offset + done}; it was truncated meanwhile.")
-                    done += n
-        except OSError as e:
-            raise SourceError(f"{path}: cannot be read: {e.strerror}.") from e
-        return block
-
-    def stats(self, paths: Sequence[Path]) -> list[Stat]:
-        return stats(paths)
-
-    def check_sums(self, name: str, paths: Sequence[Path]) -> None:
-        with SumCheck(paths) as check:
-            if self.checks.setdefault(name, check) is check:
-                check.wait()
-        self.checks[name] = None
-
-    def stop_sums(self, name: str) -> None:
-        if check := self.checks.setdefault(name, None):
-            check.stop()
-
-    def config_files(self, directory: Path) -> dict[str, bytes]:
-        """By path below `directory`, what is needed beside the shards."""
-        extra = [directory / name for name in pins.EXTRA if (directory / name).is_file()]
-        files = [*extra, *pins.config_files(directory)]
-        if large := [str(p) for p in files if p.stat().st_size > _MAX_CONFIG]:
-            raise SourceError(
-                f"{large[0]}: larger than {_MAX_CONFIG >> 20} MiB; not a file of a model's configuration."
-            )
-        return {p.relative_to(directory).as_posix(): p.read_bytes() for p in files}
-
-    def pin(self, directory: str, role: str, pin: str) -> bool:
-        """Link what is here; whether that was possible."""
-        part = self.look(directory, role)
-        paths = [path for path, _ in part.files.values()]
-        return pins.link_files(part.directory, paths, Path(pin)) if paths else True
-
-    def release(self, pin: str) -> None:
-        pins.release(Path(pin))
-
-    def release_others(self, checkpoints: str, names: Sequence[str]) -> None:
-        """Drop what no run knows of any more: it was killed while it pinned, or released."""
-        for path in (Path(checkpoints) / pins.FOLDER).glob("step_*"):
-            if path.name not in names:
-                pins.release(path)
+_Held = tuple[str, Path, Stat]
+"""Node, path and identity of a rank's file."""
 
 
 class Nodes:
-    """The nodes of the cluster, with a `NodeFiles` on each; `hosts` are those of the ranks, where they are known.
+    """Nodes of the cluster, with a `NodeFiles` on each: those of `homes`, by rank, or all that are alive.
 
-    Raises SourceError where a node does not answer, ConfigError where it has other versions installed.
+    Raises SourceError where a node does not answer, ConfigError where it has other versions installed; where all are
+    asked, some of which may be there for other things, that is in `silent`, by node.
     """
 
-    def __init__(self, only: Iterable[str] | None = None, hosts: Mapping[int, str] | None = None) -> None:
-        self.only = None if only is None else set(only)
-        self.hosts = dict(hosts or {})
+    def __init__(self, homes: Mapping[int, str] = MappingProxyType({})) -> None:
+        self.homes = dict(homes)
         self.servers: dict[str, Any] = {}
         self.names: dict[str, str] = {}
+        self.silent: dict[str, str] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        """Ask those that are alive now: all of them, or those that were named."""
+        """Ask those that are alive now."""
         alive = {n["NodeID"]: n["NodeManagerHostname"] for n in ray.nodes() if n["Alive"]}
-        wanted = {node: host for node, host in alive.items() if self.only is None or node in self.only}
+        homes = set(self.homes.values()) or alive.keys()
+        wanted = {node: host for node, host in alive.items() if node in homes}
         self.names |= wanted
         self.servers = {node: server for node, server in self.servers.items() if node in wanted}
         new = sorted(wanted.keys() - self.servers.keys())
         actor = ray.remote(NodeFiles)
         for node in new:
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-            options = actor.options(num_cpus=0, num_gpus=0, max_concurrency=8, scheduling_strategy=strategy)
+            options = actor.options(
+                num_cpus=0, num_gpus=0, max_concurrency=8, scheduling_strategy=strategy,
+                max_restarts=-1, max_task_retries=2,
+            )  # fmt: skip
             self.servers[node] = options.remote()
-        for node, (host, found) in self.ask_each("about", dict.fromkeys(new, ()), _START_S).items():
-            if found != versions():
-                raise ConfigError(f"{host} ({node[:8]}) has {found}, this node has {versions()}; install the same.")
+        refs = self.begin_each("about", dict.fromkeys(new, ()))
+        ray.wait(list(refs.values()), num_returns=len(refs), timeout=_START_S) if refs else None
+        for node, ref in refs.items():
+            try:
+                self._check(node, ref)
+            except (SourceError, ConfigError) as e:
+                if self.homes:
+                    raise
+                logger.warning("verl_autoexport: not asked for shards: %s", e)
+                self.silent[node] = str(e)
+                del self.servers[node]
+
+    def _check(self, node: str, ref: Any) -> None:
+        host, found = self.collect({node: ref}, 0)[node]
+        if found != versions():
+            raise ConfigError(f"{host} ({node[:8]}) has {found}, this node has {versions()}; install the same.")
 
     def ask(self, method: str, *args: Any, timeout_s: float = _ASK_S) -> dict[str, Any]:
         """The answers of all nodes, by node."""
@@ -167,11 +102,12 @@ class Nodes:
     def pin(self, checkpoint_dir: Path, step: int, role: str) -> pins.Pin:
         """As `pins.make_pin`, on every node that holds shards of the step."""
         parts = self.ask("look", str(checkpoint_dir), role)
-        ranks = _one_of_each(checkpoint_dir, parts, self.hosts)
+        ranks = _one_of_each(checkpoint_dir, parts, self)
         origin, mark = parts[ranks[0][0]].directory, digest([seen for _, _, seen in ranks])
         path = pins.pin_path(checkpoint_dir, step, uuid.uuid4().hex)
+        held = {n: (parts[n].directory, list(files.values()), path) for n, files in _by_node(ranks).items()}
         try:
-            linked = all(self.ask("pin", str(checkpoint_dir), role, str(path)).values())
+            linked = all(self.ask_each("pin", held).values())
             path.mkdir(parents=True, exist_ok=True)  # this node may hold none of the shards
             pin = pins.Pin(path, step, str(origin), mark, linked, spread=True)
             pins.record(pin)
@@ -191,18 +127,6 @@ class Nodes:
             ray.kill(server)
 
 
-def answer(ref: Any, timeout_s: float, who: str) -> Any:
-    """What a node's actor answered, its own SourceError as it is; SourceError too where it is gone or silent."""
-    try:
-        return ray.get(ref, timeout=timeout_s)
-    except ray.exceptions.RayTaskError as e:
-        raise e.cause if isinstance(e.cause, SourceError) else SourceError(f"{who}: {e.cause!r}") from e
-    except ray.exceptions.GetTimeoutError:
-        raise SourceError(f"{who}: no answer in time; is the node, or its disk, stuck?") from None
-    except ray.exceptions.RayError as e:
-        raise SourceError(f"{who} is lost: {str(e).strip().splitlines()[0]}") from e
-
-
 def find_nodes(workers: Sequence[Any], checkpoints: Path) -> Nodes | None:
     """The nodes of verl's workers, where they do not see this node's checkpoint directory; else None."""
     probe = checkpoints / pins.FOLDER / f".probe-{uuid.uuid4().hex}"
@@ -215,8 +139,7 @@ def find_nodes(workers: Sequence[Any], checkpoints: Path) -> Nodes | None:
         probe.unlink()
     if all(sees for _, sees in found):
         return None
-    nodes = Nodes({node for node, _ in found})
-    nodes.hosts = {rank: nodes.names[node] for rank, (node, _) in enumerate(found)}
+    nodes = Nodes({rank: node for rank, (node, _) in enumerate(found)})
     ranks: dict[str, list[int]] = {}
     for rank, (node, _) in enumerate(found):
         ranks.setdefault(node, []).append(rank)
@@ -238,7 +161,7 @@ class SpreadFiles:
         self.nodes = nodes
         nodes.refresh()
         parts: dict[str, Part] = nodes.ask("look", str(directory), role)
-        self.ranks = _one_of_each(directory, parts, nodes.hosts)
+        self.ranks = _one_of_each(directory, parts, nodes)
         self.origin = parts[self.ranks[0][0]].directory
         self.fingerprint = digest([seen for _, _, seen in self.ranks])
         self.folder = tempfile.TemporaryDirectory(prefix="verl-autoexport-")  # goes with this object
@@ -246,7 +169,7 @@ class SpreadFiles:
         self._fetch_config()
 
     def manifest(self) -> ShardManifest:
-        by_node = self.nodes.ask_each("pieces", {n: (f,) for n, f in self._by_node().items()})
+        by_node = self.nodes.ask_each("pieces", {n: (f,) for n, f in _by_node(self.ranks).items()})
         pieces = {rank: found for ranks in by_node.values() for rank, found in ranks.items()}
         files = [
             RemoteFile(
@@ -257,10 +180,10 @@ class SpreadFiles:
         return make_manifest(self.directory, [pieces[r] for r in range(len(files))], files, self.fingerprint)
 
     def check_sums(self) -> Check:
-        return _NodeSums(self.nodes, {node: list(files.values()) for node, files in self._by_node().items()})
+        return _NodeSums(self.nodes, {node: list(files.values()) for node, files in _by_node(self.ranks).items()})
 
     def check_unchanged(self) -> None:
-        by_node = self._by_node()
+        by_node = _by_node(self.ranks)
         found = self.nodes.ask_each("stats", {node: (list(files.values()),) for node, files in by_node.items()})
         now = {rank: s for node, files in by_node.items() for rank, s in zip(files, found[node], strict=True)}
         if changed := [rank for rank, (_, _, seen) in enumerate(self.ranks) if seen != now[rank]]:
@@ -269,11 +192,9 @@ class SpreadFiles:
                 "again meanwhile; export it again."
             )
 
-    def _by_node(self) -> dict[str, dict[int, Path]]:
-        found: dict[str, dict[int, Path]] = {}
-        for rank, (node, path, _) in enumerate(self.ranks):
-            found.setdefault(node, {})[rank] = path
-        return found
+    def drop_cache(self) -> None:
+        held = {node: (list(files.values()),) for node, files in _by_node(self.ranks).items()}
+        self.nodes.begin_each("drop_cache", {n: paths for n, paths in held.items() if n in self.nodes.servers})
 
     def _fetch_config(self) -> None:
         node = self.ranks[0][0]  # verl's rank 0 saves the model's configuration
@@ -291,52 +212,65 @@ class _NodeSums(Check):
         self.nodes, self.name = nodes, uuid.uuid4().hex
         self.refs = nodes.begin_each("check_sums", {node: (self.name, paths) for node, paths in files.items()})
 
-    def wait(self) -> None:
-        self.nodes.collect(self.refs, _SUMS_S)
+    def wait(self, alive: Callable[[], None] = lambda: None) -> None:
+        left = dict(self.refs)
+        while left:
+            ready, _ = ray.wait(list(left.values()), timeout=_SUMS_S)
+            done = {node: ref for node, ref in left.items() if ref in ready} or left  # or none is in time
+            self.nodes.collect(done, 0)
+            left = {node: ref for node, ref in left.items() if node not in done}
+            alive()
 
     def stop(self) -> None:
         self.nodes.begin_each("stop_sums", dict.fromkeys(self.refs.keys() & self.nodes.servers.keys(), (self.name,)))
 
 
-def _one_of_each(directory: Path, parts: Mapping[str, Part], hosts: Mapping[int, str]) -> list[tuple[str, Path, Stat]]:
-    """Node, path and identity of every rank's file; raises SourceError naming ranks and hosts that lack theirs."""
-    held = {node: part for node, part in parts.items() if part.files}
-    sizes = {part.world_size for part in held.values()}
+def _one_of_each(directory: Path, parts: Mapping[str, Part], nodes: Nodes) -> list[_Held]:
+    """Every rank's file; raises SourceError naming ranks and hosts that lack theirs, or have different ones.
+
+    What another node than a rank's own has of it, an earlier run left there.
+    """
+    sizes = {part.world_size for part in parts.values() if part.files}
     if len(sizes) > 1:
         raise SourceError(f"{directory}: shards of different world sizes on different nodes: {sorted(sizes)}.")
-    where = {rank: node for node, part in sorted(held.items(), reverse=True) for rank in part.files}
-    missing = [rank for rank in range(max(sizes, default=0)) if rank not in where]
-    if missing or not held:
-        expected = sorted({f"{hosts[r]} (rank {r})" for r in missing or hosts if r in hosts})
-        there = [f"{part.host} holds {brief(sorted(part.files)) or 'none'}" for part in parts.values()]
-        lacking = f"the files of ranks {brief(missing)} of {max(sizes)} are" if held else "no rank's files are"
-        should = f"; expected on {', '.join(expected[:16])}" if expected else ""
-        raise SourceError(f"{directory}: {lacking} on no node of the cluster{should}. Found: {'; '.join(there)}.")
-    return [(where[rank], *parts[where[rank]].files[rank]) for rank in range(max(sizes))]
+    held: dict[int, dict[str, tuple[Path, Stat]]] = {}
+    for node, part in sorted(parts.items()):
+        for rank, file in part.files.items():
+            if nodes.homes.get(rank, node) == node:
+                held.setdefault(rank, {})[node] = file
+    world_size = max(sizes, default=0)
+    if not held or not held.keys() >= set(range(world_size)):
+        raise SourceError(_lacking(directory, parts, [r for r in range(world_size) if r not in held], nodes))
+    if extra := sorted(held.keys() - set(range(world_size))):
+        raise SourceError(f"{directory}: ranks {brief(extra)} do not exist in world size {world_size}.")
+    return [_the_one(directory, rank, held[rank], nodes) for rank in range(world_size)]
 
 
-class RemoteFile:
-    """A rank file of `size` bytes on the disk of `node`; the block after the one that is read is asked for with it."""
+def _the_one(directory: Path, rank: int, files: Mapping[str, tuple[Path, Stat]], nodes: Nodes) -> _Held:
+    """Of the files of one rank any, if they are one file, or copies with its time."""
+    if len({seen[2:] for _, seen in files.values()}) > 1:
+        where = " and ".join(f"{nodes.names[node]} ({node[:8]})" for node in files)
+        raise SourceError(
+            f"{directory}: different files of rank {rank} are on {where}: two runs wrote to the same step. Remove "
+            "those of the older one."
+        )
+    node, file = next(iter(files.items()))
+    return node, *file
 
-    block = 16 << 20
-    """Bytes to read at a time: each costs a round trip."""
 
-    def __init__(self, server: Any, node: str, path: Path, size: int, what: str) -> None:
-        self.server, self.node, self.path, self.size, self.what = server, node, path, size, what
-        self.ahead: tuple[int, int, Any] | None = None
+def _lacking(directory: Path, parts: Mapping[str, Part], missing: Sequence[int], nodes: Nodes) -> str:
+    homes = {rank: nodes.names.get(node, node[:8]) for rank, node in nodes.homes.items()}
+    expected = sorted({f"{homes[r]} (rank {r})" for r in missing or homes if r in homes})
+    there = [f"{part.host} holds {brief(sorted(part.files)) or 'none'}" for part in parts.values()]
+    size = max((part.world_size for part in parts.values()), default=0)
+    lacking = f"the files of ranks {brief(missing)} of {size} are" if missing else "files of an FSDP model are"
+    should = f"; expected on {', '.join(expected[:16])}" if expected else ""
+    silent = f" Not asked: {'; '.join(nodes.silent.values())}" if nodes.silent else ""
+    return f"{directory}: {lacking} on no node of the cluster{should}. Found: {'; '.join(there)}.{silent}"
 
-    def read(self, into: memoryview, offset: int) -> None:
-        nbytes, ref = len(into), None
-        if self.ahead is not None and self.ahead[:2] == (offset, nbytes):
-            ref = self.ahead[2]
-        self.ahead = None  # it, too, lies in the object store
-        ref = ref or self.server.read.remote(self.path, offset, nbytes)
-        if (following := offset + nbytes) + nbytes <= self.size:
-            self.ahead = following, nbytes, self.server.read.remote(self.path, following, nbytes)
-        into[:] = memoryview(answer(ref, _READ_S, self.what))
 
-    def let_go(self) -> None:
-        self.ahead = None
-
-    def __reduce__(self) -> Any:
-        return RemoteFile, (self.server, self.node, self.path, self.size, self.what)
+def _by_node(ranks: Sequence[_Held]) -> dict[str, dict[int, Path]]:
+    found: dict[str, dict[int, Path]] = {}
+    for rank, (node, path, _) in enumerate(ranks):
+        found.setdefault(node, {})[rank] = path
+    return found

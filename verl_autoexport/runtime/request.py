@@ -17,7 +17,7 @@ from verl_autoexport.sources.pins import Pin
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What the driver needs to know of the run; `frozen` are the parameters that it does not train."""
+    """What the driver needs to know of the run; `frozen` are the parameters that it does not train, where known."""
 
     checkpoints: Path
     run: Mapping[str, Any]
@@ -25,7 +25,7 @@ class RunInfo:
     lora_adapter: str | None = None
     trust_remote_code: bool = False
     external_lib: str | None = None
-    frozen: tuple[str, ...] = ()
+    frozen: tuple[str, ...] | None = None
 
 
 def make_request(
@@ -49,7 +49,7 @@ def make_request(
         "lora_adapter": info.lora_adapter,
         "trust_remote_code": info.trust_remote_code,
         "external_lib": info.external_lib,
-        "frozen": list(info.frozen),
+        "frozen": info.frozen,
     }
 
 
@@ -73,7 +73,7 @@ def make_spec(request: Mapping[str, Any], settings: AutoExportConfig) -> ExportS
         stall_s=request["stall_s"],
         fingerprint=request["fingerprint"],
         lora=settings.weights.lora,
-        frozen=frozenset(request.get("frozen", ())),
+        frozen=None if (names := request.get("frozen")) is None else frozenset(names),
         cached=False,
         lora_config=Path(adapter) if (adapter := request.get("lora_adapter")) else None,
     )

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from verl_autoexport import __version__
 from verl_autoexport.errors import MergeError
 from verl_autoexport.export.merge import MergeJob, WrittenFile, one_torch_thread
 from verl_autoexport.sources.base import ITEMSIZE
+from verl_autoexport.sources.checkpoints import stats
 
 logger = logging.getLogger(__name__)
 _POLL_S = 1.0
@@ -29,11 +30,52 @@ _PACKAGES = ("torch", "transformers")
 
 
 class NotShared(Exception):
-    """The task's node does not see the staging directory."""
+    """The task's node does not see the path that it names as the export's node does."""
 
 
 class Lost(Exception):
     """Ray runs an attempt again whose process is gone."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """The node of the export, which a task's own is compared with: what its package versions and the shards are there.
+
+    `files` are size (bytes) and mtime (ns) of those that are no other node's.
+    """
+
+    node: str
+    nonce: Path
+    files: Mapping[Path, tuple[int, ...]]
+    versions: Mapping[str, str | None]
+
+    @classmethod
+    def here(cls, jobs: Iterable[MergeJob], nonce: Path) -> Home:
+        """Raises SourceError where a file is gone."""
+        paths = sorted({file for job in jobs for file in job.manifest.files if isinstance(file, Path)})
+        seen = [found[2:] for found in stats(paths)]
+        return cls(ray.get_runtime_context().get_node_id(), nonce, dict(zip(paths, seen, strict=True)), versions())
+
+    def compared(self, job: MergeJob) -> MergeJob:
+        """In the task: the job for its node; raises NotShared, or MergeError where other packages are installed."""
+        if not self.nonce.exists():
+            raise NotShared(str(self.nonce.parent))
+        if (found := versions()) != self.versions:
+            raise MergeError(
+                f"this node has {found}, the export actor's has {self.versions}; install the same everywhere."
+            )
+        if ray.get_runtime_context().get_node_id() == self.node:
+            return job
+        for path in job.manifest.files:
+            if isinstance(path, Path) and not (path.exists() and stats([path])[0][2:] == self.files[path]):
+                raise NotShared(str(path))
+        return replace(job, cached=False, read_again=False)  # it is verified there
+
+
+@dataclass(frozen=True)
+class _Run:
+    home: Home
+    refs: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -73,87 +115,75 @@ class RayRunner:
         # Where memory is short Ray kills the newest first, before 2.56 what is retriable, so ours are; but it is
         # here that they are run again: each attempt needs its own marker and file, and its own time-out.
         self.task = ray.remote(num_gpus=0, max_retries=1)(merge_task)
-        self.refs: list[Any] = []
 
     def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]:
         """Write all files; raises what a job raised, MergeError when a worker was lost for good."""
         folder = jobs[0].path.parent
         nonce = folder / f".nonce-{uuid.uuid4().hex}"
         nonce.touch()
-        waiting, running, written = list(jobs)[::-1], [], {}
-        self.refs = []
+        waiting, running, written, refs = list(jobs)[::-1], [], {}, []
         try:
+            run = _Run(Home.here(jobs, nonce), refs)
             while waiting or running:
                 while waiting and len(running) < self.workers:
-                    running.append(self._submit(waiting.pop(), nonce, 1))
-                running, done = self._collect(running, nonce)
+                    running.append(self._submit(waiting.pop(), run, 1))
+                running, done = self._collect(running, run)
                 progress(0)  # raises where nobody waits any more
                 for file in done:
                     progress(file.nbytes)
                     written[file.name] = file
         finally:
-            self._stop()
+            _stop(refs)
             for path in (nonce, *folder.glob(".started-*"), *folder.rglob("*.part*")):
                 path.unlink(missing_ok=True)
         return [written[job.planned.name] for job in jobs]
 
-    def _stop(self) -> None:
-        """No attempt of this run may write into the staging directory any more."""
-        if not self.refs:
-            return
-        # Cancelling a task that has just finished can abort the whole process (Ray 2.60): only those that have not.
-        _, running = ray.wait(self.refs, num_returns=len(self.refs), timeout=0)
-        for ref in running:
-            ray.cancel(ref, force=False)
-        if running:
-            ray.wait(running, num_returns=len(running), timeout=_CANCEL_S)
-
-    def _submit(self, job: MergeJob, nonce: Path, number: int, here: bool = False, losses: int = 0) -> _Attempt:
+    def _submit(self, job: MergeJob, run: _Run, number: int, here: bool = False, losses: int = 0) -> _Attempt:
         part = job.path.with_name(f"{job.path.name}.part{number}")
-        started = nonce.with_name(f".started-{job.path.name}-{number}")
+        started = run.home.nonce.with_name(f".started-{job.path.name}-{number}")
         options: dict[str, Any] = {"num_cpus": self.num_cpus}
         placed = self.placement is not None and not here
         if placed:
             options |= _wanted(self.placement)
         elif node := self.node if here else _holder(job):
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=not here)
-        ref = self.task.options(**options).remote(replace(job, path=part), str(nonce), str(started), versions())
-        self.refs.append(ref)
+        ref = self.task.options(**options).remote(replace(job, path=part), run.home, str(started))
+        run.refs.append(ref)
         return _Attempt(job, ref, number, time.monotonic(), started, self.num_cpus, placed, here, losses)
 
-    def _collect(self, running: Iterable[_Attempt], nonce: Path) -> tuple[list[_Attempt], list[WrittenFile]]:
+    def _collect(self, running: Iterable[_Attempt], run: _Run) -> tuple[list[_Attempt], list[WrittenFile]]:
         by_ref = {a.ref: a for a in running}
         ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=_POLL_S)
         left, done = [], []
         for ref, attempt in by_ref.items():
             if ref not in ready:
-                left.append(self._impatient(attempt, nonce))
+                left.append(self._impatient(attempt, run))
                 continue
             try:
                 done.append(_finish(attempt, ray.get(ref)))
-            except NotShared:
+            except NotShared as e:
                 if attempt.here:
-                    raise MergeError(f"{nonce.parent}: not visible to a task on the export actor's own node.") from None
-                logger.warning("a node does not see %s; merging on the export actor's node", nonce.parent)
-                left.append(self._submit(attempt.job, nonce, attempt.number + 1, True, attempt.losses))
+                    raise MergeError(f"{e.cause}: not seen alike by a task on the export's own node.") from None
+                logger.warning("a node does not see %s as it is here; merging on the export's node", e.cause)
+                left.append(self._submit(attempt.job, run, attempt.number + 1, True, attempt.losses))
             except Lost as e:
-                left.append(self._again(attempt, nonce, e))
+                left.append(self._again(attempt, run, e))
             except ray.exceptions.RayTaskError as e:
                 raise e.cause from e
             except ray.exceptions.RayError as e:
-                left.append(self._again(attempt, nonce, e))
+                left.append(self._again(attempt, run, e))
         return left, done
 
-    def _again(self, attempt: _Attempt, nonce: Path, error: Exception) -> _Attempt:
+    def _again(self, attempt: _Attempt, run: _Run, error: Exception) -> _Attempt:
         reason = str(error).strip().splitlines()[0]
         if attempt.losses == _RETRIES:
             raise MergeError(
                 f"{attempt.job.path.name}: the merge task was lost {_RETRIES + 1} times: {reason}"
             ) from error
         logger.warning("the merge task of %s was lost and is run again: %s", attempt.job.path.name, reason)
-        return self._submit(attempt.job, nonce, attempt.number + 1, attempt.here, attempt.losses + 1)
+        return self._submit(attempt.job, run, attempt.number + 1, attempt.here, attempt.losses + 1)
 
-    def _impatient(self, attempt: _Attempt, nonce: Path) -> _Attempt:
+    def _impatient(self, attempt: _Attempt, run: _Run) -> _Attempt:
         """The attempt, or where it was not begun in time another that asks for less."""
         waited = time.monotonic() - attempt.submitted
         if waited < self.schedule_timeout_s or attempt.started.exists():
@@ -168,7 +198,19 @@ class RayRunner:
             return attempt
         logger.warning("%s: within %.0f s %s: going on with %s", attempt.job.path.name, waited, why, less)
         ray.cancel(attempt.ref, force=False)
-        return self._submit(attempt.job, nonce, attempt.number + 1, attempt.here, attempt.losses)
+        return self._submit(attempt.job, run, attempt.number + 1, attempt.here, attempt.losses)
+
+
+def _stop(refs: list[Any]) -> None:
+    """None of these attempts may write into the staging directory any more."""
+    if not refs:
+        return
+    # Cancelling a task that has just finished can abort the whole process (Ray 2.60): only those that have not.
+    _, running = ray.wait(refs, num_returns=len(refs), timeout=0)
+    for ref in running:
+        ray.cancel(ref, force=False)
+    if running:
+        ray.wait(running, num_returns=len(running), timeout=_CANCEL_S)
 
 
 def _wanted(placement: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -179,6 +221,8 @@ def _wanted(placement: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _holder(job: MergeJob) -> str | None:
     """The node that most of what a job reads lies on; None where every node has it, or none has most."""
+    if all(isinstance(file, Path) for file in job.manifest.files):
+        return None
     held: Counter[str | None] = Counter()
     for entry in job.manifest.tensors.values():
         for shard in entry.shards:
@@ -194,12 +238,9 @@ def _finish(attempt: _Attempt, written: WrittenFile) -> WrittenFile:
     return written
 
 
-def merge_task(job: MergeJob, nonce: str, started: str, expected: dict[str, str | None]) -> WrittenFile:
-    """In a Ray worker: prove that this node sees the staging directory, then write the file."""
-    if not Path(nonce).exists():
-        raise NotShared(nonce)
-    if (found := versions()) != expected:
-        raise MergeError(f"this node has {found}, the export actor's has {expected}; install the same everywhere.")
+def merge_task(job: MergeJob, home: Home, started: str) -> WrittenFile:
+    """In a Ray worker: prove that this node sees what the export's does, then write the file."""
+    job = home.compared(job)
     try:
         Path(started).touch(exist_ok=False)
     except FileExistsError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -168,8 +168,8 @@ class ShardManifest:
 class Check:
     """Something that is looked at beside other work, until `stop`; a context manager. This one looks at nothing."""
 
-    def wait(self) -> None:
-        """Until it is done; raises SourceError where something is wrong."""
+    def wait(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Until it is done; raises SourceError where something is wrong. `alive` is called as it goes on."""
 
     def stop(self) -> None:
         """Look no further."""
@@ -198,6 +198,9 @@ class ShardSource(Protocol):
 
     def check_unchanged(self) -> None:
         """Raises unless the source is what it was when `manifest` was read."""
+
+    def drop_cache(self) -> None:
+        """Leave nothing of it in the page cache; best effort, raises nothing."""
 
 
 def check_coverage(entry: TensorEntry) -> None:

@@ -31,7 +31,7 @@ from verl_autoexport.sources.base import (
     check_coverage,
     join_runs,
 )
-from verl_autoexport.sources.checkpoints import BLOCK, brief, digest, rank_files, stats
+from verl_autoexport.sources.checkpoints import BLOCK, brief, digest, drop_cache, rank_files, stats
 from verl_autoexport.sources.sum_check import SumCheck
 from verl_autoexport.sources.torch_archive import Storage, read_archive
 from verl_autoexport.untrusted import read_json
@@ -83,6 +83,10 @@ class FsdpFiles:
     def check_sums(self) -> Check:
         """Every file is read whole and compared with the CRC-32 that torch wrote beside each storage."""
         return SumCheck(self.paths)
+
+    def drop_cache(self) -> None:
+        for path in self.paths:
+            drop_cache(path)
 
     def manifest(self) -> ShardManifest:
         ranks = [read_rank_file(path, rank) for rank, path in enumerate(self.paths)]

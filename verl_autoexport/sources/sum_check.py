@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +17,8 @@ from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.base import Check
 from verl_autoexport.sources.torch_archive import check_sums
 
-_WHOLE, _DAMAGED = "whole: all", "damaged: "
-"""How its last line begins where every file is what was saved, and where one is not."""
+_ONE, _WHOLE, _DAMAGED = "one is whole", "whole: all", "damaged: "
+"""Its line for each file, and how its last one begins where every file is what was saved, and where one is not."""
 
 
 class SumCheck(Check):
@@ -38,14 +38,18 @@ class SumCheck(Check):
             self.process.stdin.write(json.dumps([str(path.absolute()) for path in paths]) + "\n")
             self.process.stdin.flush()  # and not closed: its end is ours
 
-    def wait(self) -> None:
-        said = self.process.stdout.read().strip().splitlines() or ["it said nothing"]
+    def wait(self, alive: Callable[[], None] = lambda: None) -> None:
+        said = "it said nothing"
+        for line in self.process.stdout:
+            said = line.strip() or said
+            if said == _ONE:
+                alive()
         code = self.process.wait()
-        if said[-1].startswith(_DAMAGED):
-            raise SourceError(said[-1].removeprefix(_DAMAGED))
-        if code or said[-1] != _WHOLE:
+        if said.startswith(_DAMAGED):
+            raise SourceError(said.removeprefix(_DAMAGED))
+        if code or said != _WHOLE:
             raise SourceError(
-                f"{self.where}: the process that compares check sums ended with {code}: {said[-1]}. What is not "
+                f"{self.where}: the process that compares check sums ended with {code}: {said}. What is not "
                 "checked is not published; export the step again."
             )
 
@@ -65,6 +69,7 @@ def main() -> None:
     try:
         for done in as_completed([pool.submit(check_sums, path) for path in paths]):
             done.result()
+            print(_ONE, flush=True)
     except SourceError as e:
         last = _DAMAGED + " ".join(str(e).splitlines())
     print(last, flush=True)

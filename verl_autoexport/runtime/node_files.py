@@ -1,0 +1,149 @@
+"""What is on one node's disks, for the others: an actor there, and a rank file as they see it.
+
+Bytes go through Ray's object store in blocks, each as it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from verl_autoexport.errors import SourceError
+from verl_autoexport.runtime.tasks import versions
+from verl_autoexport.sources import pins
+from verl_autoexport.sources.checkpoints import Stat, drop_cache, find_checkpoint, present_ranks, stats
+from verl_autoexport.sources.fsdp_files import Piece, read_rank_file
+from verl_autoexport.sources.sum_check import SumCheck
+
+_READ_S = 120.0  # a block
+_MAX_CONFIG = 256 << 20  # bytes of a file beside the shards
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one node holds of a checkpoint: `files` are path and identity of the ranks that are there."""
+
+    host: str
+    directory: Path
+    world_size: int
+    files: Mapping[int, tuple[Path, Stat]]
+
+
+class NodeFiles:
+    """An actor on one node, for what is on its disks. All methods but `about` raise SourceError."""
+
+    def __init__(self) -> None:
+        self.checks: dict[str, SumCheck | None] = {}  # by name; None: not to begin any more
+
+    def about(self) -> tuple[str, dict[str, str | None]]:
+        return socket.gethostname(), versions()
+
+    def look(self, directory: str, role: str) -> Part:
+        host, path = socket.gethostname(), Path(directory)
+        if not path.is_dir() or not any(present_ranks(p)[1] for p in (path, path / role)):
+            return Part(host, path, 0, {})
+        source = find_checkpoint(path, role)
+        world_size, files = present_ranks(source)
+        seen = dict(zip(files, stats(list(files.values())), strict=True))
+        return Part(host, source, world_size, {rank: (file, seen[rank]) for rank, file in files.items()})
+
+    def pieces(self, files: Mapping[int, Path]) -> dict[int, dict[str, Piece]]:
+        return {rank: read_rank_file(path, rank) for rank, path in files.items()}
+
+    def read(self, path: Path, offset: int, nbytes: int) -> np.ndarray:
+        block, done = np.empty(nbytes, dtype=np.uint8), 0
+        try:
+            with path.open("rb", buffering=0) as file:  # not kept open: that would keep the space of a removed file
+                while done < nbytes:
+                    if not (n := os.preadv(file.fileno(), [block[done:]], offset + done)):
+                        raise SourceError(f"{path}: ends at byte {offset + done}; it was truncated meanwhile.")
+                    done += n
+        except OSError as e:
+            raise SourceError(f"{path}: cannot be read: {e.strerror}.") from e
+        return block
+
+    def stats(self, paths: Sequence[Path]) -> list[Stat]:
+        return stats(paths)
+
+    def drop_cache(self, paths: Sequence[Path]) -> None:
+        for path in paths:
+            drop_cache(path)
+
+    def check_sums(self, name: str, paths: Sequence[Path]) -> None:
+        with SumCheck(paths) as check:
+            if self.checks.setdefault(name, check) is check:
+                check.wait()
+        self.checks[name] = None
+
+    def stop_sums(self, name: str) -> None:
+        if check := self.checks.setdefault(name, None):
+            check.stop()
+
+    def config_files(self, directory: Path) -> dict[str, bytes]:
+        """By path below `directory`, what is needed beside the shards."""
+        extra = [directory / name for name in pins.EXTRA if (directory / name).is_file()]
+        files = [*extra, *pins.config_files(directory)]
+        if large := [str(p) for p in files if p.stat().st_size > _MAX_CONFIG]:
+            raise SourceError(
+                f"{large[0]}: larger than {_MAX_CONFIG >> 20} MiB; not a file of a model's configuration."
+            )
+        return {p.relative_to(directory).as_posix(): p.read_bytes() for p in files}
+
+    def pin(self, directory: Path, paths: Sequence[Path], pin: Path) -> bool:
+        """Link these rank files, and what lies beside them; whether that was possible."""
+        return pins.link_files(directory, paths, pin)
+
+    def release(self, pin: str) -> None:
+        pins.release(Path(pin))
+
+    def release_others(self, checkpoints: str, names: Sequence[str]) -> None:
+        """Drop what no run knows of any more: it was killed while it pinned, or released."""
+        for path in (Path(checkpoints) / pins.FOLDER).glob("step_*"):
+            if path.name not in names:
+                pins.release(path)
+
+
+class RemoteFile:
+    """A rank file of `size` bytes on the disk of `node`; the block after the one that is read is asked for with it."""
+
+    block = 16 << 20
+    """Bytes to read at a time: each costs a round trip."""
+
+    def __init__(self, server: Any, node: str, path: Path, size: int, what: str) -> None:
+        self.server, self.node, self.path, self.size, self.what = server, node, path, size, what
+        self.ahead: tuple[int, int, Any] | None = None
+
+    def read(self, into: memoryview, offset: int) -> None:
+        nbytes, ref = len(into), None
+        if self.ahead is not None and self.ahead[:2] == (offset, nbytes):
+            ref = self.ahead[2]
+        self.ahead = None  # it, too, lies in the object store
+        ref = ref or self.server.read.remote(self.path, offset, nbytes)
+        if (following := offset + nbytes) + nbytes <= self.size:
+            self.ahead = following, nbytes, self.server.read.remote(self.path, following, nbytes)
+        into[:] = memoryview(answer(ref, _READ_S, self.what))
+
+    def let_go(self) -> None:
+        self.ahead = None
+
+    def __reduce__(self) -> Any:
+        return RemoteFile, (self.server, self.node, self.path, self.size, self.what)
+
+
+def answer(ref: Any, timeout_s: float, who: str) -> Any:
+    """What a node's actor answered, its own SourceError as it is; SourceError too where it is gone or silent."""
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except ray.exceptions.RayTaskError as e:
+        raise e.cause if isinstance(e.cause, SourceError) else SourceError(f"{who}: {e.cause!r}") from e
+    except ray.exceptions.GetTimeoutError:
+        raise SourceError(f"{who}: no answer in time; is the node, or its disk, stuck?") from None
+    except ray.exceptions.RayError as e:
+        raise SourceError(f"{who} is lost: {str(e).strip().splitlines()[0]}") from e
