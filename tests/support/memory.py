@@ -30,7 +30,7 @@ class Greedy:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 
-    def read(self, into: memoryview, offset: int) -> None:
+    def read(self, into: memoryview, offset: int, end: int) -> None:
         if not self.marker.exists():
             self.marker.touch()
             held = bytearray(HOG)

@@ -34,13 +34,10 @@ class ShardReader:
 
     def __exit__(self, *_: object) -> None:
         while self.fds:
-            self._close_first()
-
-    def _close_first(self) -> None:
-        fd = self.fds.pop(next(iter(self.fds)))
-        if not self.cached:
-            advise_away(fd)
-        os.close(fd)
+            fd = self.fds.pop(next(iter(self.fds)))
+            if not self.cached:
+                advise_away(fd)
+            os.close(fd)
 
     def whole(self, fqn: str) -> torch.Tensor:
         """The global tensor in the dtype that training holds it in."""
@@ -119,7 +116,7 @@ class ShardReader:
         at = 0
         for number in range(cut.first, cut.first + cut.count):
             for begin in begins:
-                self._pread(shard, number, into[at : at + run], begin, entry.fqn)
+                self._pread(entry, shard, number, into[at : at + run], begin)
                 at += run
 
     def _open(self, shard: Shard, number: int, fqn: str) -> int:
@@ -127,7 +124,7 @@ class ShardReader:
         file, rank = shard.file + step, shard.rank + step
         if file not in self.fds:
             if len(self.fds) == _OPEN:
-                self._close_first()
+                os.close(self.fds.pop(next(iter(self.fds))))  # to be read again, for the next block
             path = self.manifest.files[file]
             try:
                 self.fds[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -135,11 +132,11 @@ class ShardReader:
                 raise SourceError(f"{path} (rank {rank}): {fqn} cannot be read: {e.strerror}.") from e
         return self.fds[file]
 
-    def _pread(self, shard: Shard, number: int, into: memoryview, offset: int, fqn: str) -> None:
-        step = number * shard.stride
+    def _pread(self, entry: TensorEntry, shard: Shard, number: int, into: memoryview, offset: int) -> None:
+        step, fqn = number * shard.stride, entry.fqn
         path, rank = self.manifest.files[shard.file + step], shard.rank + step
         if not isinstance(path, Path):
-            path.read(into, offset)
+            path.read(into, offset, shard.byte_offset + math.prod(shard.shape) * ITEMSIZE[entry.dtype])
             return
         fd, done = self._open(shard, number, fqn), 0
         try:

@@ -12,13 +12,12 @@ from typing import Any
 import psutil
 
 from verl_autoexport import child, untrusted
-from verl_autoexport.errors import VerifyError
+from verl_autoexport.errors import SourceError, VerifyError
 from verl_autoexport.export.plan import MergePlan
-from verl_autoexport.sources.safetensors_files import INDEX_NAME
+from verl_autoexport.sources import safetensors_files
 
 Check = dict[str, str]
 _OVERHEAD = 1 << 30  # bytes: imports of torch and transformers, activations of a few tokens
-_MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ def check_structure(directory: Path, plan: MergePlan) -> Check:
             raise VerifyError(f"{path}: header differs from the plan at {', '.join(differ[:8])}.")
         if path.stat().st_size != file.nbytes:
             raise VerifyError(f"{path}: expected {file.nbytes} bytes, found {path.stat().st_size}.")
-    if plan.index is not None and read_json(directory / INDEX_NAME) != plan.index:
-        raise VerifyError(f"{directory / INDEX_NAME}: differs from the plan.")
+    if plan.index is not None and read_json(directory / safetensors_files.INDEX_NAME) != plan.index:
+        raise VerifyError(f"{directory / safetensors_files.INDEX_NAME}: differs from the plan.")
     if stray := {p.name for p in directory.glob("*.safetensors")} - {f.name for f in plan.files}:
         raise VerifyError(f"{directory}: unexpected weight files {sorted(stray)}.")
     return {"status": "passed", "detail": f"{len(plan.tensors)} tensors: names, shapes, dtypes, all values finite"}
@@ -63,13 +62,9 @@ def check_structure(directory: Path, plan: MergePlan) -> Check:
 def read_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file; raises VerifyError naming the file."""
     try:
-        with path.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if length > min(_MAX_HEADER, path.stat().st_size):
-                raise VerifyError(f"{path}: header of {length} bytes does not fit; not a whole safetensors file.")
-            return untrusted.parse_json(f.read(length))
-    except (OSError, ValueError) as e:
-        raise VerifyError(f"{path}: not a readable safetensors file: {e}") from e
+        return safetensors_files.read_header(path)[1]
+    except SourceError as e:
+        raise VerifyError(str(e)) from e
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class RayBlock:
     def __reduce__(self) -> tuple[type[RayBlock], tuple[Any, ...]]:
         return RayBlock, (self.ref, self.node)
 
-    def read(self, into: memoryview, offset: int) -> None:
+    def read(self, into: memoryview, offset: int, end: int) -> None:
         if self.seen is None:
             try:
                 self.seen = memoryview(ray.get(self.ref, timeout=_FETCH_S))

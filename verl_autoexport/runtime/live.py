@@ -151,5 +151,5 @@ def _stores(nodes: set[str]) -> float:
 
 
 class _Nothing:
-    def read(self, into: memoryview, offset: int) -> None:
+    def read(self, into: memoryview, offset: int, end: int) -> None:
         raise SourceError("nothing was copied yet.")

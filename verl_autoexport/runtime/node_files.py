@@ -111,30 +111,31 @@ class NodeFiles:
 
 
 class RemoteFile:
-    """A rank file of `size` bytes on the disk of `node`; the block after the one that is read is asked for with it."""
+    """A rank file on the disk of `node`; the block of a tensor after the one that is read is asked for with it."""
 
     block = 16 << 20
     """Bytes to read at a time: each costs a round trip."""
 
-    def __init__(self, server: Any, node: str, path: Path, size: int, what: str) -> None:
-        self.server, self.node, self.path, self.size, self.what = server, node, path, size, what
+    def __init__(self, server: Any, node: str, path: Path, what: str) -> None:
+        self.server, self.node, self.path, self.what = server, node, path, what
         self.ahead: tuple[int, int, Any] | None = None
 
-    def read(self, into: memoryview, offset: int) -> None:
+    def read(self, into: memoryview, offset: int, end: int) -> None:
         nbytes, ref = len(into), None
         if self.ahead is not None and self.ahead[:2] == (offset, nbytes):
             ref = self.ahead[2]
         self.ahead = None  # it, too, lies in the object store
         ref = ref or self.server.read.remote(self.path, offset, nbytes)
-        if (following := offset + nbytes) + nbytes <= self.size:
-            self.ahead = following, nbytes, self.server.read.remote(self.path, following, nbytes)
+        following = offset + nbytes
+        if (more := min(nbytes, end - following)) > 0:
+            self.ahead = following, more, self.server.read.remote(self.path, following, more)
         into[:] = memoryview(answer(ref, _READ_S, self.what))
 
     def let_go(self) -> None:
         self.ahead = None
 
     def __reduce__(self) -> Any:
-        return RemoteFile, (self.server, self.node, self.path, self.size, self.what)
+        return RemoteFile, (self.server, self.node, self.path, self.what)
 
 
 def answer(ref: Any, timeout_s: float, who: str) -> Any:

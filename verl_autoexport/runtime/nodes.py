@@ -27,7 +27,8 @@ from verl_autoexport.sources.fsdp_files import make_manifest
 
 logger = logging.getLogger(__name__)
 _START_S = 60.0  # until an actor answers first: its process starts, torch is imported
-_ASK_S = 60.0  # metadata, links
+_ASK_S = 60.0  # what is there, links
+_METADATA_S = 600.0  # of all ranks of a node
 _SUMS_S = 24 * 3600.0  # reading all shards of a node; a node that dies meanwhile, or finds damage, is told at once
 
 
@@ -169,13 +170,11 @@ class SpreadFiles:
         self._fetch_config()
 
     def manifest(self) -> ShardManifest:
-        by_node = self.nodes.ask_each("pieces", {n: (f,) for n, f in _by_node(self.ranks).items()})
+        by_node = self.nodes.ask_each("pieces", {n: (f,) for n, f in _by_node(self.ranks).items()}, _METADATA_S)
         pieces = {rank: found for ranks in by_node.values() for rank, found in ranks.items()}
         files = [
-            RemoteFile(
-                self.nodes.servers[node], node, path, seen[2], f"{path} (rank {rank}) on {self.nodes.names[node]}"
-            )
-            for rank, (node, path, seen) in enumerate(self.ranks)
+            RemoteFile(self.nodes.servers[node], node, path, f"{path} (rank {rank}) on {self.nodes.names[node]}")
+            for rank, (node, path, _) in enumerate(self.ranks)
         ]
         return make_manifest(self.directory, [pieces[r] for r in range(len(files))], files, self.fingerprint)
 

@@ -144,8 +144,11 @@ class TensorEntry:
 class Memory(Protocol):
     """Bytes that are in no file of this node; it can be sent to other processes."""
 
-    def read(self, into: memoryview, offset: int) -> None:
-        """Fill `into` with the bytes from `offset` on; raises SourceError when they are lost."""
+    def read(self, into: memoryview, offset: int, end: int) -> None:
+        """Fill `into` with the bytes from `offset` on; raises SourceError when they are lost.
+
+        Up to `end` the tensor of the same rank goes on there.
+        """
 
     def let_go(self) -> None:
         """Keep nothing of them any more; not to be read again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.base import ITEMSIZE, Shard, ShardManifest, TensorEntry
@@ -29,7 +30,7 @@ def model_files(directory: Path) -> ShardManifest:
         )
     tensors: dict[str, TensorEntry] = {}
     for number, path in enumerate(files):
-        for name, dtype, shape, offset in _read_header(path):
+        for name, dtype, shape, offset in _tensors(path):
             if name in tensors:
                 raise SourceError(f"{path}: {name} is in another file of {directory} too.")
             tensors[name] = TensorEntry(
@@ -55,14 +56,22 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _read_header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+def read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Length in bytes of a safetensors file's JSON header, and the header; raises SourceError naming the file."""
     try:
         with path.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            size = path.stat().st_size
-            if length > min(_MAX_HEADER, size):
+            if length > min(_MAX_HEADER, path.stat().st_size):
                 raise SourceError(f"{path}: a header of {length} bytes does not fit; not a whole safetensors file.")
-            header = parse_json(f.read(length))
+            return length, parse_json(f.read(length))
+    except (OSError, ValueError) as e:
+        raise SourceError(f"{path}: not a readable safetensors file: {e}") from e
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    length, header = read_header(path)
+    try:
+        size = path.stat().st_size
         header.pop("__metadata__", None)
         for name, entry in header.items():
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
