@@ -14,6 +14,7 @@ import pytest
 from verl_autoexport.errors import PlanError, SourceError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_directory
 from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.runtime.node_files import NodeFiles
 from verl_autoexport.sources.fsdp_files import FsdpFiles
 from verl_autoexport.sources.sum_check import SumCheck
 
@@ -46,6 +47,30 @@ def gone(pid: int) -> bool:
 def test_whole_files(checkpoint):
     with FsdpFiles(checkpoint("even") / "actor").check_sums() as check:
         check.wait()
+
+
+def test_what_was_looked_at_is_told(checkpoint):
+    files, told = FsdpFiles(checkpoint("even") / "actor"), []
+    with files.check_sums() as check:
+        check.wait(told.append)
+    assert sorted(told) == sorted(path.stat().st_size for path in files.paths)
+
+
+def test_asked_again_on_a_node(own_checkpoint):
+    """Ray asks again where an answer was lost: having been asked before is no result."""
+    paths = sorted((own_checkpoint("even") / "actor").glob("*.pt"))
+    node = NodeFiles()
+    assert [node.check_sums("a", paths) for _ in range(2)] == [sum(p.stat().st_size for p in paths)] * 2
+    content = bytearray(paths[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    paths[1].write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(SourceError, match="not those that training wrote"):
+            node.check_sums("a", paths)
+    node.stop_sums("b")
+    with pytest.raises(SourceError, match="nobody needs"):
+        node.check_sums("b", paths)
+    assert node.checks == []
 
 
 def test_modules_in_the_working_directory_are_not_run(checkpoint, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,12 +17,16 @@ import ray
 from sharding import QWEN2, make_checkpoint
 
 from verl_autoexport.config import load_config
+from verl_autoexport.errors import MergeError
+from verl_autoexport.export import pipeline
+from verl_autoexport.export.model import plan_model
 from verl_autoexport.export.pipeline import export_to_directory
 from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.driver import ExportDriver
 from verl_autoexport.runtime.request import RunInfo
-from verl_autoexport.runtime.tasks import RayRunner
+from verl_autoexport.runtime.tasks import Home, NotShared, RayRunner
+from verl_autoexport.sources.fsdp_files import FsdpFiles
 from verl_autoexport.sources.pins import find_pins, make_pin
 
 WIDE = QWEN2 | {"vocab_size": 60_000, "hidden_size": 512}  # long enough to be killed in
@@ -169,6 +174,31 @@ def test_the_command_line_merges_in_a_cluster_if_asked(cluster, source, tmp_path
     assert len(files) > 1
     for name in files:
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+
+
+def test_a_node_where_something_is_otherwise_does_not_merge(cluster, source, tmp_path):
+    """Compared in this process, as if it were a task on another node."""
+    spec = checkpoint_spec(source, verify=False)
+    planned = plan_model(spec, FsdpFiles(spec.checkpoint).manifest())
+    (job,) = pipeline._jobs(spec, planned, tmp_path)
+    (nonce := tmp_path / "nonce").touch()
+    home = replace(Home.here([job], nonce), node="another")
+    assert home.compared(job) == replace(job, cached=False, read_again=False)
+    assert replace(home, node=ray.get_runtime_context().get_node_id()).compared(job) is job
+    path = Path(job.manifest.files[0])
+    size, mtime = home.files[path]
+    for other in (
+        replace(home, nonce=tmp_path / "not there"),
+        replace(home, files=dict(home.files) | {path: (size, mtime + 1)}),
+        replace(home, files=dict(home.files) | {path: (size + 1, mtime)}),
+    ):
+        with pytest.raises(NotShared):
+            other.compared(job)
+    gone = replace(job, manifest=replace(job.manifest, files=(tmp_path / "gone", *job.manifest.files[1:])))
+    with pytest.raises(NotShared, match="gone"):
+        home.compared(gone)
+    with pytest.raises(MergeError, match=r"'torch': '0'.*; install the same everywhere"):
+        replace(home, versions=dict(home.versions) | {"torch": "0"}).compared(job)
 
 
 def test_where_links_are_impossible_the_pin_reads_the_original(source, tmp_path):

@@ -28,8 +28,8 @@ from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.registry.twins import Twins, find_twins, link_twin
 from verl_autoexport.sources.base import Check, ShardSource
-from verl_autoexport.sources.checkpoints import drop_cache
 from verl_autoexport.sources.fsdp_files import FsdpFiles
+from verl_autoexport.sources.page_cache import drop_cache
 from verl_autoexport.sources.safetensors_files import INDEX_NAME
 from verl_autoexport.untrusted import is_plain_name
 
@@ -192,7 +192,7 @@ def _run(
         with _timed(timings, "merge"):
             progress.stage("merging", planned.plan.nbytes)
             written = runner.run(_jobs(spec, planned, target), progress.advance)
-            _await(sums, source, partial(progress.advance, 0))
+            _await(sums, source, progress)
             written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
             notes = _write_beside(spec, planned, written, target)
     with _timed(timings, "verify"):
@@ -215,9 +215,10 @@ def _open_source(spec: ExportSpec) -> ShardSource:
     return source
 
 
-def _await(sums: Check, source: ShardSource, alive: Callable[[], None]) -> None:
+def _await(sums: Check, source: ShardSource, progress: Progress) -> None:
+    progress.stage("comparing check sums")
     try:
-        sums.wait(alive)
+        sums.wait(progress.advance)
     except SourceError:
         source.check_unchanged()  # then that is the reason
         raise

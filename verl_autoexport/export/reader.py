@@ -11,7 +11,7 @@ import torch
 
 from verl_autoexport.errors import MergeError, SourceError
 from verl_autoexport.sources.base import ITEMSIZE, Cut, Shard, ShardManifest, TensorEntry
-from verl_autoexport.sources.checkpoints import advise_away
+from verl_autoexport.sources.page_cache import drop_cache
 from verl_autoexport.sources.tiling import Index
 
 MAX_BLOCK = 2 << 20  # bytes; measured: 1 MiB costs more in calls, 4 MiB brings nothing for twice the memory
@@ -27,17 +27,18 @@ class ShardReader:
     def __init__(self, manifest: ShardManifest, cached: bool = True) -> None:
         self.manifest, self.cached = manifest, cached
         self.fds: dict[int, int] = {}
+        self.opened: set[Path] = set()
         self.buffer = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> ShardReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self.fds:
-            fd = self.fds.pop(next(iter(self.fds)))
-            if not self.cached:
-                advise_away(fd)
+        for fd in self.fds.values():
             os.close(fd)
+        if not self.cached:
+            for path in self.opened:
+                drop_cache(path)
 
     def whole(self, fqn: str) -> torch.Tensor:
         """The global tensor in the dtype that training holds it in."""
@@ -126,6 +127,7 @@ class ShardReader:
             if len(self.fds) == _OPEN:
                 os.close(self.fds.pop(next(iter(self.fds))))  # to be read again, for the next block
             path = self.manifest.files[file]
+            self.opened.add(path)
             try:
                 self.fds[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as e:

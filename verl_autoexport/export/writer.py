@@ -11,7 +11,7 @@ from threading import Condition
 import psutil
 
 from verl_autoexport.errors import MergeError
-from verl_autoexport.sources.checkpoints import advise_away
+from verl_autoexport.sources.page_cache import begin_to_write, let_go
 
 _WRITE = 1 << 20  # bytes at a time; larger ones are written several times slower (ext4, Linux 6.18)
 _BEHIND = 64 << 20  # bytes after which they are sent to the disk, so that the flush at the end is short
@@ -119,9 +119,10 @@ class FileWriter:
 
     def send(self, end: int) -> None:
         """Let the disk begin to write what is before `end`."""
-        # Dirty pages begin to be written at this advice and stay, clean ones are dropped: those of the time before.
-        begin = self.advised if self.read_again else 0
-        advise_away(self.fd, begin, end - begin)
+        if self.read_again:
+            begin_to_write(self.fd, self.advised, end - self.advised)
+        else:
+            let_go(self.fd, 0, end)  # dirty pages begin to be written, clean ones are dropped: those of the time before
         self.advised = end
 
     def wait(self, end: int) -> None:
@@ -144,7 +145,7 @@ class FileWriter:
         except OSError as e:
             raise MergeError(f"{self.path}: cannot be flushed to disk: {e.strerror}.") from e
         if not self.read_again:
-            advise_away(self.fd)
+            let_go(self.fd)
         return self.digest.hexdigest(), self.hashed
 
 

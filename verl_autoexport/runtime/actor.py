@@ -207,7 +207,7 @@ class ExportActor:
         if not request.get("spread"):
             return spec
         self.nodes = self.nodes or Nodes()
-        source = SpreadFiles(self.nodes, spec.checkpoint, self.settings.role)
+        source = SpreadFiles(self.nodes, spec.checkpoint, self.settings.role, request.get("homes") or ())
         return replace(spec, source=source, checkpoint=source.directory)
 
     def _published(self, request: Mapping[str, Any]) -> str | None:

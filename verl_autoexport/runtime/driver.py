@@ -76,6 +76,8 @@ class ExportDriver:
         `live` copies shards of its workers; `nodes` are those that keep checkpoints on disks of their own.
         """
         self.live, self.nodes = live, nodes
+        if nodes is not None:
+            self.info = replace(self.info, homes=tuple(nodes.homes[rank] for rank in sorted(nodes.homes)))
         self._bounded(f"begin at step {step}", self._begin, step, last_step)
 
     def _begin(self, step: int, last_step: int | None) -> None:

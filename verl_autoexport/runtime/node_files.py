@@ -18,8 +18,9 @@ import ray
 from verl_autoexport.errors import SourceError
 from verl_autoexport.runtime.tasks import versions
 from verl_autoexport.sources import pins
-from verl_autoexport.sources.checkpoints import Stat, drop_cache, find_checkpoint, present_ranks, stats
+from verl_autoexport.sources.checkpoints import Stat, find_checkpoint, present_ranks, stats
 from verl_autoexport.sources.fsdp_files import Piece, read_rank_file
+from verl_autoexport.sources.page_cache import drop_cache
 from verl_autoexport.sources.sum_check import SumCheck
 
 _READ_S = 120.0  # a block
@@ -37,10 +38,14 @@ class Part:
 
 
 class NodeFiles:
-    """An actor on one node, for what is on its disks. All methods but `about` raise SourceError."""
+    """An actor on one node, for what is on its disks. What reads or links raises SourceError.
+
+    Ray may run any call again whose answer was lost, after it or beside it.
+    """
 
     def __init__(self) -> None:
-        self.checks: dict[str, SumCheck | None] = {}  # by name; None: not to begin any more
+        self.checks: list[tuple[str, SumCheck]] = []
+        self.stopped: set[str] = set()
 
     def about(self) -> tuple[str, dict[str, str | None]]:
         return socket.gethostname(), versions()
@@ -76,15 +81,23 @@ class NodeFiles:
         for path in paths:
             drop_cache(path)
 
-    def check_sums(self, name: str, paths: Sequence[Path]) -> None:
+    def check_sums(self, name: str, paths: Sequence[Path]) -> int:
+        """Compare these files with their check sums, until `stop_sums`; their bytes."""
         with SumCheck(paths) as check:
-            if self.checks.setdefault(name, check) is check:
+            self.checks.append((name, check))
+            try:
+                if name in self.stopped:
+                    raise SourceError("nobody needs the check sums any more.")
                 check.wait()
-        self.checks[name] = None
+            finally:
+                self.checks.remove((name, check))
+        return sum(path.stat().st_size for path in paths)
 
     def stop_sums(self, name: str) -> None:
-        if check := self.checks.setdefault(name, None):
-            check.stop()
+        self.stopped.add(name)
+        for other, check in list(self.checks):
+            if other == name:
+                check.stop()
 
     def config_files(self, directory: Path) -> dict[str, bytes]:
         """By path below `directory`, what is needed beside the shards."""

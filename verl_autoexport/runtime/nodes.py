@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from verl_autoexport.errors import ConfigError, SourceError
+from verl_autoexport.errors import AutoExportError, ConfigError, SourceError
 from verl_autoexport.runtime.node_files import NodeFiles, Part, RemoteFile, answer
 from verl_autoexport.runtime.tasks import versions
 from verl_autoexport.sources import pins
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 _START_S = 60.0  # until an actor answers first: its process starts, torch is imported
 _ASK_S = 60.0  # what is there, links
 _METADATA_S = 600.0  # of all ranks of a node
+_POLL_S = 1.0
 _SUMS_S = 24 * 3600.0  # reading all shards of a node; a node that dies meanwhile, or finds damage, is told at once
 
 
@@ -40,14 +42,14 @@ class Nodes:
     """Nodes of the cluster, with a `NodeFiles` on each: those of `homes`, by rank, or all that are alive.
 
     Raises SourceError where a node does not answer, ConfigError where it has other versions installed; where all are
-    asked, some of which may be there for other things, that is in `silent`, by node.
+    asked, some of which may be there for other things, those are in `silent`, with the reason.
     """
 
     def __init__(self, homes: Mapping[int, str] = MappingProxyType({})) -> None:
         self.homes = dict(homes)
         self.servers: dict[str, Any] = {}
         self.names: dict[str, str] = {}
-        self.silent: dict[str, str] = {}
+        self.silent: dict[str, AutoExportError] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -57,7 +59,8 @@ class Nodes:
         wanted = {node: host for node, host in alive.items() if node in homes}
         self.names |= wanted
         self.servers = {node: server for node, server in self.servers.items() if node in wanted}
-        new = sorted(wanted.keys() - self.servers.keys())
+        self.silent = {node: why for node, why in self.silent.items() if isinstance(why, ConfigError)}
+        new = sorted(wanted.keys() - self.servers.keys() - self.silent.keys())
         actor = ray.remote(NodeFiles)
         for node in new:
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
@@ -67,7 +70,8 @@ class Nodes:
             )  # fmt: skip
             self.servers[node] = options.remote()
         refs = self.begin_each("about", dict.fromkeys(new, ()))
-        ray.wait(list(refs.values()), num_returns=len(refs), timeout=_START_S) if refs else None
+        if refs:
+            ray.wait(list(refs.values()), num_returns=len(refs), timeout=_START_S)
         for node, ref in refs.items():
             try:
                 self._check(node, ref)
@@ -75,7 +79,7 @@ class Nodes:
                 if self.homes:
                     raise
                 logger.warning("verl_autoexport: not asked for shards: %s", e)
-                self.silent[node] = str(e)
+                self.silent[node] = e
                 del self.servers[node]
 
     def _check(self, node: str, ref: Any) -> None:
@@ -97,13 +101,14 @@ class Nodes:
 
     def collect(self, refs: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """The answers to what was begun."""
-        ray.wait(list(refs.values()), num_returns=max(1, len(refs)), timeout=timeout_s) if refs else None
+        if refs:
+            ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
         return {node: answer(ref, 0, f"node {self.names[node]} ({node[:8]})") for node, ref in refs.items()}
 
     def pin(self, checkpoint_dir: Path, step: int, role: str) -> pins.Pin:
         """As `pins.make_pin`, on every node that holds shards of the step."""
         parts = self.ask("look", str(checkpoint_dir), role)
-        ranks = _one_of_each(checkpoint_dir, parts, self)
+        ranks = _one_of_each(checkpoint_dir, parts, self, self.homes)
         origin, mark = parts[ranks[0][0]].directory, digest([seen for _, _, seen in ranks])
         path = pins.pin_path(checkpoint_dir, step, uuid.uuid4().hex)
         held = {n: (parts[n].directory, list(files.values()), path) for n, files in _by_node(ranks).items()}
@@ -158,11 +163,13 @@ class SpreadFiles:
 
     kind = "checkpoint"
 
-    def __init__(self, nodes: Nodes, directory: Path, role: str) -> None:
+    def __init__(self, nodes: Nodes, directory: Path, role: str, homes: Sequence[str] = ()) -> None:
+        """`homes`: the nodes of the ranks, of which those count that are still there."""
         self.nodes = nodes
         nodes.refresh()
         parts: dict[str, Part] = nodes.ask("look", str(directory), role)
-        self.ranks = _one_of_each(directory, parts, nodes)
+        there = {rank: node for rank, node in enumerate(homes) if node in nodes.servers}
+        self.ranks = _one_of_each(directory, parts, nodes, there)
         self.origin = parts[self.ranks[0][0]].directory
         self.fingerprint = digest([seen for _, _, seen in self.ranks])
         self.folder = tempfile.TemporaryDirectory(prefix="verl-autoexport-")  # goes with this object
@@ -211,20 +218,19 @@ class _NodeSums(Check):
         self.nodes, self.name = nodes, uuid.uuid4().hex
         self.refs = nodes.begin_each("check_sums", {node: (self.name, paths) for node, paths in files.items()})
 
-    def wait(self, alive: Callable[[], None] = lambda: None) -> None:
-        left = dict(self.refs)
+    def wait(self, progress: Callable[[int], None] = lambda nbytes: None) -> None:
+        left, deadline = dict(self.refs), time.monotonic() + _SUMS_S
         while left:
-            ready, _ = ray.wait(list(left.values()), timeout=_SUMS_S)
-            done = {node: ref for node, ref in left.items() if ref in ready} or left  # or none is in time
-            self.nodes.collect(done, 0)
+            ready, _ = ray.wait(list(left.values()), timeout=_POLL_S)
+            done = {node: ref for node, ref in left.items() if ref in ready or time.monotonic() > deadline}
+            progress(sum(self.nodes.collect(done, 0).values()))
             left = {node: ref for node, ref in left.items() if node not in done}
-            alive()
 
     def stop(self) -> None:
         self.nodes.begin_each("stop_sums", dict.fromkeys(self.refs.keys() & self.nodes.servers.keys(), (self.name,)))
 
 
-def _one_of_each(directory: Path, parts: Mapping[str, Part], nodes: Nodes) -> list[_Held]:
+def _one_of_each(directory: Path, parts: Mapping[str, Part], nodes: Nodes, homes: Mapping[int, str]) -> list[_Held]:
     """Every rank's file; raises SourceError naming ranks and hosts that lack theirs, or have different ones.
 
     What another node than a rank's own has of it, an earlier run left there.
@@ -235,11 +241,11 @@ def _one_of_each(directory: Path, parts: Mapping[str, Part], nodes: Nodes) -> li
     held: dict[int, dict[str, tuple[Path, Stat]]] = {}
     for node, part in sorted(parts.items()):
         for rank, file in part.files.items():
-            if nodes.homes.get(rank, node) == node:
+            if homes.get(rank, node) == node:
                 held.setdefault(rank, {})[node] = file
     world_size = max(sizes, default=0)
     if not held or not held.keys() >= set(range(world_size)):
-        raise SourceError(_lacking(directory, parts, [r for r in range(world_size) if r not in held], nodes))
+        raise SourceError(_lacking(directory, parts, [r for r in range(world_size) if r not in held], nodes, homes))
     if extra := sorted(held.keys() - set(range(world_size))):
         raise SourceError(f"{directory}: ranks {brief(extra)} do not exist in world size {world_size}.")
     return [_the_one(directory, rank, held[rank], nodes) for rank in range(world_size)]
@@ -257,15 +263,18 @@ def _the_one(directory: Path, rank: int, files: Mapping[str, tuple[Path, Stat]],
     return node, *file
 
 
-def _lacking(directory: Path, parts: Mapping[str, Part], missing: Sequence[int], nodes: Nodes) -> str:
-    homes = {rank: nodes.names.get(node, node[:8]) for rank, node in nodes.homes.items()}
-    expected = sorted({f"{homes[r]} (rank {r})" for r in missing or homes if r in homes})
+def _lacking(
+    directory: Path, parts: Mapping[str, Part], missing: Sequence[int], nodes: Nodes, homes: Mapping[int, str]
+) -> str:
+    hosts = {rank: nodes.names.get(node, node[:8]) for rank, node in homes.items()}
+    expected = sorted({f"{hosts[r]} (rank {r})" for r in missing or hosts if r in hosts})
     there = [f"{part.host} holds {brief(sorted(part.files)) or 'none'}" for part in parts.values()]
     size = max((part.world_size for part in parts.values()), default=0)
     lacking = f"the files of ranks {brief(missing)} of {size} are" if missing else "files of an FSDP model are"
     should = f"; expected on {', '.join(expected[:16])}" if expected else ""
-    silent = f" Not asked: {'; '.join(nodes.silent.values())}" if nodes.silent else ""
-    return f"{directory}: {lacking} on no node of the cluster{should}. Found: {'; '.join(there)}.{silent}"
+    where = "not on their own nodes" if expected else "on no node of the cluster"
+    silent = f" Not asked: {'; '.join(map(str, nodes.silent.values()))}" if nodes.silent else ""
+    return f"{directory}: {lacking} {where}{should}. Found: {'; '.join(there)}.{silent}"
 
 
 def _by_node(ranks: Sequence[_Held]) -> dict[str, dict[int, Path]]:

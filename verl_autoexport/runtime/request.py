@@ -17,7 +17,10 @@ from verl_autoexport.sources.pins import Pin
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What the driver needs to know of the run; `frozen` are the parameters that it does not train, where known."""
+    """What the driver needs to know of the run; `frozen` are the parameters that it does not train, where known.
+
+    `homes` are the nodes of the ranks, where they keep checkpoints on disks of their own.
+    """
 
     checkpoints: Path
     run: Mapping[str, Any]
@@ -26,6 +29,7 @@ class RunInfo:
     trust_remote_code: bool = False
     external_lib: str | None = None
     frozen: tuple[str, ...] | None = None
+    homes: tuple[str, ...] = ()
 
 
 def make_request(
@@ -50,6 +54,7 @@ def make_request(
         "trust_remote_code": info.trust_remote_code,
         "external_lib": info.external_lib,
         "frozen": info.frozen,
+        "homes": info.homes,
     }
 
 

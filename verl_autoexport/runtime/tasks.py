@@ -1,14 +1,16 @@
-"""Merge jobs as Ray tasks: no GPU, anywhere that sees the staging directory, never waiting for ever."""
+"""Merge jobs as Ray tasks: no GPU, anywhere that sees the output and the shards, never waiting for ever."""
 
 from __future__ import annotations
 
 import logging
 import math
+import os
+import socket
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_autoexport import __version__
-from verl_autoexport.errors import MergeError
+from verl_autoexport.errors import MergeError, SourceError
 from verl_autoexport.export.merge import MergeJob, WrittenFile, one_torch_thread
 from verl_autoexport.sources.base import ITEMSIZE
 from verl_autoexport.sources.checkpoints import stats
@@ -39,9 +41,9 @@ class Lost(Exception):
 
 @dataclass(frozen=True)
 class Home:
-    """The node of the export, which a task's own is compared with: what its package versions and the shards are there.
+    """What a task's node is compared with: the node where the export runs, its packages, the shards as it sees them.
 
-    `files` are size (bytes) and mtime (ns) of those that are no other node's.
+    `files` are size (bytes) and mtime (ns) of all that is read by path.
     """
 
     node: str
@@ -58,24 +60,28 @@ class Home:
 
     def compared(self, job: MergeJob) -> MergeJob:
         """In the task: the job for its node; raises NotShared, or MergeError where other packages are installed."""
-        if not self.nonce.exists():
+        if not os.path.exists(self.nonce):  # nor where it may not be seen
             raise NotShared(str(self.nonce.parent))
         if (found := versions()) != self.versions:
             raise MergeError(
-                f"this node has {found}, the export actor's has {self.versions}; install the same everywhere."
+                f"{socket.gethostname()} has {found}, the export's node {self.versions}; install the same everywhere."
             )
         if ray.get_runtime_context().get_node_id() == self.node:
             return job
-        for path in job.manifest.files:
-            if isinstance(path, Path) and not (path.exists() and stats([path])[0][2:] == self.files[path]):
+        for path in (file for file in job.manifest.files if isinstance(file, Path)):
+            try:
+                (seen,) = stats([path])
+            except SourceError:
+                raise NotShared(str(path)) from None
+            if seen[2:] != self.files[path]:
                 raise NotShared(str(path))
-        return replace(job, cached=False, read_again=False)  # it is verified there
+        return replace(job, cached=False, read_again=False)  # nothing else is done with the file on this node
 
 
 @dataclass(frozen=True)
 class _Run:
     home: Home
-    refs: list[Any] = field(default_factory=list)
+    refs: list[Any]
 
 
 @dataclass
@@ -163,11 +169,14 @@ class RayRunner:
                 done.append(_finish(attempt, ray.get(ref)))
             except NotShared as e:
                 if attempt.here:
-                    raise MergeError(f"{e.cause}: not seen alike by a task on the export's own node.") from None
+                    raise MergeError(
+                        f"{e.cause}: not seen by a task on the export's own node; output_dir must be on a disk that "
+                        "Ray's workers see."
+                    ) from None
                 logger.warning("a node does not see %s as it is here; merging on the export's node", e.cause)
                 left.append(self._submit(attempt.job, run, attempt.number + 1, True, attempt.losses))
             except Lost as e:
-                left.append(self._again(attempt, run, e))
+                left.append(self._again(attempt, run, e.cause))
             except ray.exceptions.RayTaskError as e:
                 raise e.cause from e
             except ray.exceptions.RayError as e:
@@ -240,14 +249,13 @@ def _finish(attempt: _Attempt, written: WrittenFile) -> WrittenFile:
 
 def merge_task(job: MergeJob, home: Home, started: str) -> WrittenFile:
     """In a Ray worker: prove that this node sees what the export's does, then write the file."""
-    job = home.compared(job)
     try:
+        job = home.compared(job)
         Path(started).touch(exist_ok=False)
-    except FileExistsError:
-        raise Lost("its worker was killed, for memory or from outside") from None
-    try:
         with one_torch_thread():
             return job.run()
+    except FileExistsError:
+        raise Lost("its worker was killed, for memory or from outside") from None
     finally:  # an error's traceback may keep the job for as long as this process lives
         for file in job.manifest.files:
             if not isinstance(file, Path):

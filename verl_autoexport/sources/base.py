@@ -171,8 +171,8 @@ class ShardManifest:
 class Check:
     """Something that is looked at beside other work, until `stop`; a context manager. This one looks at nothing."""
 
-    def wait(self, alive: Callable[[], None] = lambda: None) -> None:
-        """Until it is done; raises SourceError where something is wrong. `alive` is called as it goes on."""
+    def wait(self, progress: Callable[[int], None] = lambda nbytes: None) -> None:
+        """Until it is done; raises SourceError where something is wrong. `progress` gets the bytes looked at."""
 
     def stop(self) -> None:
         """Look no further."""

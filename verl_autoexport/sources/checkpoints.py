@@ -7,7 +7,6 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from verl_autoexport.errors import SourceError
@@ -88,21 +87,3 @@ def digest(seen: Sequence[Stat]) -> str:
 def brief(ranks: Sequence[int]) -> str:
     """The numbers in a message."""
     return ", ".join(map(str, ranks[:16])) + (f", … ({len(ranks)} in all)" if len(ranks) > 16 else "")
-
-
-def drop_cache(path: Path) -> None:
-    """Advise the kernel to free the page cache of a file that is not needed soon; what is dirty stays."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return  # advice only
-    try:
-        advise_away(fd)
-    finally:
-        os.close(fd)
-
-
-def advise_away(fd: int, begin: int = 0, nbytes: int = 0) -> None:
-    """The same of an open file, from a byte on; 0 bytes: to its end. What is dirty begins to be written."""
-    with suppress(OSError):  # not every file system takes advice
-        os.posix_fadvise(fd, begin, nbytes, os.POSIX_FADV_DONTNEED)

@@ -31,7 +31,8 @@ from verl_autoexport.sources.base import (
     check_coverage,
     join_runs,
 )
-from verl_autoexport.sources.checkpoints import BLOCK, brief, digest, drop_cache, rank_files, stats
+from verl_autoexport.sources.checkpoints import BLOCK, brief, digest, rank_files, stats
+from verl_autoexport.sources.page_cache import drop_cache
 from verl_autoexport.sources.sum_check import SumCheck
 from verl_autoexport.sources.torch_archive import Storage, read_archive
 from verl_autoexport.untrusted import read_json

@@ -17,8 +17,8 @@ from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.base import Check
 from verl_autoexport.sources.torch_archive import check_sums
 
-_ONE, _WHOLE, _DAMAGED = "one is whole", "whole: all", "damaged: "
-"""Its line for each file, and how its last one begins where every file is what was saved, and where one is not."""
+_ONE, _WHOLE, _DAMAGED = "bytes: ", "whole: all", "damaged: "
+"""How its line for each file begins, and its last one where every file is what was saved, and where one is not."""
 
 
 class SumCheck(Check):
@@ -38,12 +38,12 @@ class SumCheck(Check):
             self.process.stdin.write(json.dumps([str(path.absolute()) for path in paths]) + "\n")
             self.process.stdin.flush()  # and not closed: its end is ours
 
-    def wait(self, alive: Callable[[], None] = lambda: None) -> None:
+    def wait(self, progress: Callable[[int], None] = lambda nbytes: None) -> None:
         said = "it said nothing"
         for line in self.process.stdout:
             said = line.strip() or said
-            if said == _ONE:
-                alive()
+            if said.startswith(_ONE):
+                progress(int(said.removeprefix(_ONE)))
         code = self.process.wait()
         if said.startswith(_DAMAGED):
             raise SourceError(said.removeprefix(_DAMAGED))
@@ -67,9 +67,10 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     pool, last = ThreadPoolExecutor(min(4, max(1, cores - 1))), _WHOLE
     try:
-        for done in as_completed([pool.submit(check_sums, path) for path in paths]):
+        running = {pool.submit(check_sums, path): path for path in paths}
+        for done in as_completed(running):
             done.result()
-            print(_ONE, flush=True)
+            print(f"{_ONE}{running[done].stat().st_size}", flush=True)
     except SourceError as e:
         last = _DAMAGED + " ".join(str(e).splitlines())
     print(last, flush=True)
