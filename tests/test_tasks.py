@@ -1,4 +1,4 @@
-"""The export actor and its merge tasks in a real Ray: no free CPU, killed processes, nodes that see nothing."""
+"""The export actor and its merge tasks in a real Ray: no free CPU, killed processes, nodes that see something else."""
 
 from __future__ import annotations
 
