@@ -244,6 +244,7 @@ def test_different_files_of_a_rank_are_refused_where_its_node_is_not_known(clust
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_a_copy_of_a_rank_on_another_node_is_as_good(cluster, source, tmp_path):
     checkpoint = cluster.spread(source, 8)
     held = Path("global_step_8", "actor", f"model_world_size_{WORLD}_rank_1.pt")
@@ -274,6 +275,7 @@ def cmdline(process: psutil.Process) -> list[str]:
     return []
 
 
+@pytest.mark.full
 def test_a_node_for_other_things_is_not_asked(cluster, source, tmp_path):
     """What it has installed is not what the export needs, and it holds nothing of it."""
     installed = tmp_path / "transformers-9.9.dist-info"
@@ -291,6 +293,7 @@ def test_a_node_for_other_things_is_not_asked(cluster, source, tmp_path):
         cluster.kill(WORLD)
 
 
+@pytest.mark.full
 def test_killed_actors_of_nodes_come_back(cluster, source, driver):
     started = (p for p in psutil.Process().children(recursive=True) if p.is_running())
     killed = [p for p in started if any("ray::NodeFiles" in word for word in cmdline(p))]
