@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +36,17 @@ CHECKPOINTS = {
     },
 }
 """World size → name → arguments; one world size is made at once, for most of the time is the start of processes."""
+
+
+def resident(path: Path) -> float:
+    """The share of a file's pages that is in the page cache."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        first = ctypes.c_char.from_buffer(mapped)
+        failed = ctypes.CDLL(None).mincore(ctypes.byref(first), ctypes.c_size_t(len(mapped)), pages)
+        del first  # else it cannot be unmapped
+    assert not failed
+    return sum(page & 1 for page in pages) / len(pages)
 
 
 @pytest.fixture(scope="session")

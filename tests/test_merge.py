@@ -6,13 +6,13 @@ import hashlib
 import os
 import resource
 import shutil
-import subprocess
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import resident
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -208,16 +208,6 @@ def test_a_source_cut_short_while_it_is_copied(values, tmp_path, server):
         merge(source, tmp_path / "model.safetensors")
 
 
-def resident(path: Path) -> float:
-    """The share of a file that is in the page cache."""
-    done = subprocess.run(
-        ["fincore", "-b", "-n", "-r", "-o", "RES,SIZE", path], capture_output=True, text=True, check=True
-    )
-    held, size = map(int, done.stdout.split())
-    return held / size
-
-
-@pytest.mark.skipif(shutil.which("fincore") is None, reason="util-linux's fincore, which looks into the page cache")
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("read_again", [True, False])
 def test_the_page_cache_keeps_what_is_read_again(values, tmp_path, monkeypatch, cached, read_again):
@@ -237,7 +227,6 @@ def test_the_page_cache_keeps_what_is_read_again(values, tmp_path, monkeypatch, 
     assert torch.equal(torch.frombuffer(bytearray(content), dtype=torch.bfloat16).view(shape), values.bfloat16())
 
 
-@pytest.mark.skipif(shutil.which("fincore") is None, reason="util-linux's fincore, which looks into the page cache")
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_export_in_a_run_leaves_nothing_in_the_page_cache(own_checkpoint, tmp_path, fails):
     checkpoint, out = own_checkpoint("even"), tmp_path / "out"

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
+from conftest import resident
 from sharding import QWEN2, make_checkpoint
 from test_export import assert_same_model, export
 
@@ -223,15 +223,9 @@ def test_a_rank_is_taken_from_its_own_node(cluster, source, older, driver, tmp_p
     assert [node for node, _, _ in found.ranks] == homes
     deadline = time.monotonic() + 10  # nothing waits for it
     own = [cluster.own(rank) / f"global_step_6/actor/model_world_size_{WORLD}_rank_{rank}.pt" for rank in range(WORLD)]
-    while resident(own) and time.monotonic() < deadline:
+    while any(map(resident, own)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not resident(own)
-
-
-def resident(paths: Sequence[Path]) -> int:
-    """Bytes of these files in the page cache."""
-    done = subprocess.run(["fincore", "-b", "-n", "-o", "RES", *paths], capture_output=True, text=True, check=True)
-    return sum(map(int, done.stdout.split()))
+    assert not any(map(resident, own))
 
 
 def test_different_files_of_a_rank_are_refused_where_its_node_is_not_known(cluster, source, older, tmp_path):
