@@ -2,10 +2,11 @@
 BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 OLDEST := .venv-oldest
+READER := .venv-reader
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.stamp
 # What must be equal with every transformers that is allowed.
-FIDELITY := contract layout export families base critic lora bad_input cross_check remote_code
+FIDELITY := contract layout export families base critic lora bad_input cross_check remote_code assets contradictions
 DEMO := demo_out
 
 .DEFAULT_GOAL := help
@@ -25,6 +26,13 @@ $(STAMP) $(OLDEST)/.stamp: pyproject.toml
 
 $(OLDEST)/.stamp: ALSO = $(shell sed -nE 's/.*"(transformers)>=([0-9.]+).*/\1==\2/p' pyproject.toml)
 
+# What serving engines read exports with; this project is not in it.
+$(READER)/.stamp: Makefile
+	test -x $(@D)/bin/pip || $(BASE_PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet torch==2.13.0
+	$(@D)/bin/pip install --quiet 'transformers==4.57.*' safetensors pillow jinja2
+	touch $@
+
 lint: $(STAMP)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,7 +40,7 @@ lint: $(STAMP)  ## ruff: rules and formatting
 test: $(STAMP)  ## what CI runs
 	$(BIN)/python -m pytest -m "not full"
 
-test-full: $(STAMP) $(OLDEST)/.stamp  ## the long proofs too, and exports with the oldest transformers allowed
+test-full: $(STAMP) $(OLDEST)/.stamp $(READER)/.stamp  ## the long proofs too, with the oldest transformers, read by 4.57
 	$(BIN)/python -m pytest
 	$(OLDEST)/bin/python -m pytest $(FIDELITY:%=tests/test_%.py)
 
@@ -48,5 +56,5 @@ demo: $(STAMP)  ## train a tiny model with real GRPO on the CPU, list its versio
 	$(BIN)/python examples/cpu_grpo/demo.py $(DEMO)/checkpoints/exports
 
 clean:  ## remove everything made here
-	rm -rf $(VENV) $(OLDEST) $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(READER) $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

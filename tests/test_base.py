@@ -308,24 +308,3 @@ def test_overlay_changes_only_what_differs():
 def test_dtype_is_spelled_as_in_the_file(file, expected):
     set_dtype(file, "float16")
     assert file == expected
-
-
-def test_files_of_the_run_over_those_of_the_base(own_checkpoint, tmp_path):
-    base, made = make_base(tmp_path / "base", QWEN2 | {"vocab_size": 128}), own_checkpoint("even")
-    for name in ("tokenizer.json", "merges.txt", "preprocessor_config.json", "README.md", "pytorch_model.bin"):
-        (base / name).write_text(f"base's {name}")
-    (base / "generation_config.json").write_text('{"temperature": 0.5}')
-    (base / "blob").write_text("base's vocabulary")
-    (base / "vocab.json").symlink_to(base / "blob")  # as in the hub's cache
-    (made / "actor/huggingface/tokenizer.json").write_text("the run's")
-    (made / "actor/huggingface/generation_config.json").unlink()
-    record = export(made, tmp_path / "out", base_model=str(base))
-    found = {p.name: p.read_text() for p in (tmp_path / "out").iterdir() if p.suffix != ".safetensors"}
-    assert found.keys() == {
-        "config.json", "export.json", "generation_config.json", "tokenizer.json", "merges.txt", "vocab.json",
-        "preprocessor_config.json",
-    }  # fmt: skip
-    assert found["tokenizer.json"] == "the run's"
-    assert found["vocab.json"] == "base's vocabulary"
-    assert found["generation_config.json"] == '{"temperature": 0.5}'
-    assert record.notes == ()

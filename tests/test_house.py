@@ -54,6 +54,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "ray": ("runtime/",),
     "transformers": (
         "export/naming.py", "export/heads.py", "export/assets.py", "export/verify.py", "export/load_check.py",
+        "export/asset_facts.py", "export/run_files.py",
     ),
     "torch": (
         "sources/fsdp_files.py", "sources/live.py",

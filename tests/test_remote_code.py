@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.custom_code import AUTO_MAP, FILES, add_code
+from support.published import make_base, make_tokenizer, read_json
 
 from verl_autoexport import AutoExportError, export_checkpoint
+from verl_autoexport.errors import PlanError
+from verl_autoexport.export import own_code
 
 CONFIGURATION = """
 from transformers import PretrainedConfig
@@ -84,3 +91,71 @@ def test_remote_code_does_not_run_unasked(remote_checkpoint, tmp_path):
         export_checkpoint(remote_checkpoint, tmp_path / "out")
     assert not marker.exists()
     assert not (tmp_path / "out").exists()
+
+
+# -- sharded, the class is one of torch's -------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["fsdp2", "fsdp"])
+def sharded(request, tmp_path_factory) -> tuple[Path, Path]:
+    """A base with its own code, and the directory of the checkpoint and the live files of a run that trained it."""
+    base = add_code(make_tokenizer(make_base(tmp_path_factory.mktemp("base") / "own")))
+    out = tmp_path_factory.mktemp("run")
+    script = Path(__file__).parent / "support/custom_code.py"
+    subprocess.run([sys.executable, str(script), str(base), str(out), request.param], check=True)
+    return base, out
+
+
+def test_the_code_of_a_live_run_is_that_of_the_class_before_it_was_sharded(sharded):
+    _, out = sharded
+    live = out / "live/huggingface"
+    code = {p.relative_to(live).as_posix(): p.read_text() for p in live.rglob("*.py")}
+    assert code == {name: text for name, text in FILES.items() if name != "unrelated.py"}
+    assert read_json(live / "config.json")["auto_map"] == AUTO_MAP
+
+
+def test_a_checkpoint_with_code_of_torchs_is_exported_with_the_bases(sharded, tmp_path):
+    base, out = sharded
+    record = export_checkpoint(out / "global_step_2", tmp_path / "out", base_model=str(base), trust_remote_code=True)
+    assert record.verification["logits"]["status"] == "passed", record.verification
+    assert not list((tmp_path / "out").rglob("_f*.py"))
+    for name in FILES.keys() - {"unrelated.py"}:
+        assert (tmp_path / "out" / name).read_text() == FILES[name]
+    assert read_json(tmp_path / "out/config.json")["auto_map"] == AUTO_MAP
+
+
+def test_without_its_code_a_checkpoint_is_refused_before_anything_is_written(sharded, tmp_path):
+    _, out = sharded
+    made = shutil.copytree(out / "global_step_2", tmp_path / "global_step_2")
+    for path in (made / "actor/huggingface").rglob("modeling_own.py"):
+        path.unlink()
+    with pytest.raises(PlanError, match=r"auto_map leads to .*OwnForCausalLM.*--base-model"):
+        export_checkpoint(made, tmp_path / "out", trust_remote_code=True, verify=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reference_is_good_only_where_its_class_is_defined(tmp_path):
+    (tmp_path / "a.py").write_text("from .b import Other as Imported\nNamed = Imported\nclass Own: pass\n")
+    (tmp_path / "broken.py").write_text("class (:\n")
+    assert own_code.is_good("a.Own", tmp_path)
+    assert own_code.is_good("org/name--a.Imported", tmp_path)
+    assert own_code.is_good("a.Named", tmp_path)
+    refused = {"AutoModel": "a.FSDPOwn", "AutoConfig": ["gone.Own", None], "AutoTokenizer": "broken.Own"}
+    assert own_code.broken(refused, tmp_path) == ["a.FSDPOwn", "gone.Own", "broken.Own"]
+    assert own_code.localized({"A": "org/name--a.Own", "B": "org/name--c.X"}, tmp_path) == {
+        "A": "a.Own", "B": "org/name--c.X",
+    }  # fmt: skip
+
+
+def test_relative_imports_are_followed_and_lead_nowhere_else(tmp_path):
+    files = {
+        "m.py": "from . import x\nfrom .sub.deep import y\nimport os\nfrom ..outside import z\n",
+        "x.py": "from .m import m\n", "sub/deep.py": "from ..x import x\nfrom .near import n\n",
+        "sub/near.py": "", "sub/__init__.py": "", "other.py": "", "../outside.py": "",
+    }  # fmt: skip
+    root = tmp_path / "model"
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    found = {p.relative_to(root).as_posix() for p in own_code.closure([root / "m.py"], root)}
+    assert found == {"m.py", "x.py", "sub/deep.py", "sub/near.py"}

@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from verl_autoexport.export import naming
@@ -24,6 +25,11 @@ _NOT_THE_MODEL = frozenset({
 })  # fmt: skip
 """Keys that say nothing about the weights: the base's own stay."""
 _CONFIG_NAME = "config.json"
+_OLD_ROPE = {
+    "rope_theta": ("rope_theta", "rotary_emb_base", "global_rope_theta"),
+    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct", "rotary_percentage"),
+}
+"""Keys of `rope_parameters` that had a key of their own, by the names that it had."""
 
 
 def write_base_config(
@@ -39,7 +45,7 @@ def write_base_config(
     before = path.read_text(encoding="utf-8")
     wanted = plain(config.to_dict()) | {"architectures": [architecture]}
     known = plain(naming.load_config(base.directory, trust_remote_code).to_dict())
-    changed = overlay(base.config, known, wanted)
+    changed = overlay(base.config, known, wanted, _aliases(config), _is_old(base.config))
     if dtype is not None:
         set_dtype(changed, dtype)
     path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -50,22 +56,75 @@ def write_base_config(
     return None
 
 
-def overlay(file: Mapping[str, Any], known: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """`file` with what differs between `known`, as transformers reads it, and `wanted`. Pure."""
+def overlay(
+    file: Mapping[str, Any],
+    known: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    aliases: Mapping[str, frozenset[str]] = MappingProxyType({}),
+    old: bool = False,
+) -> dict[str, Any]:
+    """`file` with what differs between `known`, as transformers reads it, and `wanted`, in the file's spelling. Pure.
+
+    `aliases` are other names of a key, `old`: the file says of rope what transformers 4 reads.
+    """
     changed = copy.deepcopy(dict(file))
     for key in (known.keys() | wanted.keys()) - _NOT_THE_MODEL:
         before, after = known.get(key), wanted.get(key)
         if before == after:
             continue
+        spelled = next((name for name in (key, *aliases.get(key, ())) if name in file), key)
         if key not in wanted:
-            changed.pop(key, None)
-        elif isinstance(before, Mapping) and isinstance(after, Mapping) and isinstance(file.get(key), Mapping):
-            changed[key] = overlay(file[key], before, after)
+            changed.pop(spelled, None)
+        elif key == "rope_parameters" and old and isinstance(after, Mapping):
+            _set_old_rope(changed, after)
+        elif isinstance(before, Mapping) and isinstance(after, Mapping) and isinstance(file.get(spelled), Mapping):
+            changed[spelled] = overlay(file[spelled], before, after, aliases, old)
         elif key == "text_config" and key not in file:  # older files have the text model's keys beside the others
-            changed |= overlay({}, before or {}, after)
+            flat = {k for k in (before or {}) if k in file}
+            changed |= overlay({k: file[k] for k in flat}, before or {}, after, aliases, old)
         else:
-            changed[key] = after
+            changed[spelled] = after
     return changed
+
+
+def _is_old(file: dict[str, Any]) -> bool:
+    """Whether a file is of the style of transformers 4."""
+    new = str(file.get("transformers_version", "")).startswith("5")
+    return not new and not any("rope_parameters" in node for node in _nodes(file))
+
+
+def _aliases(config: Any) -> dict[str, frozenset[str]]:
+    """Other names that a configuration, and those nested in it, know for a key."""
+    found: dict[str, set[str]] = {}
+    nested = (value for value in vars(config).values() if hasattr(value, "attribute_map"))
+    for node in (config, *nested):
+        for alias, own in (getattr(node, "attribute_map", None) or {}).items():
+            found.setdefault(own, set()).add(alias)
+            found.setdefault(alias, set()).add(own)
+    return {key: frozenset(names) for key, names in found.items()}
+
+
+def _set_old_rope(file: dict[str, Any], rope: Mapping[str, Any]) -> None:
+    """Say `rope`, a value of `rope_parameters`, as transformers 4 reads it. In place.
+
+    One for each type of layers (Gemma 3, ModernBERT): the base frequencies have keys of their
+    own there, and only full attention is scaled.
+    """
+    if isinstance(local := rope.get("sliding_attention"), Mapping):
+        file[_spelled(file, "rope_local_base_freq", "local_rope_theta")] = local.get("rope_theta")
+    scaling = dict(full if isinstance(full := rope.get("full_attention"), Mapping) else rope)
+    for key, older in _OLD_ROPE.items():
+        if key in scaling:
+            file[_spelled(file, *older)] = scaling.pop(key)
+    if scaling.keys() - {"rope_type", "type"} or scaling.get("rope_type", "default") != "default":
+        file["rope_scaling"] = scaling
+    elif file.get("rope_scaling") is not None:
+        file["rope_scaling"] = None
+
+
+def _spelled(file: Mapping[str, Any], *names: str) -> str:
+    """The first of `names` that the file has; if it has none, the first."""
+    return next((name for name in names if name in file), names[0])
 
 
 def set_dtype(file: dict[str, Any], dtype: str) -> None:

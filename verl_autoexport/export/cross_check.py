@@ -28,16 +28,17 @@ Visit = Callable[[torch.Tensor, Leaf], None]
 def compare(
     model: Any,
     shards: Path,
+    saved: Path,
     lora: Mapping[str, Any] | None = None,
     base: Path | None = None,
     trust_remote_code: bool = False,
 ) -> str:
     """Give `model` the weights in `shards` and return what was found equal; ValueError names what differs.
 
-    `lora`: the configuration of the adapter in the shards, `base` the directory of its base
-    model where the shards hold the adapter only.
+    `saved` has the run's `config.json`. `lora`: the configuration of the adapter in the shards, `base` the
+    directory of its base model where the shards hold the adapter only.
     """
-    trained = load_config(shards / "huggingface", trust_remote_code)
+    trained = load_config(saved, trust_remote_code)
     if keys := set(differences(plain(model.config.to_dict()), plain(trained.to_dict()))) - _OF_A_HEAD:
         raise ValueError(f"config.json differs from the trained model's in {sorted(keys)[:8]}")
     with torch.inference_mode():

@@ -82,11 +82,22 @@ def model_class(config: PretrainedConfig, directory: Path, trust_remote_code: bo
             raise PlanError(f"{directory / 'config.json'}: its code {remote} cannot be loaded: {e}") from e
     cls = getattr(transformers, name, None)
     if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+        _check_class(cls, config, directory)
         return cls
     hint = _TRUST if remote else ""
     raise PlanError(
         f"{directory / 'config.json'}: architecture {name} is unknown to transformers {transformers.__version__}.{hint}"
     )
+
+
+def _check_class(cls: type[PreTrainedModel], config: PretrainedConfig, directory: Path) -> None:
+    """Engines go by `architectures`, transformers by `model_type`: both must mean the same model."""
+    wanted = cls.config_class
+    if wanted is not None and not isinstance(config, wanted) and wanted.model_type != config.model_type:
+        raise PlanError(
+            f"{directory / 'config.json'}: architectures names {cls.__name__}, whose model_type is "
+            f"{wanted.model_type!r}, but model_type is {config.model_type!r}: correct the one that is wrong."
+        )
 
 
 def architecture(config: PretrainedConfig) -> str:
@@ -200,9 +211,26 @@ def _check_complete(skeleton: PreTrainedModel, manifest: ShardManifest) -> list[
     if missing or unexpected or wrong:
         raise PlanError(
             f"the shards are not a complete {name}: missing {_brief(missing)}; unexpected {_brief(unexpected)}; "
-            f"wrong shape or kind {_brief(wrong)}. Is config.json that of the trained model?"
+            f"wrong shape or kind {_brief(wrong)}. {_advice(skeleton, manifest, missing, expected)}"
         )
     return [k for k in expected if k in manifest.tensors]
+
+
+def _advice(
+    skeleton: PreTrainedModel, manifest: ShardManifest, missing: list[str], expected: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Which key of `config.json` contradicts the shards, as far as they tell."""
+    config, said = skeleton.config.get_text_config(), []
+    head = skeleton.get_output_embeddings()
+    heads = [f"{path}.weight" for path, module in skeleton.named_modules() if head is not None and module is head]
+    if missing and set(missing) <= set(heads):
+        said.append("tie_word_embeddings is false, and they hold no output embeddings: was it trained tied?")
+    rows = {(expected[k][:1], tuple(t.shape)[:1]) for k, t in manifest.tensors.items() if k in expected}
+    for key in ("vocab_size", "num_labels"):
+        size = getattr(config if key == "vocab_size" else skeleton.config, key, None)
+        if found := sorted({theirs[0] for ours, theirs in rows if ours == (size,) and theirs and theirs != ours}):
+            said.append(f"{key} is {size}, they hold {found[0]} rows")
+    return f"In config.json {'; '.join(said)}." if said else "Is config.json that of the trained model?"
 
 
 class DtypeRule:

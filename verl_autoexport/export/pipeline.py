@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,12 @@ from typing import Any, Protocol
 from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, SourceError, VerifyError
 from verl_autoexport.events import ExportRecord
 from verl_autoexport.export import assets, lora, naming, peft_config, verify
+from verl_autoexport.export.assets import Reference
 from verl_autoexport.export.merge import MergeJob, WrittenFile, one_torch_thread
 from verl_autoexport.export.model import ADAPTER_FOLDER, Planned, plan_model
 from verl_autoexport.export.plan import MergePlan
 from verl_autoexport.export.record import make_record
+from verl_autoexport.export.run_files import settled
 from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.registry.twins import Twins, find_twins, link_twin
@@ -184,9 +186,10 @@ def _run(
     timings = {"stall": spec.stall_s}
     if spec.hand_over_s is not None:
         timings["hand_over"] = spec.hand_over_s
-    with source.check_sums() as sums:
+    with source.check_sums() as sums, ExitStack() as stack:
         with _timed(timings, "gather"):
             manifest = source.manifest()
+            spec, notes = stack.enter_context(settled(spec, manifest))
             planned = plan_model(spec, manifest)
             _check_space(target, planned.plan)
         with _timed(timings, "merge"):
@@ -194,11 +197,12 @@ def _run(
             written = runner.run(_jobs(spec, planned, target), progress.advance)
             _await(sums, source, progress)
             written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
-            notes = _write_beside(spec, planned, written, target)
-    with _timed(timings, "verify"):
-        progress.stage(VERIFYING)
-        checks = _verify(spec, target, planned)
-        source.check_unchanged()
+            more, reference = _write_beside(spec, planned, written, target)
+            notes += more
+        with _timed(timings, "verify"):
+            progress.stage(VERIFYING)
+            checks = _verify(spec, target, planned, reference)
+            source.check_unchanged()
     architectures = (naming.architecture(planned.skeleton.config),)
     return make_record(
         spec, source.kind, target, manifest, planned.plan, written, checks, timings, architectures, notes
@@ -246,23 +250,30 @@ def _kept_apart(versions: Sequence[Version]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _write_beside(spec: ExportSpec, planned: Planned, written: Sequence[WrittenFile], target: Path) -> list[str]:
-    """Everything but the weights: the trained run's own files, over those of the base where there is one."""
+def _write_beside(
+    spec: ExportSpec, planned: Planned, written: Sequence[WrittenFile], target: Path
+) -> tuple[list[str], Reference]:
+    """Everything but the weights; returns notes, and what the tokenizer and processor must equal."""
     skeleton, base, adapter = planned.skeleton, planned.contract.base, planned.adapter
+    notes = []
     if planned.plan.index is not None:
         (target / INDEX_NAME).write_text(json.dumps(planned.plan.index, indent=2) + "\n")
-    if base is not None:
-        assets.copy_base_assets(base, target, skeleton.can_generate())
-    notes = assets.copy_assets(spec.model_dir, target)
     if spec.lora != "adapter":
         dtype = None if spec.dtype == "base" else naming.model_dtype(skeleton, planned.manifest, spec.dtype)
         notes += assets.write_config(skeleton, dtype, target, base, spec.trust_remote_code)
+        if base is None:
+            notes.append(f"not compared with the base model: {planned.contract.reason}")
+    more, reference = assets.write_assets(
+        spec.model_dir, lora.base_directory(spec.base_model), target,
+        generates=skeleton.can_generate(), trust_remote_code=spec.trust_remote_code,
+    )  # fmt: skip
+    notes += more
     if adapter is None:
-        return notes
+        return notes, reference
     if spec.lora != "fused":
         folder = target / ADAPTER_FOLDER if spec.lora == "both" else target
         peft_config.write_config(adapter.config, spec.base_model, folder)
-    return notes + lora.check_written(adapter, written, spec.lora, spec.dtype)
+    return notes + lora.check_written(adapter, written, spec.lora, spec.dtype), reference
 
 
 def _check_space(target: Path, plan: MergePlan) -> None:
@@ -274,7 +285,7 @@ def _check_space(target: Path, plan: MergePlan) -> None:
         )
 
 
-def _verify(spec: ExportSpec, target: Path, planned: Planned) -> dict[str, Any]:
+def _verify(spec: ExportSpec, target: Path, planned: Planned, reference: Reference) -> dict[str, Any]:
     checks: dict[str, Any] = {
         "structure": verify.check_structure(target, planned.plan),
         "contract": planned.contract.to_check(),
@@ -288,23 +299,23 @@ def _verify(spec: ExportSpec, target: Path, planned: Planned) -> dict[str, Any]:
         trust_remote_code=spec.trust_remote_code,
         external_lib=spec.external_lib,
     )
-    nbytes, source = planned.plan.nbytes, _source(spec, planned)
+    nbytes, source, beside = planned.plan.nbytes, _source(spec, planned), reference.to_json()
     if planned.adapter is None or spec.lora == "fused":
-        return checks | check(target, nbytes, source=source)
+        return checks | check(target, nbytes, source=source, assets=beside)
     if spec.lora == "adapter":
-        return checks | check(target, nbytes, adapter_of=spec.model_dir)
+        return checks | check(target, nbytes, adapter_of=spec.model_dir, assets=beside)
     adapter = check(target / ADAPTER_FOLDER, planned.plan.files[-1].nbytes, adapter_of=spec.model_dir)
-    return checks | check(target, nbytes, source=source) | {"adapter": adapter["load"]}
+    return checks | check(target, nbytes, source=source, assets=beside) | {"adapter": adapter["load"]}
 
 
 def _source(spec: ExportSpec, planned: Planned) -> verify.Source | None:
     if spec.source is not None:
         return None
     if planned.adapter is None:
-        return verify.Source(spec.checkpoint)
+        return verify.Source(spec.checkpoint, spec.model_dir)
     base = None if planned.adapter.base else lora.base_directory(spec.base_model)
     nbytes = sum(t.nbytes for t in planned.manifest.tensors.values())
-    return verify.Source(spec.checkpoint, planned.adapter.config, base, nbytes)
+    return verify.Source(spec.checkpoint, spec.model_dir, planned.adapter.config, base, nbytes)
 
 
 @contextmanager

@@ -52,11 +52,12 @@ class ExportSpec:
     frozen: frozenset[str] | None = None
     grouped: frozenset[str] = frozenset()
     cached: bool = True
+    saved: Path | None = None
 
     @property
     def model_dir(self) -> Path:
-        """Where verl saves the model's config and tokenizer."""
-        return self.checkpoint / "huggingface"
+        """Where the model's config and tokenizer are: `saved`, or where verl saves them."""
+        return self.saved or self.checkpoint / "huggingface"
 
 
 def checkpoint_spec(

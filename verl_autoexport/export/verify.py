@@ -24,10 +24,12 @@ _OVERHEAD = 1 << 30  # bytes: imports of torch and transformers, activations of 
 class Source:
     """What a directory was made of: rank files, the configuration of the LoRA in them, its base if it is not in them.
 
-    `nbytes` is the memory that a second model takes, which only LoRA needs.
+    `saved` is the directory with the run's `config.json`, `nbytes` the memory that a second
+    model takes, which only LoRA needs.
     """
 
     shards: Path
+    saved: Path
     lora: Mapping[str, Any] | None = None
     base: Path | None = None
     nbytes: int = 0
@@ -35,7 +37,8 @@ class Source:
     def arguments(self) -> list[str]:
         """Those of the load check."""
         lora = ["--lora", json.dumps(self.lora)] if self.lora else []
-        return ["--shards", str(self.shards.resolve()), *lora, *(["--base", str(self.base)] if self.base else [])]
+        shards = ["--shards", str(self.shards.resolve()), "--saved", str(self.saved.resolve())]
+        return [*shards, *lora, *(["--base", str(self.base)] if self.base else [])]
 
 
 def check_structure(directory: Path, plan: MergePlan) -> Check:
@@ -87,24 +90,27 @@ def check_loading(
     external_lib: str | None = None,
     adapter_of: Path | None = None,
     source: Source | None = None,
+    assets: str | None = None,
 ) -> dict[str, Check]:
     """Load `directory` in a fresh process on the CPU, generate a few tokens, compare logits with those of `source`.
 
     `nbytes` are those of the weights. With `auto` a check is skipped, with the reason, when
     it would need more than `max_memory` or than is free now; past `timeout_s` seconds it is
     skipped too. `adapter_of`: `directory` is a PEFT adapter, of the model whose config is there.
+    `assets`: the directories that its tokenizer and processor must equal (`Reference.to_json`), which is
+    looked at whatever the size, unless `load` is False.
     Raises VerifyError when a check that ran has failed.
     """
-    names = ("load", "generate", "logits") if source else ("load", "generate")
+    names: tuple[str, ...] = ("load", "generate", "logits") if source else ("load", "generate")
+    names = ("assets", *names) if assets else names
     if load is False:
         return dict.fromkeys(names, _skipped("verify.load=false"))
-    need = nbytes + nbytes // 10 + _OVERHEAD + (source.nbytes if source else 0)
-    free = psutil.virtual_memory().available
-    if load == "auto" and need > min(max_memory, free):
-        limit = f"verify.max_memory is {_gib(max_memory)}" if need > max_memory else f"{_gib(free)} are free"
-        reason = f"needs about {_gib(need)}, {limit}"
-        return dict.fromkeys(names, _skipped(reason))
+    too_large = _too_large(nbytes + (source.nbytes if source else 0), max_memory) if load == "auto" else ""
+    if too_large and not assets:
+        return dict.fromkeys(names, _skipped(too_large))
     command = child.command("verl_autoexport.export.load_check", str(directory.resolve()))
+    command += ["--no-load", too_large] if too_large else []
+    command += ["--assets", assets] if assets else []
     command += ["--no-generate"] if generate is False else []
     command += ["--trust-remote-code"] if trust_remote_code else []
     command += ["--external-lib", external_lib] if external_lib else []
@@ -119,6 +125,13 @@ def check_loading(
         if check["status"] == "failed":
             raise VerifyError(f"{directory}: {name} failed: {check['detail']}")
     return result
+
+
+def _too_large(nbytes: int, max_memory: int) -> str:
+    """Why models of `nbytes` bytes cannot be loaded here; empty if they can."""
+    need, free = nbytes + nbytes // 10 + _OVERHEAD, psutil.virtual_memory().available
+    limit = f"verify.max_memory is {_gib(max_memory)}" if need > max_memory else f"{_gib(free)} are free"
+    return f"needs about {_gib(need)}, {limit}" if need > min(max_memory, free) else ""
 
 
 def _parse(
