@@ -179,6 +179,7 @@ def test_record(checkpoint, tmp_path):
     assert status == {
         "structure": "passed",
         "contract": "skipped",
+        "assets": "skipped",
         "load": "passed",
         "generate": "passed",
         "logits": "passed",

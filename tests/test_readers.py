@@ -10,8 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from support.published import LLAMA, SMALL, START, STOP, make_base, make_run, make_tokenizer, read_json, write_json
-from test_assets import IMAGE, PROCESSOR, STYLES
+from support.published import (
+    LLAMA,
+    SMALL,
+    START,
+    STOP,
+    TEMPLATE,
+    make_base,
+    make_run,
+    make_tokenizer,
+    read_json,
+    write_json,
+)
+from test_assets import IMAGE, PROCESSOR, STYLES, put
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from verl_autoexport import export_checkpoint
@@ -75,7 +86,8 @@ def test_tokenizers(style, eos, with_base, tmp_path):
         tokenizer.eos_token, tokenizer.chat_template = eos, "{{ messages }} of the run"
     run = make_run(tmp_path / "run", base, tokenizer)
     export_checkpoint(run, tmp_path / "out", base_model=str(base) if with_base else None)
-    assert read(tmp_path / "out") == expect(tokenizer)
+    found = read(tmp_path / "out")
+    assert found == (read(base) if with_base and not eos else expect(tokenizer))
 
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -118,7 +130,7 @@ def test_processors(changed, tmp_path):
     write_json(base / "config.json", {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]})
     write_json(base / "preprocessor_config.json", IMAGE)
     write_json(base / "processor_config.json", PROCESSOR)
-    write_json(base / "chat_template.json", {"chat_template": "the base's"})
+    write_json(base / "chat_template.json", {"chat_template": TEMPLATE})
     processor = AutoProcessor.from_pretrained(base)
     if changed:
         processor.image_processor.size = {"shortest_edge": 14}
@@ -126,8 +138,6 @@ def test_processors(changed, tmp_path):
         processor.tokenizer.pad_token = START
     processor.save_pretrained(tmp_path / "run")
     write_json(tmp_path / "run/config.json", read_json(base / "config.json"))
-    from test_assets import put
-
     put(tmp_path / "run", tmp_path / "out", base)
     found = read(tmp_path / "out", "processor")
     image = processor.image_processor
