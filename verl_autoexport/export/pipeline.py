@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -17,9 +16,11 @@ from threading import Event, Lock
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, SourceError, VerifyError
+from verl_autoexport import places
+from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, PlanError, SourceError, VerifyError
 from verl_autoexport.events import ExportRecord
-from verl_autoexport.export import assets, lora, naming, peft_config, verify
+from verl_autoexport.export import assets, by_hand, lora, naming, peft_config, verify
+from verl_autoexport.export.directory import appears_whole
 from verl_autoexport.export.merge import MergeJob, WrittenFile, one_torch_thread
 from verl_autoexport.export.model import ADAPTER_FOLDER, Planned, plan_model
 from verl_autoexport.export.plan import MergePlan
@@ -28,6 +29,9 @@ from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.registry.twins import Twins, find_twins, link_twin
 from verl_autoexport.sources.base import Check, ShardSource
+from verl_autoexport.sources.checkpoints import notes as left_out
+from verl_autoexport.sources.checkpoints import rank_files
+from verl_autoexport.sources.fetched import check_fetched
 from verl_autoexport.sources.fsdp_files import FsdpFiles
 from verl_autoexport.sources.page_cache import drop_cache
 from verl_autoexport.sources.safetensors_files import INDEX_NAME
@@ -131,28 +135,13 @@ def export_to_directory(
 ) -> ExportRecord:
     """Export to a directory of its own, which appears whole or not at all.
 
-    Raises ConfigError when `output` exists and is not an empty directory.
+    Raises ConfigError when `output` exists and is not an empty directory, or is no place for one.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(
-            f"--output {output}: exists and is not empty; nothing is overwritten. Name another directory."
-        )
-    output = output.absolute()
-    staging = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-    except OSError as e:
-        raise ConfigError(f"--output {output}: cannot be written: {e.strerror}.") from e
-    try:
+    places.check_output(output, spec.base_model)
+    with appears_whole(output) as staging:
         record = run_export(spec, staging, runner, progress)
-        (staging / RECORD_NAME).write_text(json.dumps(record.to_dict(), indent=2) + "\n")
-        if output.exists():
-            output.rmdir()
-        staging.rename(output)
+        (staging / RECORD_NAME).write_text(json.dumps(record.to_dict(), indent=2) + "\n", encoding="utf-8")
         return record
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def run_export(
@@ -188,13 +177,14 @@ def _run(
         with _timed(timings, "gather"):
             manifest = source.manifest()
             planned = plan_model(spec, manifest)
+            _check_adapter(spec, planned)
             _check_space(target, planned.plan)
         with _timed(timings, "merge"):
             progress.stage("merging", planned.plan.nbytes)
             written = runner.run(_jobs(spec, planned, target), progress.advance)
             _await(sums, source, progress)
             written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
-            notes = _write_beside(spec, planned, written, target)
+            notes = _write_beside(spec, planned, written, target) + ([] if spec.source else left_out(spec.checkpoint))
     with _timed(timings, "verify"):
         progress.stage(VERIFYING)
         checks = _verify(spec, target, planned)
@@ -206,6 +196,7 @@ def _run(
 
 
 def _open_source(spec: ExportSpec) -> ShardSource:
+    _check_fetched(spec)
     source = spec.source or FsdpFiles(spec.checkpoint)
     if spec.fingerprint and source.fingerprint != spec.fingerprint:
         raise SourceError(
@@ -213,6 +204,12 @@ def _open_source(spec: ExportSpec) -> ShardSource:
             f"{spec.fingerprint} expected, {source.fingerprint} found. The step was saved again meanwhile."
         )
     return source
+
+
+def _check_fetched(spec: ExportSpec) -> None:
+    folders = [spec.model_dir, *([Path(spec.base_model).expanduser()] if spec.base_model else [])]
+    check_fetched([] if spec.source else rank_files(spec.checkpoint))
+    check_fetched(path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()))
 
 
 def _await(sums: Check, source: ShardSource, progress: Progress) -> None:
@@ -250,7 +247,7 @@ def _write_beside(spec: ExportSpec, planned: Planned, written: Sequence[WrittenF
     """Everything but the weights: the trained run's own files, over those of the base where there is one."""
     skeleton, base, adapter = planned.skeleton, planned.contract.base, planned.adapter
     if planned.plan.index is not None:
-        (target / INDEX_NAME).write_text(json.dumps(planned.plan.index, indent=2) + "\n")
+        (target / INDEX_NAME).write_text(json.dumps(planned.plan.index, indent=2) + "\n", encoding="utf-8")
     if base is not None:
         assets.copy_base_assets(base, target, skeleton.can_generate())
     notes = assets.copy_assets(spec.model_dir, target)
@@ -263,6 +260,11 @@ def _write_beside(spec: ExportSpec, planned: Planned, written: Sequence[WrittenF
         folder = target / ADAPTER_FOLDER if spec.lora == "both" else target
         peft_config.write_config(adapter.config, spec.base_model, folder)
     return notes + lora.check_written(adapter, written, spec.lora, spec.dtype)
+
+
+def _check_adapter(spec: ExportSpec, planned: Planned) -> None:
+    if planned.adapter is None and spec.by_hand and spec.lora_config is not None:
+        raise PlanError(f"--lora-config {spec.lora_config}: given, but {spec.checkpoint} holds no LoRA weights.")
 
 
 def _check_space(target: Path, plan: MergePlan) -> None:
@@ -333,6 +335,10 @@ def export_checkpoint(
     Blocks until it is there, verified, and returns what its `export.json` holds. Needs no
     verl and starts no Ray. Raises AutoExportError; then `output` does not exist.
     """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers {workers!r}: expected a whole number from 1 on.")
+    if lora_config is not None:
+        by_hand.check_lora_config(Path(lora_config))
     spec = checkpoint_spec(
         Path(checkpoint), dtype=dtype, max_shard_size=max_shard_size, base_model=base_model, lora=lora,
         memory_budget=memory_budget, verify=verify, trust_remote_code=trust_remote_code, lora_config=lora_config,
