@@ -13,6 +13,7 @@ from verl_autoexport.registry.versions import RECORD, names_like_versions
 from verl_autoexport.sources.checkpoints import ROLES, STEP, absence, has_shards
 
 _MARKS = (state.FILE, journal.NAME, lease.NAME, staging.NAME)
+_RUN = "a run's directory with its checkpoints"
 _MODEL = ("config.json", "adapter_config.json")
 
 
@@ -40,9 +41,13 @@ def check_target(target: Path, option: str, base_model: str | None = None) -> No
     base = os.path.realpath(os.path.expanduser(base_model)) if base_model else None
     for folder in (target, *target.parents):
         what = "the base model" if base and str(folder) == base and folder.is_dir() else _what(folder)
-        if what and not what.startswith("a run"):
-            where = "is" if folder == target else f"is in {folder}, which is"
-            raise ConfigError(f"{option} {target}: {where} {what}; nothing is written there. Name another directory.")
+        if not what or what == _RUN:
+            continue
+        if folder == target and option == "--output":
+            found = f"exists and is not empty: it is {what}; nothing is overwritten"
+        else:
+            found = f"is {'' if folder == target else f'in {folder}, which is '}{what}; nothing is written there"
+        raise ConfigError(f"{option} {target}: {found}. Name another directory.")
 
 
 def check_output(target: Path, base_model: str | None = None) -> None:
@@ -66,7 +71,7 @@ def _what(path: Path) -> str:
         return "an exported model"
     if has_shards(path) or any(has_shards(path / role) for role in ROLES):
         return "a checkpoint"
-    return "a run's directory with its checkpoints" if any(map(STEP.fullmatch, os.listdir(path))) else ""
+    return _RUN if any(map(STEP.fullmatch, os.listdir(path))) else ""
 
 
 def _near(root: Path) -> Iterator[Path]:

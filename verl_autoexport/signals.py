@@ -10,7 +10,7 @@ TYPE_CHECKING = False  # `typing` alone would take longer to import than all of 
 if TYPE_CHECKING:
     from typing import Any
 
-INTERRUPTED = "verl-autoexport: interrupted; nothing half-made is left"
+INTERRUPTED = "interrupted; nothing half-made is left"
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SAME_S = 1.0
 """A second signal so soon is the first one told twice, as `timeout` does; clean-up goes on. A later one is meant."""
@@ -49,10 +49,10 @@ def came() -> bool:
     return _last > 0
 
 
-def end(line: str) -> None:
-    """End this process now, with `line` on stderr."""
+def end(message: str) -> None:
+    """End this process now, with one line on stderr."""
     try:
-        os.write(2, line.encode("ascii", "backslashreplace") + b"\n")
+        os.write(2, f"verl-autoexport: {message}\n".encode("ascii", "backslashreplace"))
     finally:
         os._exit(1)
 
