@@ -65,7 +65,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     ),
     "hydra": ("runtime/guard.py", "hydra_plugins/"),
     "omegaconf": ("config.py", "preflight.py", "runtime/"),
-    "filelock": ("registry/", "export/directory.py"),
+    "filelock": ("registry/",),
     "psutil": ("export/verify.py", "export/writer.py"),
     "numpy": ("runtime/node_files.py",),  # whose arrays Ray hands out without a copy
 }  # fmt: skip

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = "interrupted; nothing half-made is left"
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_SAME_S = 1.0
+_SAME_S = 5.0
 """A second signal so soon is the first one told twice, as `timeout` does; clean-up goes on. A later one is meant."""
 _last = -_SAME_S
 
