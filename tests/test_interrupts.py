@@ -67,6 +67,7 @@ MOMENTS: dict[str, Callable[[int, Path], Any]] = {
         ("first", signal.SIGTERM, "--registry"),
         ("imports", signal.SIGINT, "--output"),
         ("staging", signal.SIGTERM, "--output"),
+        ("staging", signal.SIGTERM, "--registry"),
         ("sums", signal.SIGINT, "--output"),
         ("load", signal.SIGHUP, "--output"),
         ("load", signal.SIGTERM, "--registry"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from verl_autoexport.errors import ConfigError, RegistryError
@@ -13,6 +14,7 @@ from verl_autoexport.registry.versions import RECORD, names_like_versions
 from verl_autoexport.sources.checkpoints import ROLES, STEP, absence, has_shards
 
 _MARKS = (state.FILE, journal.NAME, lease.NAME, staging.NAME)
+_LOOKED_AT = 200  # directories, before a registry near a wrong path is given up
 _RUN = "a run's directory with its checkpoints"
 _MODEL = ("config.json", "adapter_config.json")
 
@@ -78,6 +80,6 @@ def _near(root: Path) -> Iterator[Path]:
     """Where a registry is that was probably meant: below, above, or beside."""
     yield root / "exports"
     if root.is_dir():
-        yield from sorted(p for p in root.iterdir() if not p.name.startswith("."))
+        yield from islice((p for p in root.iterdir() if not p.name.startswith(".")), _LOOKED_AT)
     for folder in root.absolute().parents[:3]:
         yield from (folder, folder / "exports")

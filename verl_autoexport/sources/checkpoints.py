@@ -29,7 +29,7 @@ def find_checkpoint(path: Path, role: str = "actor") -> Path:
 
     Raises SourceError naming what was looked for, and where it may be instead.
     """
-    names = ("actor", "policy") if role == "actor" else (role,)
+    names = _names(role)
     try:
         if not path.is_dir():
             raise SourceError(f"{path}: {absence(path)}; expected a verl checkpoint, `global_step_N` or its `{role}/`.")
@@ -51,6 +51,15 @@ def find_checkpoint(path: Path, role: str = "actor") -> Path:
             "is not fsdp/fsdp2."
         )
     )
+
+
+def candidates(path: Path, role: str) -> list[Path]:
+    """Where the shards of a step's `role` may lie."""
+    return [path, *(path / name for name in _names(role))]
+
+
+def _names(role: str) -> tuple[str, ...]:
+    return ("actor", "policy") if role == "actor" else (role,)
 
 
 def has_shards(path: Path) -> bool:
