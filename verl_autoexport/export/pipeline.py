@@ -339,8 +339,6 @@ def export_checkpoint(
         raise ConfigError(f"workers {workers!r}: expected a whole number from 1 on.")
     if lora_config is not None:
         by_hand.check_lora_config(Path(lora_config))
-    if base_model is not None:
-        by_hand.check_base(base_model, only_named=True)
     spec = checkpoint_spec(
         Path(checkpoint), dtype=dtype, max_shard_size=max_shard_size, base_model=base_model, lora=lora,
         memory_budget=memory_budget, verify=verify, trust_remote_code=trust_remote_code, lora_config=lora_config,
