@@ -134,6 +134,7 @@ def test_missing_ranks(own_checkpoint, refuses):
 def test_mixed_world_sizes(own_checkpoint, refuses):
     made = own_checkpoint("even")
     shutil.copy(rank_file(made, 0), made / "actor/model_world_size_4_rank_0.pt")
+    (made / "actor/fsdp_config.json").unlink()  # which would tell
     refuses(made, SourceError, str(made / "actor"), "different world sizes", "[2, 4]")
 
 

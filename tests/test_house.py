@@ -24,7 +24,7 @@ MAX_MODULE = 400  # lines
 MAX_FUNCTION = 40  # lines, docstring not counted
 
 # room -> the rooms that it may import besides itself. Imports go one way:
-#   errors, events, untrusted, child <- config, policies, preflight, sources, registry <- export <- runtime, cli
+#   errors, events, untrusted, child <- config, policies, preflight, sources, registry <- places <- export <- runtime, …
 BASICS = frozenset({"errors", "events", "untrusted"})
 JUDGES = BASICS | {"config"}
 ROOMS: Mapping[str, frozenset[str]] = {
@@ -37,12 +37,15 @@ ROOMS: Mapping[str, frozenset[str]] = {
     "preflight": JUDGES,
     "sources": BASICS | {"child"},
     "registry": BASICS,
-    "export": JUDGES | {"child", "sources", "registry", "__init__"},
+    "export": JUDGES | {"child", "sources", "registry", "places", "__init__"},
     "runtime": JUDGES | {"policies", "preflight", "sources", "registry", "export", "__init__"},
+    "places": BASICS | {"sources", "registry"},
     "terminal": frozenset(),
-    "cli": JUDGES | {"sources", "registry", "export", "terminal", "__init__"},
+    "signals": frozenset(),
+    "arguments": JUDGES | {"terminal"},
+    "cli": JUDGES | {"sources", "registry", "export", "places", "terminal", "signals", "arguments", "__init__"},
     "__init__": frozenset(),  # its public names are resolved on first use
-    "__main__": frozenset({"cli"}),
+    "__main__": frozenset({"cli", "signals"}),
     "hydra_plugins": frozenset({"config"}),
 }
 # Only inside a function, so that it costs nothing until it is asked for.
@@ -68,7 +71,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "numpy": ("runtime/node_files.py",),  # whose arrays Ray hands out without a copy
 }  # fmt: skip
 LIBRARIES_LAZY: Mapping[str, tuple[str, ...]] = {
-    "ray": ("cli.py",), "tqdm": ("terminal.py",), "huggingface_hub": ("export/lora.py",),
+    "tqdm": ("terminal.py",), "huggingface_hub": ("export/lora.py",),
     "peft": ("export/load_check.py", "export/cross_check.py"), "safetensors": ("export/load_check.py",),
 }  # fmt: skip
 

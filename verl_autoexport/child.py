@@ -19,6 +19,6 @@ def command(module: str, *args: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's, with its search path and where this package is."""
+    """This process's, with its search path and where this package is; names and files are UTF-8 in any locale."""
     path = [os.path.abspath(p) for p in sys.path if isinstance(p, str) and p] + [_PACKAGES]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUTF8": "1"}

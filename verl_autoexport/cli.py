@@ -7,39 +7,52 @@ import gc
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl_autoexport import __version__
+from verl_autoexport import __version__, arguments, signals
 from verl_autoexport.errors import AutoExportError, RegistryError, SourceError
-from verl_autoexport.registry.retention import Keep, show_size
-from verl_autoexport.registry.store import Registry
-from verl_autoexport.terminal import Bar, print_table
+from verl_autoexport.terminal import Bar, collected, complain, open_streams, print_table, write_out
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from verl_autoexport.export.pipeline import MergeRunner
     from verl_autoexport.export.spec import ExportSpec
-    from verl_autoexport.registry.retention import Judgement
-    from verl_autoexport.registry.store import Version
+    from verl_autoexport.registry.retention import Judgement, Keep
+    from verl_autoexport.registry.store import Registry, Version
     from verl_autoexport.sources.base import ShardSource
 
-_KEEP = tuple(Keep().to_dict())
+_KEEP = ("last", "best", "every_n_steps", "max_bytes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 failed (one line on stderr), 2 wrong usage."""
-    args = _parser().parse_args(argv)
-    try:
+    code = 1
+    with signals.Handled(raises=False), collected() as said:
+        open_streams()
+        try:
+            args = _parser().parse_args(argv)
+            code = _run(args)
+        except SystemExit as e:
+            code = e.code
+        except KeyboardInterrupt:
+            complain(signals.INTERRUPTED)
+        except (AutoExportError, OSError) as e:
+            complain(signals.INTERRUPTED if signals.came() else _told(e))
+    return code if write_out(said()) else 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.run is _export:  # which imports for seconds before there is anything to clean up
+        return _export(args)
+    with signals.Handled(raises=True):
         return args.run(args)
-    except AutoExportError as e:
-        print(f"verl-autoexport: {e}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("verl-autoexport: interrupted; nothing half-made is left", file=sys.stderr)
-    except BrokenPipeError:
-        sys.stderr.close()
-    except OSError as e:
-        print(f"verl-autoexport: {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
-    return 1
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+    return str(error)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -52,26 +65,32 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _export_once(args: argparse.Namespace) -> int:
-    from verl_autoexport.export import pipeline
+    from verl_autoexport import places
+    from verl_autoexport.export import by_hand, pipeline
+    from verl_autoexport.registry.store import Registry
 
+    if args.base_model is not None:
+        by_hand.check_base(args.base_model, only_named=args.lora == "adapter")
+    if args.lora_config is not None:
+        by_hand.check_lora_config(args.lora_config)
+    if args.registry is not None:
+        places.check_target(args.registry, "--registry", args.base_model)
     runner = _runner(args)
     spec = pipeline.checkpoint_spec(
         args.checkpoint, source=_spread(args), dtype=args.dtype, max_shard_size=args.max_shard_size,
         base_model=args.base_model, lora=args.lora, memory_budget=args.memory_budget, verify=not args.no_verify,
         trust_remote_code=args.trust_remote_code, lora_config=args.lora_config,
     )  # fmt: skip
-    if args.output is not None:
-        with Bar() as bar:
+    with signals.Handled(raises=True), Bar() as bar:
+        if args.output is not None:
             pipeline.export_to_directory(spec, args.output, runner, bar)
-        print(args.output)
-        return 0
-    registry = _recovered(Registry.create(args.registry))
-    if not args.again and (there := _published(registry, spec)):
-        print(f"step {spec.step} is published already as {there.path}; --again exports it once more")
-        return 0
-    with Bar() as bar:
-        version = pipeline.export_to_registry(spec, registry, runner, bar)
-    print(version.path)
+            print(args.output)
+            return 0
+        registry = _recovered(Registry.create(args.registry))
+        if not args.again and (there := _published(registry, spec)):
+            print(f"step {spec.step} is published already as {there.path}; --again exports it once more")
+        else:
+            print(pipeline.export_to_registry(spec, registry, runner, bar).path)
     return 0
 
 
@@ -84,14 +103,10 @@ def _runner(args: argparse.Namespace) -> MergeRunner:
         from verl_autoexport.export.pipeline import LocalRunner
 
         return LocalRunner(args.workers)
-    import ray
-
+    from verl_autoexport.runtime.connect import connect
     from verl_autoexport.runtime.tasks import RayRunner
 
-    try:
-        ray.init(address=args.ray_address, log_to_driver=False)
-    except (ConnectionError, ValueError) as e:
-        raise AutoExportError(f"--ray-address {args.ray_address}: no Ray cluster answers there: {e}") from e
+    connect(args.ray_address, signals.end)
     return RayRunner(args.workers, num_cpus=1, schedule_timeout_s=30)
 
 
@@ -120,7 +135,7 @@ def _verify(args: argparse.Namespace) -> int:
         for name, check in checks.items():
             print(f"{name:<10} {check['status']:<8} {check['detail']}")
     if failed := [name for name, check in checks.items() if check["status"] == "failed"]:
-        print(f"verl-autoexport: {args.directory}: failed: {', '.join(failed)}", file=sys.stderr)
+        complain(f"{args.directory}: failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
@@ -218,6 +233,8 @@ def _pin(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
+    from verl_autoexport.registry.retention import Keep, show_size
+
     registry = _existing(args.root)
     given = {key: value for key in _KEEP if (value := getattr(args, key)) is not None}
     keep = Keep(**given) if given else registry.noted_policy()
@@ -242,7 +259,7 @@ def _prune(args: argparse.Namespace) -> int:
         what = f"{len(removed)} of {len(rows)} versions, {show_size(sum(v.nbytes for v in removed))}"
         print(f"{'would remove' if args.dry_run else 'removed'} {what} ({keep})")
     if problems:
-        print(f"verl-autoexport: {'; '.join(problems)}", file=sys.stderr)
+        complain("; ".join(problems))
     return 1 if problems and not args.dry_run else 0
 
 
@@ -258,37 +275,38 @@ def _judgement(args: argparse.Namespace, keep: Keep, judgement: Judgement, faile
 def _recovered(registry: Registry) -> Registry:
     """Whatever writes goes on from a crash first, as the next start of the run would, and says so."""
     for line in registry.recover():
-        print(f"verl-autoexport: recovered: {line}", file=sys.stderr)
+        complain(f"recovered: {line}")
     return registry
 
 
 def _existing(root: Path) -> Registry:
-    if not root.is_dir():
-        raise RegistryError(f"{root}: no such directory; expected a run's autoexport.output_dir.")
-    return Registry(root)
+    from verl_autoexport.places import existing_registry
+
+    return existing_registry(root)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="verl-autoexport", description=__doc__)
+    parser = arguments.Parser(prog="verl-autoexport", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     export = _add_export(commands)
     verify = _add(commands, "verify", _verify, "check a published or exported directory: hashes, names, loading")
-    verify.add_argument("directory", type=Path, metavar="DIR")
+    verify.add_argument("directory", type=arguments.path, metavar="DIR")
     verify.add_argument("--no-load", action="store_true", help="names and hashes only; do not load the model")
     for command in (export, verify):
         command.add_argument("--trust-remote-code", action="store_true", help="let the model's own code run")
     ls = _add(commands, "ls", _ls, "the versions in an output directory, and what was not exported and why")
     show = _add(commands, "show", _show, "one version: reasons, checks, files; all its metrics with --json")
     request = _add(commands, "request", _request, "ask the run that exports to ROOT for a milestone")
-    request.add_argument("--note", help="why, for the record")
+    request.add_argument("--note", type=arguments.text, help="why, for the record")
     pin = _add(commands, "pin", _pin, "mark a version as one to keep")
     unpin = _add(commands, "unpin", _pin, "take that mark back")
     prune = _add_prune(commands)
     for command in (ls, show, request, pin, unpin, prune):
-        command.add_argument("root", type=Path, metavar="ROOT", help="the run's autoexport.output_dir")
+        command.add_argument("root", type=arguments.path, metavar="ROOT", help="the run's autoexport.output_dir")
+    help_ = "v0001-step2, 1, step2, latest, best or best-NAME"
     for command in (show, pin, unpin):
-        command.add_argument("version", metavar="VERSION", help="v0001-step2, 1, step2, latest, best or best-NAME")
+        command.add_argument("version", type=arguments.text, metavar="VERSION", help=help_)
     for command in (verify, ls, show, prune):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -296,28 +314,30 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_export(commands: Any) -> argparse.ArgumentParser:
     export = _add(commands, "export", _export, "export one verl FSDP checkpoint")
-    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a global_step_N, its actor/ or critic/")
+    help_ = "a global_step_N, its actor/, policy/ or critic/"
+    export.add_argument("checkpoint", type=arguments.path, metavar="CHECKPOINT", help=help_)
     where = export.add_mutually_exclusive_group(required=True)
-    where.add_argument("--output", type=Path, metavar="DIR", help="a new directory; must not exist, or be empty")
-    where.add_argument("--registry", type=Path, metavar="ROOT", help="publish as the next version in ROOT")
+    help_ = "a new directory; must not exist, or be empty"
+    where.add_argument("--output", type=arguments.path, metavar="DIR", help=help_)
+    where.add_argument("--registry", type=arguments.path, metavar="ROOT", help="publish as the next version in ROOT")
     export.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "source", "base"))
-    export.add_argument("--max-shard-size", default="5GB", metavar="S", help="split larger models (default 5GB)")
-    export.add_argument(
-        "--base-model", metavar="DIR", help="the model that was trained; compared, and read if only LoRA was saved"
-    )
+    help_ = "split larger models (default 5GB)"
+    export.add_argument("--max-shard-size", type=arguments.size, default="5GB", metavar="S", help=help_)
+    help_ = "the model that was trained; compared, and read if only LoRA was saved"
+    export.add_argument("--base-model", type=arguments.text, metavar="DIR", help=help_)
     export.add_argument(
         "--lora", default="fused", choices=("fused", "adapter", "both"), help="what to make of a LoRA checkpoint"
     )
-    export.add_argument(
-        "--lora-config", metavar="FILE", type=Path, help="adapter_config.json of the adapter that training began with"
-    )
-    export.add_argument(
-        "--workers", type=int, metavar="N", help="files merged at a time (default: by cores, at most 4; 4 in a cluster)"
-    )
-    export.add_argument("--memory-budget", default="1GiB", metavar="B", help="bytes of buffers per worker")
+    help_ = "adapter_config.json of the adapter that training began with"
+    export.add_argument("--lora-config", metavar="FILE", type=arguments.path, help=help_)
+    help_ = "files merged at a time (default: by cores, at most 4; 4 in a cluster)"
+    export.add_argument("--workers", type=arguments.count, metavar="N", help=help_)
+    help_ = "bytes of buffers per worker"
+    export.add_argument("--memory-budget", type=arguments.size, default="1GiB", metavar="B", help=help_)
     export.add_argument("--no-verify", action="store_true", help="skip loading and generating; structure is checked")
     export.add_argument("--again", action="store_true", help="export a step that ROOT has already")
-    export.add_argument("--ray-address", metavar="A", help="merge in the Ray cluster at A; no Ray without this")
+    help_ = "merge in the Ray cluster at A; no Ray without this"
+    export.add_argument("--ray-address", type=arguments.ray_address, metavar="A", help=help_)
     return export
 
 
@@ -327,29 +347,13 @@ def _add_prune(commands: Any) -> argparse.ArgumentParser:
     prune.set_defaults(parser=prune)
     prune.add_argument("--dry-run", action="store_true", help="only say what would happen to each version, and why")
     rules = prune.add_argument_group("rules", "any of them replaces all autoexport.keep.* of the run, the default")
-    rules.add_argument("--last", type=_count, metavar="N", help="keep the newest N")
-    rules.add_argument("--best", type=_count, metavar="N", help="keep the top N by the metric of each best…")
+    rules.add_argument("--last", type=arguments.count, metavar="N", help="keep the newest N")
+    rules.add_argument("--best", type=arguments.count, metavar="N", help="keep the top N by the metric of each best…")
     help_ = "keep the first version at or after each multiple of N"
-    rules.add_argument("--every-n-steps", type=_count, metavar="N", help=help_)
+    rules.add_argument("--every-n-steps", type=arguments.count, metavar="N", help=help_)
     help_ = "such as 500GB; of what would stay, the least valuable go until the rest fits"
-    rules.add_argument("--max-bytes", type=_size, metavar="B", help=help_)
+    rules.add_argument("--max-bytes", type=arguments.size, metavar="B", help=help_)
     return prune
-
-
-def _count(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
-    return value
-
-
-def _size(text: str) -> int:
-    from verl_autoexport.config import parse_size
-
-    try:
-        return parse_size(text, "--max-bytes")
-    except AutoExportError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def _add(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from verl_autoexport.export.configs import differences, plain
 from verl_autoexport.export.naming import load_config
+from verl_autoexport.sources.checkpoints import rank_files
 
 _OF_A_HEAD = {"architectures", "num_labels", "id2label", "label2id"}  # verl's config.json does not know a value head
 Leaf = Callable[[torch.Tensor, torch.Tensor], None]
@@ -80,8 +81,7 @@ def forward(model: Any) -> torch.Tensor:
 
 
 def _rank_files(shards: Path) -> list[dict[str, torch.Tensor]]:
-    paths = sorted(shards.glob("model_world_size_*_rank_*.pt"), key=lambda p: int(p.stem.rpartition("_")[2]))
-    return [torch.load(path, weights_only=True, map_location="cpu", mmap=True) for path in paths]
+    return [torch.load(path, weights_only=True, map_location="cpu", mmap=True) for path in rank_files(shards)]
 
 
 def _replace(

@@ -91,4 +91,5 @@ def write_config(config: Mapping[str, Any], base_model: str | None, directory: P
     name = str(path.absolute()) if path is not None and path.is_dir() else base_model
     config = {**config, "base_model_name_or_path": name or config["base_model_name_or_path"]}
     directory.mkdir(exist_ok=True)
-    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (directory / CONFIG_NAME).write_text(text, encoding="utf-8")

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,10 +16,12 @@ from threading import Event, Lock
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, SourceError, VerifyError
+from verl_autoexport import places
+from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, PlanError, SourceError, VerifyError
 from verl_autoexport.events import ExportRecord
-from verl_autoexport.export import assets, lora, naming, peft_config, verify
+from verl_autoexport.export import assets, by_hand, lora, naming, peft_config, verify
 from verl_autoexport.export.assets import Reference
+from verl_autoexport.export.directory import appears_whole
 from verl_autoexport.export.merge import MergeJob, WrittenFile, one_torch_thread
 from verl_autoexport.export.model import ADAPTER_FOLDER, Planned, plan_model
 from verl_autoexport.export.plan import MergePlan
@@ -30,6 +31,9 @@ from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.registry.twins import Twins, find_twins, link_twin
 from verl_autoexport.sources.base import Check, ShardSource
+from verl_autoexport.sources.checkpoints import notes as left_out
+from verl_autoexport.sources.checkpoints import rank_files
+from verl_autoexport.sources.fetched import check_fetched
 from verl_autoexport.sources.fsdp_files import FsdpFiles
 from verl_autoexport.sources.page_cache import drop_cache
 from verl_autoexport.sources.safetensors_files import INDEX_NAME
@@ -133,28 +137,13 @@ def export_to_directory(
 ) -> ExportRecord:
     """Export to a directory of its own, which appears whole or not at all.
 
-    Raises ConfigError when `output` exists and is not an empty directory.
+    Raises ConfigError when `output` exists and is not an empty directory, or is no place for one.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(
-            f"--output {output}: exists and is not empty; nothing is overwritten. Name another directory."
-        )
-    output = output.absolute()
-    staging = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-    except OSError as e:
-        raise ConfigError(f"--output {output}: cannot be written: {e.strerror}.") from e
-    try:
+    places.check_output(output, spec.base_model)
+    with appears_whole(output) as staging:
         record = run_export(spec, staging, runner, progress)
-        (staging / RECORD_NAME).write_text(json.dumps(record.to_dict(), indent=2) + "\n")
-        if output.exists():
-            output.rmdir()
-        staging.rename(output)
+        (staging / RECORD_NAME).write_text(json.dumps(record.to_dict(), indent=2) + "\n", encoding="utf-8")
         return record
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def run_export(
@@ -191,6 +180,7 @@ def _run(
             manifest = source.manifest()
             spec, notes = stack.enter_context(settled(spec, manifest))
             planned = plan_model(spec, manifest)
+            _check_adapter(spec, planned)
             _check_space(target, planned.plan)
         with _timed(timings, "merge"):
             progress.stage("merging", planned.plan.nbytes)
@@ -198,7 +188,7 @@ def _run(
             _await(sums, source, progress)
             written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
             more, reference = _write_beside(spec, planned, written, target)
-            notes += more
+            notes += more + ([] if spec.source else left_out(spec.checkpoint))
         with _timed(timings, "verify"):
             progress.stage(VERIFYING)
             checks = _verify(spec, target, planned, reference)
@@ -210,6 +200,7 @@ def _run(
 
 
 def _open_source(spec: ExportSpec) -> ShardSource:
+    _check_fetched(spec)
     source = spec.source or FsdpFiles(spec.checkpoint)
     if spec.fingerprint and source.fingerprint != spec.fingerprint:
         raise SourceError(
@@ -217,6 +208,12 @@ def _open_source(spec: ExportSpec) -> ShardSource:
             f"{spec.fingerprint} expected, {source.fingerprint} found. The step was saved again meanwhile."
         )
     return source
+
+
+def _check_fetched(spec: ExportSpec) -> None:
+    folders = [spec.model_dir, *([Path(spec.base_model).expanduser()] if spec.base_model else [])]
+    check_fetched([] if spec.source else rank_files(spec.checkpoint))
+    check_fetched(path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()))
 
 
 def _await(sums: Check, source: ShardSource, progress: Progress) -> None:
@@ -257,7 +254,7 @@ def _write_beside(
     skeleton, base, adapter = planned.skeleton, planned.contract.base, planned.adapter
     notes = []
     if planned.plan.index is not None:
-        (target / INDEX_NAME).write_text(json.dumps(planned.plan.index, indent=2) + "\n")
+        (target / INDEX_NAME).write_text(json.dumps(planned.plan.index, indent=2) + "\n", encoding="utf-8")
     if spec.lora != "adapter":
         dtype = None if spec.dtype == "base" else naming.model_dtype(skeleton, planned.manifest, spec.dtype)
         notes += assets.write_config(skeleton, dtype, target, base, spec.trust_remote_code)
@@ -274,6 +271,11 @@ def _write_beside(
         folder = target / ADAPTER_FOLDER if spec.lora == "both" else target
         peft_config.write_config(adapter.config, spec.base_model, folder)
     return notes + lora.check_written(adapter, written, spec.lora, spec.dtype), reference
+
+
+def _check_adapter(spec: ExportSpec, planned: Planned) -> None:
+    if planned.adapter is None and spec.by_hand and spec.lora_config is not None:
+        raise PlanError(f"--lora-config {spec.lora_config}: given, but {spec.checkpoint} holds no LoRA weights.")
 
 
 def _check_space(target: Path, plan: MergePlan) -> None:
@@ -344,6 +346,10 @@ def export_checkpoint(
     Blocks until it is there, verified, and returns what its `export.json` holds. Needs no
     verl and starts no Ray. Raises AutoExportError; then `output` does not exist.
     """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers {workers!r}: expected a whole number from 1 on.")
+    if lora_config is not None:
+        by_hand.check_lora_config(Path(lora_config))
     spec = checkpoint_spec(
         Path(checkpoint), dtype=dtype, max_shard_size=max_shard_size, base_model=base_model, lora=lora,
         memory_budget=memory_budget, verify=verify, trust_remote_code=trust_remote_code, lora_config=lora_config,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,8 @@ from verl_autoexport.export.model import ADAPTER_FOLDER
 from verl_autoexport.export.peft_config import CONFIG_NAME, read_settings
 from verl_autoexport.export.plan import SAFETENSORS_DTYPE
 from verl_autoexport.registry.store import read_record
+from verl_autoexport.sources.checkpoints import absence
+from verl_autoexport.sources.fetched import check_fetched
 from verl_autoexport.sources.safetensors_files import INDEX_NAME
 
 
@@ -26,7 +27,7 @@ def check_directory(directory: Path, *, load: bool = True, trust_remote_code: bo
     A check that fails is reported, not raised; later ones still run where they can.
     """
     if not directory.is_dir():
-        raise VerifyError(f"{directory}: no such directory.")
+        raise VerifyError(f"{directory}: {absence(directory)}; expected a version, or what was exported.")
     record = read_record(directory / "export.json") if (directory / "export.json").exists() else None
     checks = {"hashes": _run(lambda: _hashes(directory, record))}
     if (directory / CONFIG_NAME).is_file():
@@ -60,7 +61,7 @@ def _adapter(directory: Path, base: Path | None, load: bool, trust_remote_code: 
     structure = _run(lambda: _adapter_structure(directory))
     if structure["status"] == "failed":
         return {"structure": structure}
-    name = json.loads((directory / CONFIG_NAME).read_text())["base_model_name_or_path"]
+    name = verify.read_json(directory / CONFIG_NAME).get("base_model_name_or_path")
     if (base := base or base_directory(name)) is None:
         return {"structure": structure, "load": {"status": "skipped", "detail": f"its base {name!r} is not here"}}
     nbytes = (directory / WEIGHTS_NAME).stat().st_size
@@ -92,6 +93,7 @@ def _run(check: Callable[[], verify.Check]) -> verify.Check:
 
 
 def _hashes(directory: Path, record: ExportRecord | None) -> verify.Check:
+    check_fetched(sorted(directory.iterdir()))
     if record is None:
         return {"status": "skipped", "detail": "no export.json here"}
     for entry in record.files:

@@ -14,6 +14,9 @@ from verl_autoexport.events import Trigger
 from verl_autoexport.sources.base import ShardSource
 from verl_autoexport.sources.checkpoints import find_checkpoint
 
+COMMAND = "command"
+"""The trigger of an export by hand."""
+
 
 @dataclass(frozen=True)
 class ExportSpec:
@@ -55,6 +58,11 @@ class ExportSpec:
     saved: Path | None = None
 
     @property
+    def by_hand(self) -> bool:
+        """Whether a person asked for it, and named what it needs."""
+        return any(trigger.policy == COMMAND for trigger in self.triggers)
+
+    @property
     def model_dir(self) -> Path:
         """Where the model's config and tokenizer are: `saved`, or where verl saves them."""
         return self.saved or self.checkpoint / "huggingface"
@@ -64,10 +72,10 @@ def checkpoint_spec(
     checkpoint: Path,
     *,
     dtype: str = "bfloat16",
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
     base_model: str | None = None,
     lora: str = "fused",
-    memory_budget: str = "1GiB",
+    memory_budget: int | str = "1GiB",
     verify: bool = True,
     trust_remote_code: bool = False,
     lora_config: str | os.PathLike[str] | None = None,
@@ -96,7 +104,7 @@ def checkpoint_spec(
         lora=lora,
         lora_config=None if lora_config is None else Path(lora_config),
         origin=str(directory.absolute()),
-        triggers=(Trigger("command", "exported by hand"),),
+        triggers=(Trigger(COMMAND, "exported by hand"),),
     )
 
 

@@ -117,7 +117,10 @@ def check_loading(
     command += ["--adapter-of", str(adapter_of.resolve())] if adapter_of else []
     command += source.arguments() if source else []
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=_environment())
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
+            timeout=timeout_s, env=_environment(),
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return dict.fromkeys(names, _skipped(f"not finished within verify.timeout_s={timeout_s:g}"))
     result = _parse(directory, done, names, required=load is True)

@@ -165,7 +165,8 @@ def _last_beat(root: Path) -> int | None:
 def _place() -> str | None:
     """Boot and process namespace: within it a process number means one process."""
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # no Linux: the record's age alone decides
         return None
 
@@ -173,7 +174,7 @@ def _place() -> str | None:
 def _born(pid: int) -> str | None:
     """When a process started, in ticks since boot, which no clock changes; None if it is gone or a zombie."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]

@@ -18,7 +18,7 @@ import ray
 from verl_autoexport.errors import SourceError
 from verl_autoexport.runtime.tasks import versions
 from verl_autoexport.sources import pins
-from verl_autoexport.sources.checkpoints import Stat, find_checkpoint, present_ranks, stats
+from verl_autoexport.sources.checkpoints import Stat, candidates, find_checkpoint, present_ranks, stats
 from verl_autoexport.sources.fsdp_files import Piece, read_rank_file
 from verl_autoexport.sources.page_cache import drop_cache
 from verl_autoexport.sources.sum_check import SumCheck
@@ -52,7 +52,7 @@ class NodeFiles:
 
     def look(self, directory: str, role: str) -> Part:
         host, path = socket.gethostname(), Path(directory)
-        if not path.is_dir() or not any(present_ranks(p)[1] for p in (path, path / role)):
+        if not path.is_dir() or not any(present_ranks(p)[1] for p in candidates(path, role)):
             return Part(host, path, 0, {})
         source = find_checkpoint(path, role)
         world_size, files = present_ranks(source)

@@ -19,7 +19,7 @@ def headroom(root: Path = Path("/")) -> int:
 
 
 def _available(root: Path) -> float:
-    for line in (root / "proc/meminfo").read_text().splitlines():
+    for line in (root / "proc/meminfo").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
         if name == "MemAvailable":
             return _SHARE * int(value.split()[0]) * 1024
@@ -28,7 +28,7 @@ def _available(root: Path) -> float:
 
 def _groups(root: Path) -> Iterator[float]:
     """Of every group of this process up to the top: a limit further up holds for all below it."""
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
+    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -42,12 +42,13 @@ def _groups(root: Path) -> Iterator[float]:
 
 def _left(group: Path, limit_name: str, usage_name: str) -> float | None:
     try:
-        limit, used = (group / limit_name).read_text().strip(), int((group / usage_name).read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        names = (limit_name, usage_name, "memory.stat")
+        limit, used, held = ((group / name).read_text(encoding="utf-8").strip() for name in names)
+        bytes_used, stat = int(used), dict(line.split() for line in held.splitlines())
     except (OSError, ValueError):
         return None
     if limit == "max" or int(limit) > _NO_LIMIT:
         return None
     prefix = "total_" if "total_inactive_file" in stat else ""  # version 1 counts the groups below apart
     cache = sum(int(stat.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
-    return _SHARE * int(limit) - (used - cache)
+    return _SHARE * int(limit) - (bytes_used - cache)

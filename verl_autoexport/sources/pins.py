@@ -145,5 +145,5 @@ def _write(pin: Pin) -> None:
         "spread": pin.spread, "request": pin.request,
     }  # fmt: skip
     temporary = pin.path / f".{_INFO}.tmp"
-    temporary.write_text(json.dumps(info))
+    temporary.write_text(json.dumps(info), encoding="utf-8")
     temporary.replace(pin.path / _INFO)

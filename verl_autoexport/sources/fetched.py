@@ -1,0 +1,43 @@
+"""Files that a download left in place of the real ones: Git-LFS pointers, web pages, nothing at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from verl_autoexport.errors import SourceError
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_PAGE = (b"<!doctype html", b"<html")
+_LARGEST = 4 << 20  # bytes; pointers and pages are smaller
+_NEVER_EMPTY = (".safetensors", "config.json", "tokenizer.json", "tokenizer.model")
+
+
+def check_fetched(paths: Iterable[Path]) -> None:
+    """Raise SourceError naming the first of these files that only stands for one. What cannot be read is left out."""
+    for path in paths:
+        if problem := _problem(path):
+            raise SourceError(f"{path}: {problem}")
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode) or info.st_size > _LARGEST:
+            return None
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            head = os.read(fd, 512)
+        finally:
+            os.close(fd)
+    except OSError:
+        return None
+    if head.startswith(_POINTER):
+        return "a Git-LFS pointer, not the file itself; run `git lfs pull` in its repository."
+    if head.lstrip().lower().startswith(_PAGE):
+        return "a web page, not the file that its name promises: the download failed (no access?); fetch it again."
+    if not head and path.name.endswith(_NEVER_EMPTY):
+        return "empty (0 bytes); it was not copied or downloaded whole; fetch it again."
+    return None
