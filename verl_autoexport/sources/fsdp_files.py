@@ -121,14 +121,10 @@ def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
     size = path.stat().st_size
     if size == 0:
         raise SourceError(f"{path} (rank {rank}): the file is empty (0 bytes); the save was interrupted.")
-    file = _RankFile(path, rank)
-    fqn = None
+    file = RankFile(path, rank)
+    fqn, pieces = None, {}
     try:
-        state = unpickle(file.pickled)
-        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-            raise SourceError(f"{path} (rank {rank}): expected a dict of tensors, found {name_of(state)}.")
-        pieces = {}
-        for fqn, record in state.items():
+        for fqn, record in file.state().items():
             pieces[fqn] = file.piece(fqn, record)
     except SourceError:
         raise
@@ -140,13 +136,20 @@ def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
     return pieces
 
 
-class _RankFile:
+class RankFile:
     """One rank file: `storages` are those of its archive, `meshes` its device meshes by record, each read once."""
 
     def __init__(self, path: Path, rank: int) -> None:
         archive = read_archive(path, rank)
         self.path, self.rank, self.pickled, self.storages = path, rank, archive.pickled, archive.storages
         self.meshes: dict[int, Mesh] = {}
+
+    def state(self) -> dict[str, Any]:
+        """The record of each tensor; raises Refused."""
+        state = unpickle(self.pickled)
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise Refused(f"expected a dict of tensors, found {name_of(state)}")
+        return state
 
     def piece(self, fqn: str, record: Any) -> Piece:
         where = f"{fqn} in {self.path} (rank {self.rank})"

@@ -31,6 +31,10 @@ _KNOWN = re.compile(
     r"|torch\.distributed\.(_?tensor|device_mesh|_mesh_layout|_pycute)(\.\w+)* \w+"
 )
 """Module and name of all that shards consist of; they are only compared with, so a wide pattern does no harm."""
+_FUNCTIONS = {
+    "OrderedDict", "Size", "device", "_get_layout", "_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3",
+    "_rebuild_parameter", "_rebuild_parameter_with_state", "_rebuild_wrapper_subclass", "_rebuild_from_type_v2",
+}  # fmt: skip
 _OLD = re.compile(r"torch\.distributed\._shard\w*(\.\w+)* ")
 
 
@@ -197,14 +201,18 @@ def _stack_global(machine: _Machine) -> None:
     machine.push(_name(machine, module, leaf))
 
 
-def _call(machine: _Machine) -> None:
-    """REDUCE and NEWOBJ."""
-    args, name = machine.stack.pop(), machine.stack.pop()
-    if type(args) is not tuple or type(name) is not Name:
-        raise Refused("it calls what is no global")
-    if name.leaf == "OrderedDict" and args:
-        raise Refused("it makes an OrderedDict in a way that torch does not")
-    machine.build({} if name.leaf == "OrderedDict" else Call(name, args))
+def _call(functions: bool) -> Callable[[_Machine], None]:
+    """REDUCE, which torch writes for functions only, and NEWOBJ, for classes only."""
+
+    def step(machine: _Machine) -> None:
+        args, name = machine.stack.pop(), machine.stack.pop()
+        if type(args) is not tuple or type(name) is not Name:
+            raise Refused("it calls what is no global")
+        if (name.leaf in _FUNCTIONS) != functions or (name.leaf == "OrderedDict" and args):
+            raise Refused(f"it calls {name} in a way that torch does not write")
+        machine.build({} if name.leaf == "OrderedDict" else Call(name, args))
+
+    return step
 
 
 def _build(machine: _Machine) -> None:
@@ -298,6 +306,6 @@ for _op, _step in {
     b"]": lambda m: m.build([]), b"a": lambda m: _extend(m, [m.stack.pop()]),
     b"e": lambda m: _extend(m, m.since_mark()),
     b"}": lambda m: m.build({}), b"s": _setitem, b"u": lambda m: _set(m, m.since_mark()),
-    b"c": _global, b"\x93": _stack_global, b"R": _call, b"\x81": _call, b"b": _build, b"Q": _persistent,
+    b"c": _global, b"\x93": _stack_global, b"R": _call(True), b"\x81": _call(False), b"b": _build, b"Q": _persistent,
 }.items():  # fmt: skip
     _STEPS[_op[0]] = _step

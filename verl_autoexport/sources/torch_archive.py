@@ -77,6 +77,8 @@ def _read(fd: int, records: Sequence[zipfile.ZipInfo], end: int, where: str) -> 
     spans = sorted((r.header_offset, begin + r.file_size) for r, begin in zip(records, begins, strict=True))
     if any(b > a for (_, b), (a, _) in zip(spans, [*spans[1:], (end, end)], strict=True)):
         raise SourceError(f"{where}: what is in it overlaps or goes beyond its end; the file is truncated or damaged.")
+    if spans[0][0]:
+        raise SourceError(f"{where}: not a whole torch file: {spans[0][0]} bytes of something else are in front.")
     places = {r.filename: Storage(begin, r.file_size, r.CRC) for r, begin in zip(records, begins, strict=True)}
     name = next(name for name in places if name.lower().endswith("data.pkl"))
     prefix = name[: -len("data.pkl")]
