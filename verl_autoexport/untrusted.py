@@ -1,4 +1,4 @@
-"""Small files that somebody else may have written; standard library only."""
+"""Small files and texts that somebody else may have written; standard library only."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 64 << 20
+
+
+def shown(text: object) -> str:
+    """`text` for a person to read: what moves the cursor, colours, reorders or breaks the line is escaped."""
+    text = str(text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def read_json(path: Path) -> dict[str, Any]:
