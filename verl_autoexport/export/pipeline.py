@@ -28,6 +28,7 @@ from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.registry.twins import Twins, find_twins, link_twin
 from verl_autoexport.sources.base import Check, ShardSource
+from verl_autoexport.sources.checkpoints import check_links
 from verl_autoexport.sources.fsdp_files import FsdpFiles
 from verl_autoexport.sources.page_cache import drop_cache
 from verl_autoexport.sources.safetensors_files import INDEX_NAME
@@ -184,6 +185,7 @@ def _run(
     timings = {"stall": spec.stall_s}
     if spec.hand_over_s is not None:
         timings["hand_over"] = spec.hand_over_s
+    check_links(spec.checkpoint)
     with source.check_sums() as sums:
         with _timed(timings, "gather"):
             manifest = source.manifest()

@@ -47,7 +47,7 @@ class StartupGuard(Callback):
         except AutoExportError as e:
             raise SystemExit(f"verl_autoexport: {e}") from e
         except Exception as e:
-            raise SystemExit(f"verl_autoexport: start-up check failed: {type(e).__name__}: {e}") from e
+            raise SystemExit(shown(f"verl_autoexport: start-up check failed: {type(e).__name__}: {e}")) from e
 
     def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:
         if self.registry is None:
@@ -56,11 +56,8 @@ class StartupGuard(Callback):
         entries, _ = self.registry.journal_entries()
         lines = [e["line"] for e in entries if e["event"] == "report" and e["time"] >= self.started]
         root = self.registry.root
-        print(
-            shown(
-                lines[-1] if lines else f"verl_autoexport: the run ended before a report; `verl-autoexport ls {root}`"
-            )
-        )
+        ended = f"verl_autoexport: the run ended before a report; `verl-autoexport ls {root}`"
+        print(shown(lines[-1] if lines else ended))
 
 
 def check_entry_point() -> None:

@@ -6,6 +6,7 @@ import os
 import stat
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,8 @@ def _check_records(records: Sequence[zipfile.ZipInfo], end: int, where: str) -> 
     names = [r.filename.lower() for r in records]  # torch finds records by names in any case
     if (count := sum(name.rpartition("/")[2] == "data.pkl" for name in names)) != 1:
         raise SourceError(f"{where}: {count} pickles in it, expected one; not a torch file.")
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise SourceError(f"{where}: {twice!r:.100} is in it twice; torch writes no such file.")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise SourceError(f"{where}: {twice[0]!r:.100} is in it more than once; torch writes no such file.")
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.file_size > end or record.flag_bits & 1:
             raise SourceError(
