@@ -227,7 +227,7 @@ def _flat(value: Any, depth: int = 4) -> Index:
 def _laid_out(axes: list[list[tuple[int, int]]], known: tuple[int, ...], rank: int) -> tuple[Index, tuple[int, ...]]:
     shape = tuple(math.prod(size for size, _ in axis) for axis in axes)
     pairs = [pair for axis in axes for pair in axis]
-    if not 0 < math.prod(shape) <= len(known):
+    if not shape or not 0 < math.prod(shape) <= len(known):
         raise Refused(f"a device mesh of {list(shape)} in one of {len(known)} ranks")
     place = known.index(rank) if rank in known else 0
     begin = place - sum(place // stride % size * stride for size, stride in pairs if stride)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
             spans += [(begin, end)] if begin < end else []
             yield name, dtype, shape, 8 + length + begin
         spans.sort()
-        if any(b > a for (_, b), (a, _) in zip(spans, spans[1:], strict=False)):
+        if any(b > a for (_, b), (a, _) in pairwise(spans)):
             raise SourceError(f"{path}: its tensors overlap; not a whole safetensors file.")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise SourceError(f"{path}: not a readable safetensors file: {e!r}") from e

@@ -65,7 +65,8 @@ def _check_records(records: Sequence[zipfile.ZipInfo], end: int, where: str) -> 
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise SourceError(f"{where}: {twice[0]!r:.100} is in it more than once; torch writes no such file.")
     for record in records:
-        if record.compress_type != zipfile.ZIP_STORED or record.file_size > end or record.flag_bits & 1:
+        packed = record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size
+        if packed or record.file_size > end or record.flag_bits & 1:
             raise SourceError(
                 f"{where}: {record.filename!r:.100} would unpack to {record.file_size} bytes; "
                 "torch never packs its files, so this is not one that training wrote."
