@@ -102,6 +102,6 @@ def check_links(checkpoint: Path) -> None:
     for path in (checkpoint / name for name in _PUBLISHED):
         if leads_out(path, root):
             raise SourceError(
-                f"{path}: leads to {os.path.realpath(path)}, which is outside of the checkpoint; what is there would be "
-                "published with the model. Copy it into the checkpoint."
+                f"{path}: leads to {os.path.realpath(path)}, which is outside of the checkpoint; what is there "
+                "would be published with the model. Copy it into the checkpoint."
             )
