@@ -451,7 +451,7 @@ PRIVATE = {  # name → where it must be, and the module here that uses it
     "_keys_to_ignore_on_save": ("transformers:PreTrainedModel", "export/naming.py"),
     "_keys_to_ignore_on_load_unexpected": ("transformers:PreTrainedModel", "export/contract.py"),
     "_model_mapping": ("transformers:AutoModelForTokenClassification", "export/heads.py"),
-    "_local_tensor": ("torch.distributed.tensor:DTensor", "sources/fsdp_files.py"),
+    "_local_tensor": ("torch.distributed.tensor:DTensor", "export/cross_check.py"),
     "_cdata": ("torch:UntypedStorage", "export/layout.py"),
     "_schema": ("torch:ops.aten.clone.default", "export/layout.py"),
     "_non_persistent_buffers_set": ("torch.nn:Identity", "sources/live.py"),

@@ -18,8 +18,9 @@ import pytest
 from conftest import STEP
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_bad_input import EMBED, edit_config, rank_file
+from test_bad_input import EMBED, edit, edit_config, rank_file
 
+from verl_autoexport.cli import main
 from verl_autoexport.errors import AutoExportError, PlanError, SourceError
 from verl_autoexport.export import naming, peft_config
 from verl_autoexport.export.pipeline import LocalRunner, export_to_directory, export_to_registry
@@ -27,6 +28,7 @@ from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry import lease, state
 from verl_autoexport.registry.store import Registry, read_record
 from verl_autoexport.sources import pins
+from verl_autoexport.sources.checkpoints import check_links
 from verl_autoexport.sources.fsdp_files import FsdpFiles, rank_files
 from verl_autoexport.sources.safetensors_files import INDEX_NAME, model_files, weight_files
 from verl_autoexport.untrusted import is_plain_name, read_json
@@ -83,6 +85,52 @@ def test_links_and_pipes_beside_the_shards_stay_where_they_are(own_checkpoint, t
         export_to_directory(checkpoint_spec(source, **ARGUMENTS), output, LocalRunner(1))
         assert not {"link.json", "up.json", "pipe.json", "folder"} & {p.name for p in output.rglob("*")}
         assert not any(b"secret" in p.read_bytes() for p in output.rglob("*") if p.is_file())
+
+
+PUBLISHED = ("huggingface", "huggingface/config.json", "adapter_config.json", "lora_train_meta.json")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_published_is_no_link_out_of_the_checkpoint(name, own_checkpoint, tmp_path):
+    made = own_checkpoint("even")
+    path, elsewhere = made / "actor" / name, tmp_path / "elsewhere"
+    path.rename(elsewhere) if path.exists() else elsewhere.write_text('{"r": 8, "lora_alpha": 8}')
+    path.symlink_to(elsewhere)
+    message = refused(made, tmp_path, SourceError)
+    assert str(path) in message
+    assert f"leads to {elsewhere}, which is outside" in message
+    with pytest.raises(SourceError, match="outside"):
+        pins.make_pin(made, STEP, "actor")
+    path.unlink()
+    path.symlink_to(path)  # in a circle: as if it were not there
+    check_links(made / "actor")
+    assert "huggingface" not in name or "not found" in refused(made, tmp_path, PlanError)
+
+
+def test_links_that_a_user_makes(own_checkpoint, tmp_path):
+    """To a whole step, to a whole role, within the step, to rank files."""
+    made = own_checkpoint("even")
+    (tmp_path / "global_step_8").symlink_to(made)
+    (tmp_path / "global_step_9").mkdir()
+    (tmp_path / "global_step_9/actor").symlink_to(made / "actor")
+    inside = Path(shutil.copytree(made, tmp_path / "global_step_10"))
+    (inside / "actor/huggingface").rename(inside / "huggingface")
+    (inside / "actor/huggingface").symlink_to("../huggingface")
+    gathered = Path(shutil.copytree(made, tmp_path / "global_step_11"))
+    for rank in range(2):
+        rank_file(gathered, rank).unlink()
+        (gathered / "actor" / rank_file(made, rank).name).symlink_to(rank_file(made, rank))
+    for step in (8, 9, 10, 11):
+        spec = checkpoint_spec(tmp_path / f"global_step_{step}", **ARGUMENTS)
+        assert export_to_directory(spec, tmp_path / f"out{step}", LocalRunner(1)).step == step
+
+
+def test_nodes_send_nothing_that_a_link_out_of_the_checkpoint_leads_to(own_checkpoint, tmp_path):
+    made = own_checkpoint("even") / "actor"
+    (tmp_path / "secret.json").write_text("secret")
+    (made / "huggingface/link.json").symlink_to(tmp_path / "secret.json")
+    assert made / "huggingface/config.json" in pins.config_files(made)
+    assert not any(p.name == "link.json" for p in pins.config_files(made))
 
 
 def test_a_world_of_a_billion_ranks(tmp_path):
@@ -242,8 +290,82 @@ def test_headers_of_no_tensor(entry, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+ONE = '{"dtype": "U8", "shape": [4], "data_offsets": [%d, %d]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (f'{{"w": {ONE % (0, 4)}, "w": {ONE % (4, 8)}}}', "the key 'w' is there twice"),
+        (f'{{"v": {ONE % (0, 4)}, "w": {ONE % (3, 7)}}}', "tensors overlap"),
+        (f'{{"v": {ONE % (0, 4)}, "w": {ONE % (0, 4)}}}', "tensors overlap"),
+    ],
+)
+def test_headers_of_tensors_in_each_others_place(header, words, tmp_path):
+    write_safetensors(tmp_path, header.encode())
+    with pytest.raises(SourceError, match=words):
+        model_files(tmp_path)
+
+
 def write_safetensors(folder: Path, header: bytes) -> None:
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+
+
+# -- texts for a person ---------------------------------------------------------------------
+
+EVIL = "\x1b[2J\x1b]0;owned\x07\r\nstep 9: published\u202e\u2028\x9b31m\x00"
+
+
+def assert_harmless(text: str) -> None:
+    """Every line is one of ours, and none holds more than text."""
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "\nstep 9: published" not in text
+    assert r"\x1b[2J" in text
+
+
+@pytest.mark.parametrize("kind", [AutoExportError, *AutoExportError.__subclasses__()])
+def test_errors_are_printed_as_they_are_meant(kind):
+    assert_harmless(str(kind(f"{EVIL}: expected")))
+    assert str(kind("one", "two")) == "one\ntwo", "lines of its own"
+    assert str(kind("é 日本 \\n")) == "é 日本 \\n"
+    assert len(str(kind("x" * 10_000))) < 5000
+    assert str(pickle.loads(pickle.dumps(kind(EVIL)))) == str(kind(EVIL)), "the same from another process"
+
+
+def test_names_of_tensors_and_paths(own_checkpoint, tmp_path, capsys):
+    made = edit(own_checkpoint("even"), lambda shards: shards.update({EVIL[:-1]: shards[EMBED]}))
+    assert main(["export", str(made), "--output", str(tmp_path / "out")]) == 1
+    assert_harmless(capsys.readouterr().err)
+    assert main(["ls", str(tmp_path / EVIL[:-1])]) == 1
+    assert_harmless(capsys.readouterr().err)
+
+
+def test_what_a_registry_says(checkpoint, tmp_path, capsys):
+    registry = Registry.create(tmp_path / "exports")
+    version = export_to_registry(checkpoint_spec(checkpoint("even"), **ARGUMENTS), registry, LocalRunner(1))
+    record = json.loads((version.path / "export.json").read_text())
+    trigger = {"policy": "best", "name": EVIL, "reason": EVIL, "metric": EVIL, "value": 1.0}
+    check = {"status": "passed", "detail": EVIL}
+    record |= {"notes": [EVIL], "triggers": [trigger], "base_model": EVIL, "architectures": [EVIL]}
+    record |= {"verification": {"structure": check, EVIL: check}, "source": record["source"] | {"path": EVIL}}
+    (version.path / "export.json").write_text(json.dumps(record))
+    registry.journal("failed", step=4, reason=EVIL)
+    root = str(registry.root)
+    for command in (["ls", root], ["show", root, version.name], ["prune", root, "--last", "1"]):
+        assert main(command) == 0
+        out = capsys.readouterr().out
+        assert_harmless(out) if command[0] != "prune" else assert_all_printable(out)
+        if command[0] != "prune":
+            assert main([*command, "--json"]) == 0
+            assert EVIL in capsys.readouterr().out.encode().decode("unicode_escape"), "data stays what it is"
+    (version.path / "config.json").write_text(json.dumps({"architectures": [EVIL], "model_type": EVIL}))
+    main(["verify", str(version.path), "--no-load"])
+    done = capsys.readouterr()
+    assert_all_printable(done.out + done.err)
+
+
+def assert_all_printable(text: str) -> None:
+    assert all(line.isprintable() for line in text.split("\n"))
 
 
 # -- JSON -----------------------------------------------------------------------------------

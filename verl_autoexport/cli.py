@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from verl_autoexport import __version__, arguments, signals
 from verl_autoexport.errors import AutoExportError, RegistryError, SourceError
 from verl_autoexport.terminal import Bar, collected, complain, open_streams, print_table, write_out
+from verl_autoexport.untrusted import shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,7 +134,7 @@ def _verify(args: argparse.Namespace) -> int:
         print(json.dumps(checks, indent=2))
     else:
         for name, check in checks.items():
-            print(f"{name:<10} {check['status']:<8} {check['detail']}")
+            print(shown(f"{name:<10} {check['status']:<8} {check['detail']}"))
     if failed := [name for name, check in checks.items() if check["status"] == "failed"]:
         complain(f"{args.directory}: failed: {', '.join(failed)}")
     return 1 if failed else 0
@@ -154,11 +155,11 @@ def _ls(args: argparse.Namespace) -> int:
     owner = registry.owner()
     fate = f"{owner} is at it" if owner else "interrupted; the next start of the run finishes it or says why it cannot"
     for step in pending:
-        print(f"step {step}: asked for, not finished: {fate}")
+        print(shown(f"step {step}: asked for, not finished: {fate}"))
     for outcome in registry.outcomes():
-        print(f"step {outcome['step']} {outcome['event']}: {outcome.get('reason', '')}")
+        print(shown(f"step {outcome['step']} {outcome['event']}: {outcome.get('reason', '')}"))
     for path, problem in registry.invalid():
-        print(f"{path.name}: not a version: {problem}")
+        print(shown(f"{path.name}: not a version: {problem}"))
     return 0
 
 
@@ -195,7 +196,7 @@ def _show(args: argparse.Namespace) -> int:
         print(json.dumps(version.record.to_dict(), indent=2))
         return 0
     record = version.record
-    print(f"{version.path}" + (" (superseded)" if version.superseded else ""))
+    print(shown(version.path) + (" (superseded)" if version.superseded else ""))
     source = record.source
     lines = {
         "step": record.step,
@@ -206,15 +207,15 @@ def _show(args: argparse.Namespace) -> int:
         "seconds": ", ".join(f"{k} {v:g}" for k, v in record.timings_s.items()),
     }
     for key, value in lines.items():
-        print(f"  {key:<11} {value}")
+        print(shown(f"  {key:<11} {value}"))
     for trigger in record.triggers:
-        print(f"  {'why':<11} {trigger.get('policy')}: {trigger.get('reason')}")
+        print(shown(f"  {'why':<11} {trigger.get('policy')}: {trigger.get('reason')}"))
     for name, check in record.verification.items():
-        print(f"  {name:<11} {check.get('status')}: {check.get('detail')}")
+        print(shown(f"  {name:<11} {check.get('status')}: {check.get('detail')}"))
     for file in record.files:
-        print(f"  {'file':<11} {file['name']} ({file['bytes']:,} bytes)")
+        print(shown(f"  {'file':<11} {file['name']} ({file['bytes']:,} bytes)"))
     for note in record.notes:
-        print(f"  {'note':<11} {note}")
+        print(shown(f"  {'note':<11} {note}"))
     return 0
 
 
@@ -257,7 +258,7 @@ def _prune(args: argparse.Namespace) -> int:
         ]
         print_table(("VERSION", "STEP", "SIZE", "DECISION", "WHY"), rows)
         what = f"{len(removed)} of {len(rows)} versions, {show_size(sum(v.nbytes for v in removed))}"
-        print(f"{'would remove' if args.dry_run else 'removed'} {what} ({keep})")
+        print(shown(f"{'would remove' if args.dry_run else 'removed'} {what} ({keep})"))
     if problems:
         complain("; ".join(problems))
     return 1 if problems and not args.dry_run else 0

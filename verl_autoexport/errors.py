@@ -14,41 +14,43 @@ found and what to do about it.
 
 from __future__ import annotations
 
-_LONGEST = 4000  # characters of a message
+from verl_autoexport.untrusted import shown
+
+_LONGEST = 4000  # characters of a line
 
 
 class AutoExportError(Exception):
-    """Base of all errors of this package; catch it to catch them all."""
+    """Base of all errors of this package; catch it to catch them all. Each argument is one line of the message.
 
-
-class _OneLine(AutoExportError):
-    """Quotes names from files that nobody vouches for: they can neither break the line nor flood the log."""
+    They quote names from files that nobody vouches for, which can neither break the line nor flood the log.
+    """
 
     def __str__(self) -> str:
-        text = super().__str__()
-        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text)} characters)"
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        lines = (
+            arg if len(arg) <= _LONGEST else f"{arg[:_LONGEST]}… ({len(arg)} characters)" for arg in map(str, self.args)
+        )
+        return "\n".join(map(shown, lines))
 
 
 class ConfigError(AutoExportError):
     """A configuration key, or a combination with the run's own keys, that cannot work."""
 
 
-class SourceError(_OneLine):
+class SourceError(AutoExportError):
     """Shards that are missing, truncated, rewritten meanwhile, or inconsistent over ranks."""
 
 
-class PlanError(_OneLine):
+class PlanError(AutoExportError):
     """A set of tensors that is not the complete model its `config.json` names."""
 
 
-class MergeError(_OneLine):
+class MergeError(AutoExportError):
     """A tensor that could not be read, cast or written."""
 
 
-class VerifyError(_OneLine):
+class VerifyError(AutoExportError):
     """A merged directory that failed verification; it is never published."""
 
 
-class RegistryError(_OneLine):
+class RegistryError(AutoExportError):
     """An output directory, or a version in it, that is not as it must be."""

@@ -276,4 +276,4 @@ def _show(value: Any) -> str:
 
 def _raise(problems: list[str]) -> None:
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
+from verl_autoexport.untrusted import shown
+
 
 class Bar:
     """The stages on a terminal: a bar where bytes are counted, else a line. Silent when stderr is no terminal."""
@@ -49,9 +51,10 @@ def _width() -> int:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need to be."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
+    """Columns as wide as they need to be; no cell can break out of its line."""
+    lines = [[shown(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for row in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 

@@ -1,4 +1,4 @@
-"""Small files that somebody else may have written; standard library only."""
+"""Small files and texts that somebody else may have written; standard library only."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 64 << 20
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice!r:.100} is there twice")
+    return found
+
+
+def shown(text: object) -> str:
+    """`text` for a person to read: what moves the cursor, colours, reorders or breaks the line is escaped."""
+    text = str(text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -25,10 +40,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(raw)
 
 
-def parse_json(raw: bytes) -> dict[str, Any]:
-    """The JSON object in `raw`; ValueError says what is wrong with it."""
+def parse_json(raw: bytes, once: bool = False) -> dict[str, Any]:
+    """The JSON object in `raw`, with `once` each key only once; ValueError says what is wrong with it."""
     try:
-        data = json.loads(raw)
+        data = json.loads(raw, object_pairs_hook=_each_once if once else None)
     except RecursionError:
         raise ValueError("not JSON: nested too deeply") from None
     except ValueError as e:
@@ -36,6 +51,11 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"expected a JSON object, found {type(data).__name__}")
     return data
+
+
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether links on the way to `path` leave the directory `root`, which may be reached through links itself."""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))  # knows links in a circle
 
 
 def is_plain_name(name: object) -> bool:

@@ -31,8 +31,8 @@ from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.registry.twins import Twins, find_twins, link_twin
 from verl_autoexport.sources.base import Check, ShardSource
+from verl_autoexport.sources.checkpoints import check_links, rank_files
 from verl_autoexport.sources.checkpoints import notes as left_out
-from verl_autoexport.sources.checkpoints import rank_files
 from verl_autoexport.sources.fetched import check_fetched
 from verl_autoexport.sources.fsdp_files import FsdpFiles
 from verl_autoexport.sources.page_cache import drop_cache
@@ -175,6 +175,7 @@ def _run(
     timings = {"stall": spec.stall_s}
     if spec.hand_over_s is not None:
         timings["hand_over"] = spec.hand_over_s
+    check_links(spec.checkpoint)
     with source.check_sums() as sums, ExitStack() as stack:
         with _timed(timings, "gather"):
             manifest = source.manifest()

@@ -28,6 +28,7 @@ from verl_autoexport.runtime.nodes import Nodes, SpreadFiles
 from verl_autoexport.runtime.request import make_spec
 from verl_autoexport.runtime.tasks import RayRunner
 from verl_autoexport.sources import pins
+from verl_autoexport.untrusted import shown
 
 logger = logging.getLogger(__name__)
 MAX_WAITING = 2
@@ -64,7 +65,7 @@ class ExportActor:
         self.settings = settings
         self.registry = Registry.create(settings.output_dir, owner=owner)
         for line in self.registry.recover():
-            logger.warning("verl_autoexport: recovered: %s", line)
+            logger.warning("verl_autoexport: recovered: %s", shown(line))
         self.keep = Keep(**dataclasses.asdict(settings.keep))
         try:
             self.registry.note_policy(self.keep)
@@ -230,12 +231,14 @@ class ExportActor:
             logger.exception("verl_autoexport: old versions could not be removed")
             return
         for gone in judgement.removed:
-            logger.info("verl_autoexport: removed %s (%s): %s", gone.version.name, show_size(gone.nbytes), gone.reason)
+            logger.info(
+                "verl_autoexport: removed %s (%s): %s", gone.version.name, show_size(gone.nbytes), shown(gone.reason)
+            )
         for line in (*judgement.warnings, *failed):
-            logger.warning("verl_autoexport: keep: %s", line)
+            logger.warning("verl_autoexport: keep: %s", shown(line))
 
     def _settle(self, request: Mapping[str, Any], status: str, reason: str) -> Outcome:
-        logger.warning("verl_autoexport: step %s %s: %s", request["step"], status, reason)
+        logger.warning("verl_autoexport: step %s %s: %s", request["step"], status, shown(reason))
         self._journal(status, request, reason=reason)
         self._release(request)
         return {"step": request["step"], "status": status, "reason": reason}

@@ -15,6 +15,7 @@ from verl_autoexport.config import load_config
 from verl_autoexport.errors import AutoExportError, ConfigError
 from verl_autoexport.preflight import check_hook, check_run
 from verl_autoexport.registry.store import Registry
+from verl_autoexport.untrusted import shown
 
 HOOK = "verl.trainer.ppo.checkpoint_callback"
 VERSIONS_WITH_HOOK = "0.9.1"
@@ -38,7 +39,7 @@ class StartupGuard(Callback):
             check_entry_point()
             check_verl()
             for warning in check_run(config, settings):
-                print(f"verl_autoexport: {warning}", file=sys.stderr)
+                print(shown(f"verl_autoexport: {warning}"), file=sys.stderr)
             # With a remote cluster the directory is the TaskRunner's; it is checked there.
             address = OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS", "local")
             self.registry = (Registry.create if address == "local" else Registry)(settings.output_dir)
@@ -46,7 +47,7 @@ class StartupGuard(Callback):
         except AutoExportError as e:
             raise SystemExit(f"verl_autoexport: {e}") from e
         except Exception as e:
-            raise SystemExit(f"verl_autoexport: start-up check failed: {type(e).__name__}: {e}") from e
+            raise SystemExit(shown(f"verl_autoexport: start-up check failed: {type(e).__name__}: {e}")) from e
 
     def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:
         if self.registry is None:
@@ -55,7 +56,8 @@ class StartupGuard(Callback):
         entries, _ = self.registry.journal_entries()
         lines = [e["line"] for e in entries if e["event"] == "report" and e["time"] >= self.started]
         root = self.registry.root
-        print(lines[-1] if lines else f"verl_autoexport: the run ended before a report; `verl-autoexport ls {root}`")
+        ended = f"verl_autoexport: the run ended before a report; `verl-autoexport ls {root}`"
+        print(shown(lines[-1] if lines else ended))
 
 
 def check_entry_point() -> None:

@@ -32,6 +32,7 @@ from verl_autoexport.runtime.driver import ExportDriver, ExportFailed
 from verl_autoexport.runtime.live import LiveSource, start_live
 from verl_autoexport.runtime.nodes import Nodes, find_nodes
 from verl_autoexport.runtime.request import RunInfo
+from verl_autoexport.untrusted import shown
 
 logger = logging.getLogger(__name__)
 _ASK_S = 60.0
@@ -56,7 +57,7 @@ class AutoExportCallback(CheckpointCallback):
         if not self.settings.enabled:
             return
         for warning in check_run(config, self.settings):
-            logger.warning("verl_autoexport: %s", warning)
+            logger.warning("verl_autoexport: %s", shown(warning))
         self.driver = ExportDriver(self.settings, _run_info(config, self.settings.role))
         _active = self
         _wrap_verl()
@@ -142,7 +143,9 @@ class AutoExportCallback(CheckpointCallback):
         found = check_start(
             info.base_model, self.settings.weights.dtype, info.trust_remote_code, info.external_lib
         ).to_check()
-        logger.warning("verl_autoexport: comparison with the base model %s: %s", found["status"], found["detail"])
+        logger.warning(
+            "verl_autoexport: comparison with the base model %s: %s", found["status"], shown(found["detail"])
+        )
 
     def on_log(self, tracking: Tracking, data: dict[str, Any], step: int) -> None:
         if self.trainer is not None and tracking is getattr(self.trainer, "logger", None):
@@ -163,7 +166,7 @@ class AutoExportCallback(CheckpointCallback):
         self._guarded(self.driver.logged_step, self._drain, timeout, exit_code == 0)
 
     def _drain(self, timeout_s: float, may_raise: bool) -> None:
-        print(self.driver.drain(timeout_s), flush=True)
+        print(shown(self.driver.drain(timeout_s)), flush=True)
         failed = [p.outcome for p in self.driver.ledger.pending if p.outcome and p.outcome["status"] == "failed"]
         if failed and may_raise and self.settings.on_error == "raise":
             raise ExportFailed(f"step {failed[0]['step']}: {failed[0]['reason']}")

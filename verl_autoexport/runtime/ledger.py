@@ -13,6 +13,7 @@ from verl_autoexport.errors import AutoExportError
 from verl_autoexport.events import Decision, Milestone
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.actor import Outcome
+from verl_autoexport.untrusted import shown
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,9 @@ class Ledger:
         snapshot = request["live"]["id"] if request.get("live") else None
         self.pending.append(_Pending(decision, self.actor.export.remote(request), snapshot))
         logger.warning(
-            "verl_autoexport: step %s is a milestone: %s", decision.step, ", ".join(t.reason for t in decision.triggers)
+            "verl_autoexport: step %s is a milestone: %s",
+            decision.step,
+            ", ".join(shown(t.reason) for t in decision.triggers),
         )
 
     def poll(self) -> list[Outcome]:
@@ -112,7 +115,7 @@ class Ledger:
 
     def note(self, step: int, status: str, reason: str) -> None:
         """A milestone that never reached the actor."""
-        logger.warning("verl_autoexport: step %s %s: %s", step, status, reason)
+        logger.warning("verl_autoexport: step %s %s: %s", step, status, shown(reason))
         self.problems.append(f"step {step} {status}: {reason}")
         self.journal(status, step=step, reason=reason)
 

@@ -11,8 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.untrusted import is_count, read_json
+from verl_autoexport.untrusted import is_count, leads_out, read_json
 
+_PUBLISHED = ("huggingface", "huggingface/config.json", "huggingface/adapter_config.json", "adapter_config.json",
+              "lora_train_meta.json")  # fmt: skip
 RANK_FILE = re.compile(r"model_world_size_(0|[1-9][0-9]{0,5})_rank_(0|[1-9][0-9]{0,5})\.pt")
 STEP = re.compile(r"global_step_([0-9]{1,18})")
 ROLES = ("actor", "policy", "critic")
@@ -180,3 +182,18 @@ def digest(seen: Sequence[Stat]) -> str:
 def brief(ranks: Sequence[int]) -> str:
     """The numbers in a message."""
     return ", ".join(map(str, ranks[:16])) + (f", … ({len(ranks)} in all)" if len(ranks) > 16 else "")
+
+
+def check_links(checkpoint: Path) -> None:
+    """Raise SourceError where what is published of a checkpoint beside its weights is a link out of it.
+
+    A step's directory, or its `actor/`, may be a link as a whole, and rank files may be gathered by links.
+    """
+    inside = checkpoint.parent if checkpoint.parent.name.startswith("global_step_") else checkpoint
+    root = inside if not leads_out(checkpoint, inside) else checkpoint
+    for path in (checkpoint / name for name in _PUBLISHED):
+        if leads_out(path, root):
+            raise SourceError(
+                f"{path}: leads to {os.path.realpath(path)}, which is outside of the checkpoint; what is there "
+                "would be published with the model. Copy it into the checkpoint."
+            )

@@ -1,23 +1,21 @@
 """verl's FSDP and FSDP2 checkpoint: one `model_world_size_W_rank_R.pt` per rank.
 
 Written by `torch.save` in `verl/utils/checkpoint/fsdp_checkpoint_manager.py` (verl 0.9.1):
-`{fqn: DTensor | Tensor}`. Only metadata is unpickled, with `weights_only`; the bytes are
+`{fqn: DTensor | Tensor}`. Its pickle is read as data, which runs nothing; the bytes are
 read later by position, so a file truncated meanwhile is an error and not a SIGBUS.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from verl_autoexport.errors import SourceError
@@ -33,11 +31,23 @@ from verl_autoexport.sources.base import (
 )
 from verl_autoexport.sources.checkpoints import BLOCK, brief, digest, rank_files, stats
 from verl_autoexport.sources.page_cache import drop_cache
+from verl_autoexport.sources.rank_pickle import Call, Refused, unpickle
+from verl_autoexport.sources.rank_state import (
+    Mesh,
+    Parts,
+    Placement,
+    Strided,
+    name_of,
+    read_mesh,
+    read_tensor,
+    unravel,
+)
 from verl_autoexport.sources.sum_check import SumCheck
+from verl_autoexport.sources.tiling import Index
 from verl_autoexport.sources.torch_archive import Storage, read_archive
 from verl_autoexport.untrusted import read_json
 
-_DAMAGED = "The file is truncated or damaged, or holds objects that `weights_only` loading refuses."
+_DAMAGED = "The file is truncated or damaged, or holds more than plain tensors and DTensors (`weights_only`)."
 
 
 @dataclass(frozen=True)
@@ -106,132 +116,150 @@ def make_manifest(
 def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
     """Metadata of one rank file, without reading any weight.
 
-    The pickle is loaded onto the meta device, where torch notes every storage's offset in the
-    file; the few numbers of the device meshes are read from there.
+    Only the few numbers of the device meshes are read from storages.
     """
-    if path.stat().st_size == 0:
+    size = path.stat().st_size
+    if size == 0:
         raise SourceError(f"{path} (rank {rank}): the file is empty (0 bytes); the save was interrupted.")
-    file = _RankFile(path, rank, read_archive(path, rank))
-    with _quiet_device_mesh():
-        state = file.load()
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise SourceError(f"{path} (rank {rank}): expected a dict of tensors, found {type(state).__name__}.")
+    file = RankFile(path, rank)
+    fqn, pieces = None, {}
     try:
-        return {fqn: file.piece(fqn, tensor) for fqn, tensor in state.items()}
+        for fqn, record in file.state().items():
+            pieces[fqn] = file.piece(fqn, record)
     except SourceError:
         raise
-    except Exception as e:  # half-built DTensors: a pickle in which something else is missing
-        raise SourceError(f"{path} (rank {rank}): what it says of its tensors cannot be read: {e!r}. {_DAMAGED}") from e
+    except Exception as e:  # Refused, or, in what no torch wrote, whatever else comes of it
+        fqn = e.key if isinstance(e, Refused) and e.key is not None else fqn
+        what = f"{fqn} in {path} (rank {rank}, {size} bytes)" if fqn else f"{path} (rank {rank}, {size} bytes)"
+        detail = str(e) if isinstance(e, Refused) else f"what it says of its tensors cannot be read: {e!r:.300}"
+        raise SourceError(f"{what}: not a whole torch file of plain tensors: {detail}. {_DAMAGED}") from e
+    return pieces
 
 
-class _RankFile:
-    """One rank file: `storages` are those of its archive, `meshes` the ranks in each device mesh, read once."""
+class RankFile:
+    """One rank file: `storages` are those of its archive, `meshes` its device meshes by record, each read once."""
 
-    def __init__(self, path: Path, rank: int, storages: Mapping[int, Storage]) -> None:
-        self.path, self.rank, self.storages, self.size = path, rank, storages, path.stat().st_size
-        self.meshes: dict[int, torch.Tensor] = {}
+    def __init__(self, path: Path, rank: int) -> None:
+        archive = read_archive(path, rank)
+        self.path, self.rank, self.pickled, self.storages = path, rank, archive.pickled, archive.storages
+        self.meshes: dict[int, Mesh] = {}
 
-    def load(self) -> Any:
-        try:
-            # `mmap` refuses everything but archives
-            return torch.load(self.path, weights_only=True, map_location="meta", mmap=True)
-        except Exception as e:
-            detail = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise SourceError(
-                f"{self.path} (rank {self.rank}, {self.size} bytes): not a whole torch file of plain "
-                f"tensors: {detail} {_DAMAGED}"
-            ) from e
+    def state(self) -> dict[str, Any]:
+        """The record of each tensor; raises Refused."""
+        state = unpickle(self.pickled)
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise Refused(f"expected a dict of tensors, found {name_of(state)}")
+        return state
 
-    def piece(self, fqn: str, tensor: torch.Tensor) -> Piece:
-        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    def piece(self, fqn: str, record: Any) -> Piece:
         where = f"{fqn} in {self.path} (rank {self.rank})"
+        tensor = read_tensor(record)
+        local = tensor.local if isinstance(tensor, Parts) else tensor
         begin, nbytes, storage = self.find(where, local)
-        offsets = None
-        if isinstance(tensor, DTensor):
-            mesh = self.mesh(where, tensor.device_mesh)
-            _check_writer(where, tensor.device_mesh, mesh, self.rank)
-            expected, offsets = local_box(fqn, tuple(tensor.shape), mesh, tensor.placements, self.rank)
-            if expected != tuple(local.shape):
+        shape, offsets = local.shape, None
+        if isinstance(tensor, Parts):
+            shape, mesh = tensor.shape, self.mesh(where, tensor.mesh)
+            expected, offsets = _box(fqn, shape, mesh, tensor.placements, self.rank)
+            if expected != local.shape:
                 raise SourceError(
-                    f"{where}: the local shapes do not add up to the global shape {list(tensor.shape)}: with "
-                    f"placements {tensor.placements} this rank should hold {list(expected)}, found "
+                    f"{where}: the local shapes do not add up to the global shape {list(shape)}: with "
+                    f"placements {_show(tensor.placements)} this rank should hold {list(expected)}, found "
                     f"{list(local.shape)}."
                 )
         crc = storage.crc if nbytes == storage.nbytes else 0
-        return Piece(_dtype(local), tuple(tensor.shape), tuple(local.shape), offsets, begin, crc)
+        return Piece(local.dtype, shape, local.shape, offsets, begin, crc)
 
-    def find(self, where: str, tensor: torch.Tensor) -> tuple[int, int, Storage]:
+    def find(self, where: str, tensor: Strided) -> tuple[int, int, Storage]:
         """First byte and length in bytes of a tensor, and the storage that it lies in."""
-        dtype = _dtype(tensor)
-        if dtype not in ITEMSIZE:
-            raise SourceError(f"{where}: dtype {dtype} cannot be stored in safetensors.")
-        if not tensor.is_contiguous() or tensor.layout != torch.strided:
-            raise SourceError(f"{where}: the tensor is not contiguous (strides {tensor.stride()}); not supported.")
-        start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-        if start is None:
-            version = torch.__version__
-            raise SourceError(f"{where}: torch {version} does not tell where in the file it is; upgrade torch.")
-        skipped, nbytes = tensor.storage_offset() * ITEMSIZE[dtype], tensor.numel() * ITEMSIZE[dtype]
-        storage = self.storages.get(start, Storage(0, 0))
-        if skipped + nbytes > storage.nbytes or start + storage.nbytes > self.size:
+        if tensor.dtype not in ITEMSIZE:
+            raise SourceError(f"{where}: dtype {tensor.dtype} cannot be stored in safetensors.")
+        if not tensor.contiguous:
+            raise SourceError(f"{where}: the tensor is not contiguous (strides {tensor.stride}); not supported.")
+        size = ITEMSIZE[tensor.dtype]
+        storage = self.storage(where, tensor, size)
+        skipped, nbytes = tensor.offset * size, math.prod(tensor.shape) * size
+        if skipped + nbytes > storage.nbytes:
             raise SourceError(
-                f"{where}: {nbytes} bytes from byte {start + skipped} on, but what is stored from {start} on has "
-                f"{storage.nbytes} and the file {self.size}; the file is truncated or damaged."
+                f"{where}: {nbytes} bytes from byte {storage.begin + skipped} on, but what is stored from "
+                f"{storage.begin} on has {storage.nbytes} and the file {self.path.stat().st_size}; the file is "
+                "truncated or damaged."
             )
-        return start + skipped, nbytes, storage
+        return storage.begin + skipped, nbytes, storage
 
-    def mesh(self, where: str, mesh: DeviceMesh) -> torch.Tensor:
-        if id(mesh) not in self.meshes:
-            for name, value in vars(mesh).items():
-                if isinstance(value, torch.Tensor) and value.is_meta:
-                    setattr(mesh, name, self.values(f"{name} of the device mesh of {where}", value))
-            self.meshes[id(mesh)] = mesh.mesh
-        return self.meshes[id(mesh)]
+    def storage(self, where: str, tensor: Strided, size: int) -> Storage:
+        """The place of a tensor's storage; raises unless it is as long as the pickle says."""
+        told = tensor.storage.numel * (1 if tensor.storage.kind == "UntypedStorage" else size)
+        storage = self.storages.get(tensor.storage.key)
+        if storage is None or not storage.nbytes - size < told <= storage.nbytes:
+            found = "is not there" if storage is None else f"has {storage.nbytes}"
+            raise SourceError(
+                f"{where}: its storage data/{tensor.storage.key[:40]} should have {told} bytes and {found}; the file "
+                "is truncated or damaged."
+            )
+        return storage
 
-    def values(self, where: str, tensor: torch.Tensor) -> torch.Tensor:
-        begin, nbytes, _ = self.find(where, tensor)
-        if nbytes > BLOCK:
-            raise SourceError(f"{where}: {nbytes} bytes; no run has so many ranks.")
-        data = bytearray(next(_blocks(self.path, begin, nbytes)))
-        return torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape)
+    def mesh(self, where: str, record: Call) -> Mesh:
+        """Shards of equal size do not tell whose they are, but the mesh does: a renamed or copied file is found."""
+        if (mesh := self.meshes.get(id(record))) is None:
 
+            def values(name: str, tensor: Strided) -> list[int]:
+                return self.integers(f"{name} of the device mesh of {where}", tensor)
 
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+            mesh = self.meshes[id(record)] = read_mesh(record, values, self.rank)
+            if wrong := [writer for writer in mesh.writers if writer != self.rank]:
+                raise SourceError(
+                    f"{where}: it was written by rank {wrong[0]}, so the file has a wrong name. Copy the ranks' files "
+                    "again."
+                )
+        return mesh
 
-
-def _check_writer(where: str, mesh: DeviceMesh, ranks: torch.Tensor, rank: int) -> None:
-    """Shards of equal size do not tell whose they are, but the mesh does: a renamed or copied file is found."""
-    coordinate = mesh.get_coordinate()
-    if coordinate is not None and (writer := int(ranks[tuple(coordinate)])) != rank:
-        raise SourceError(
-            f"{where}: it was written by rank {writer}, so the file has a wrong name. Copy the ranks' files again."
-        )
+    def integers(self, where: str, tensor: Strided) -> list[int]:
+        """The values of a small tensor, of any strides."""
+        code, size = {"int32": "i", "int64": "q"}.get(tensor.dtype), ITEMSIZE.get(tensor.dtype, 8)
+        count, storage = math.prod(tensor.shape), self.storage(where, tensor, size)
+        if code is None or max(storage.nbytes, count * size) > BLOCK:
+            raise SourceError(f"{where}: {storage.nbytes} bytes of {tensor.dtype}; no run has so many ranks.")
+        (block,) = _blocks(self.path, storage.begin, storage.nbytes) if storage.nbytes else (b"",)
+        cells = memoryview(block[: len(block) // size * size]).cast(code)
+        return [
+            cells[tensor.offset + sum(map(int.__mul__, unravel(number, tensor.shape), tensor.stride))]
+            for number in range(count)
+        ]
 
 
 def local_box(
     fqn: str, shape: tuple[int, ...], mesh: torch.Tensor, placements: Sequence[Any], rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Local shape and offsets, in elements, of `rank` under DTensor placements.
+    """Local shape and offsets, in elements, of `rank` under DTensor placements."""
+    known = [p.dim if type(p) is ShardPlacement else None if isinstance(p, Replicate) else str(p) for p in placements]
+    return _box(fqn, shape, Mesh(tuple(mesh.shape), tuple(mesh.flatten().tolist()), ()), known, rank)
 
-    `Shard(d)` splits like `torch.chunk`: ceil(size / n) rows each, the last ranks fewer or
-    none. A mesh dimension is applied on top of the ones before it.
+
+def _box(fqn: str, shape: Index, mesh: Mesh, placements: Sequence[Placement], rank: int) -> tuple[Index, Index]:
+    """`Shard(d)` splits like `torch.chunk`: ceil(size / n) rows each, the last ranks fewer or none.
+
+    A mesh dimension is applied on top of the ones before it.
     """
-    where = (mesh == rank).nonzero()
-    if len(where) != 1:
-        raise SourceError(f"{fqn}: rank {rank} is not in the tensor's device mesh {mesh.tolist()}.")
+    where = mesh.coordinate(rank)
+    if where is None:
+        raise SourceError(f"{fqn}: rank {rank} is not in the tensor's device mesh {list(mesh.ranks[:64])}.")
     local, offsets = list(shape), [0] * len(shape)
-    for coordinate, n, placement in zip(where[0].tolist(), mesh.shape, placements, strict=True):
-        if isinstance(placement, Replicate):
+    for coordinate, n, placement in zip(where, mesh.shape, placements, strict=True):
+        if placement is None:
             continue
-        if type(placement) is not ShardPlacement:
-            raise SourceError(f"{fqn}: placement {placement} is not supported; expected Shard(dim) or Replicate().")
-        d = placement.dim
-        step = math.ceil(local[d] / n)
-        start = min(coordinate * step, local[d])
-        offsets[d] += start
-        local[d] = min(step, local[d] - start)
+        if not isinstance(placement, int) or not 0 <= placement < len(shape):
+            raise SourceError(
+                f"{fqn}: placement {_show([placement])} is not supported; expected Shard(dim) or Replicate()."
+            )
+        step = -(-local[placement] // n)
+        start = min(coordinate * step, local[placement])
+        offsets[placement] += start
+        local[placement] = min(step, local[placement] - start)
     return tuple(local), tuple(offsets)
+
+
+def _show(placements: Sequence[Placement]) -> str:
+    return ", ".join("R" if p is None else f"S({p})" if isinstance(p, int) else p for p in placements)
 
 
 def _check_same_keys(directory: Path, ranks: Sequence[dict[str, Piece]]) -> None:
@@ -303,15 +331,3 @@ def _backend(directory: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         return "fsdp"
     return f"fsdp{version}" if isinstance(version, int) and 1 < version < 10 else "fsdp"
-
-
-@contextmanager
-def _quiet_device_mesh() -> Iterator[None]:
-    """Unpickling a mesh without process groups logs a warning per file; we use only its numbers."""
-    logger = logging.getLogger("torch.distributed.device_mesh")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -14,7 +14,7 @@ _libc = ctypes.CDLL(None)
 def drop_cache(path: Path) -> None:
     """Free the page cache of a file that is not needed soon; what is dirty stays."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not hang us
     except OSError:
         return
     try:

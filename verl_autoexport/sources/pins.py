@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.sources.checkpoints import find_checkpoint, fingerprint, rank_files
-from verl_autoexport.untrusted import is_count, read_json
+from verl_autoexport.sources.checkpoints import check_links, find_checkpoint, fingerprint, rank_files
+from verl_autoexport.untrusted import is_count, leads_out, read_json
 
 FOLDER = ".autoexport"
 _INFO = "pin.json"
@@ -81,8 +81,13 @@ def link_files(source: Path, paths: Iterable[Path], pin: Path) -> bool:
 
 
 def config_files(source: Path) -> list[Path]:
-    """What verl saved of the model beside its shards, weights left out."""
-    return sorted(p for p in (source / "huggingface").rglob("*") if p.is_file() and not _is_weights(p))
+    """What verl saved of the model beside its shards; weights, and links out of `source`, left out.
+
+    Raises SourceError where the directory itself is such a link.
+    """
+    check_links(source)
+    found = (p for p in (source / "huggingface").rglob("*") if p.is_file() and not _is_weights(p))
+    return sorted(p for p in found if not p.is_symlink() or not leads_out(p, source))
 
 
 def record(pin: Pin) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
             length = int.from_bytes(f.read(8), "little")
             if length > min(_MAX_HEADER, path.stat().st_size):
                 raise SourceError(f"{path}: a header of {length} bytes does not fit; not a whole safetensors file.")
-            return length, parse_json(f.read(length))
+            return length, parse_json(f.read(length), once=True)
     except (OSError, ValueError) as e:
         raise SourceError(f"{path}: not a readable safetensors file: {e}") from e
 
@@ -73,6 +74,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
     try:
         size = path.stat().st_size
         header.pop("__metadata__", None)
+        spans = []
         for name, entry in header.items():
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             if not all(map(is_count, (*shape, begin, end))) or not isinstance(dtype, str):
@@ -82,6 +84,10 @@ def _tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
             dtype = TORCH_DTYPE.get(dtype, dtype)
             if dtype in ITEMSIZE and end - begin != math.prod(shape) * ITEMSIZE[dtype]:
                 raise SourceError(f"{path}: {name}: {dtype} {list(shape)} does not take {end - begin} bytes.")
+            spans += [(begin, end)] if begin < end else []
             yield name, dtype, shape, 8 + length + begin
+        spans.sort()
+        if any(b > a for (_, b), (a, _) in pairwise(spans)):
+            raise SourceError(f"{path}: its tensors overlap; not a whole safetensors file.")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise SourceError(f"{path}: not a readable safetensors file: {e!r}") from e

@@ -3,74 +3,110 @@
 from __future__ import annotations
 
 import os
+import stat
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.checkpoints import BLOCK
 
-_MAX_PICKLE = 256 << 20  # bytes; names and shapes of a million tensors
-_ALLOCATES = (b"builtin", b"bytearray")
-"""Module and name of what `weights_only` lets a pickle call, and what then takes as much memory as that asks for.
-
-Names can be written in no other way in what it reads (`torch._weights_only_unpickler`, 2.13)."""
+_MAX_PICKLE = 256 << 20  # bytes; names and shapes of half a million tensors
+_SMALL = {"byteorder": b"little", ".format_version": b"1"}
+"""What torch writes beside pickle and storages, and how here."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Storage:
-    """One storage's bytes in the file: how many, and the CRC-32 that torch wrote of them (0: none)."""
+    """One storage's bytes in the file: where, how many, and the CRC-32 that torch wrote of them (0: none)."""
 
+    begin: int
     nbytes: int
     crc: int
 
 
-def read_archive(path: Path, rank: int) -> dict[int, Storage]:
-    """The storages in a file, by their first byte; reads no weight.
+@dataclass(frozen=True)
+class Archive:
+    """The pickle in a file, and its storages by the key that the pickle has for them."""
 
-    Refuses what is no whole archive, and what would take memory that no file of this size holds, before
-    anything is unpickled. Raises SourceError.
+    pickled: bytes
+    storages: Mapping[str, Storage]
+
+
+def read_archive(path: Path, rank: int) -> Archive:
+    """What is in a file; reads no weight.
+
+    Refuses what is no whole archive as torch writes it: each record once, unpacked, apart from the others,
+    and the pickle what it was by its checksum. Raises SourceError.
     """
+    where = f"{path} (rank {rank})"
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            records, size = archive.infolist(), path.stat().st_size
-            _check_sizes(records, size, path, rank)
-            # torch finds records by names in any case
-            pickles = [r for r in records if r.filename.lower().endswith("data.pkl")]
-            pickled = [os.pread(file.fileno(), r.file_size, _begin(file.fileno(), r)) for r in pickles[:1]]
-            data = (r for r in records if "/data/" in r.filename)
-            storages = {_begin(file.fileno(), r): Storage(r.file_size, r.CRC) for r in data}
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO of this name must not hang the reader
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise SourceError(f"{where}: not a regular file; expected what training saved.")
+            with zipfile.ZipFile(file) as archive:
+                records = archive.infolist()
+                _check_records(records, archive.start_dir, where)
+            return _read(fd, records, archive.start_dir, where)
     except SourceError:
         raise
     except Exception as e:  # zipfile raises what its parsers do: BadZipFile, OverflowError, UnicodeDecodeError …
-        raise SourceError(f"{path} (rank {rank}): not a whole torch file: {e!r}. It is truncated or damaged.") from e
-    if len(pickles) != 1:
-        raise SourceError(f"{path} (rank {rank}): {len(pickles)} pickles in it, expected one; not a torch file.")
-    if all(name in pickled[0] for name in _ALLOCATES):
-        raise SourceError(
-            f"{path} (rank {rank}): its pickle calls bytearray, which no shard needs and which "
-            "`weights_only` lets take any amount of memory; this is not a file that training wrote."
-        )
-    return storages
+        raise SourceError(f"{where}: not a whole torch file: {e!r:.300}. It is truncated or damaged.") from e
 
 
-def _check_sizes(records: Sequence[zipfile.ZipInfo], size: int, path: Path, rank: int) -> None:
+def _check_records(records: Sequence[zipfile.ZipInfo], end: int, where: str) -> None:
+    names = [r.filename.lower() for r in records]  # torch finds records by names in any case
+    if (count := sum(name.rpartition("/")[2] == "data.pkl" for name in names)) != 1:
+        raise SourceError(f"{where}: {count} pickles in it, expected one; not a torch file.")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise SourceError(f"{where}: {twice[0]!r:.100} is in it more than once; torch writes no such file.")
     for record in records:
-        if record.compress_type != zipfile.ZIP_STORED or record.file_size > size:
+        packed = record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size
+        if packed or record.file_size > end or record.flag_bits & 1:
             raise SourceError(
-                f"{path} (rank {rank}): {record.filename!r:.100} would unpack to {record.file_size} bytes; "
+                f"{where}: {record.filename!r:.100} would unpack to {record.file_size} bytes; "
                 "torch never packs its files, so this is not one that training wrote."
             )
-        if record.filename.lower().endswith("data.pkl") and record.file_size > _MAX_PICKLE:
-            raise SourceError(f"{path} (rank {rank}): more than {_MAX_PICKLE} bytes of names and shapes.")
+
+
+def _read(fd: int, records: Sequence[zipfile.ZipInfo], end: int, where: str) -> Archive:
+    begins = [_begin(fd, r) for r in records]
+    spans = sorted((r.header_offset, begin + r.file_size) for r, begin in zip(records, begins, strict=True))
+    if any(b > a for (_, b), (a, _) in zip(spans, [*spans[1:], (end, end)], strict=True)):
+        raise SourceError(f"{where}: what is in it overlaps or goes beyond its end; the file is truncated or damaged.")
+    if spans[0][0]:
+        raise SourceError(f"{where}: not a whole torch file: {spans[0][0]} bytes of something else are in front.")
+    places = {r.filename: Storage(begin, r.file_size, r.CRC) for r, begin in zip(records, begins, strict=True)}
+    name = next(name for name in places if name.lower().endswith("data.pkl"))
+    prefix = name[: -len("data.pkl")]
+    for other, expected in _SMALL.items():
+        if (place := places.get(prefix + other)) and (
+            found := os.pread(fd, 16, place.begin)[: place.nbytes]
+        ) != expected:
+            raise SourceError(f"{where}: its {other} is {found!r}, expected {expected!r}; it cannot be read here.")
+    place = places[name]
+    if place.nbytes > _MAX_PICKLE:
+        raise SourceError(f"{where}: more than {_MAX_PICKLE} bytes of names and shapes.")
+    pickled = os.pread(fd, place.nbytes, place.begin)
+    if place.crc not in (0, zlib.crc32(pickled)):  # 0: training has switched them off
+        raise SourceError(
+            f"{where}: its names and shapes are not those that training wrote: the checksum of "
+            f"{name!r:.100} differs. A disk or a copy damaged it; copy or save it again."
+        )
+    data = f"{prefix}data/"
+    return Archive(pickled, {n.removeprefix(data): s for n, s in places.items() if n.startswith(data)})
 
 
 def _begin(fd: int, record: zipfile.ZipInfo) -> int:
     """Where a record's bytes begin: behind its name and an extra field, which here pads to an alignment."""
-    lengths = os.pread(fd, 4, record.header_offset + 26)
-    behind = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-    return record.header_offset + 30 + behind
+    head = os.pread(fd, 30, record.header_offset)
+    if len(head) != 30 or not head.startswith(b"PK\3\4"):
+        raise zipfile.BadZipFile(f"no {record.filename[:100]!r} at byte {record.header_offset}")
+    return record.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:], "little")
 
 
 def check_sums(path: Path) -> None:
