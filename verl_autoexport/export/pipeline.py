@@ -27,7 +27,9 @@ from verl_autoexport.export.record import make_record
 from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.registry.twins import Twins, find_twins, link_twin
-from verl_autoexport.sources.base import Check, ShardSource
+from verl_autoexport.sources.base import ShardManifest, ShardSource
+from verl_autoexport.sources.checkpoints import earlier_fingerprint
+from verl_autoexport.sources.crc32 import join
 from verl_autoexport.sources.fsdp_files import FsdpFiles
 from verl_autoexport.sources.page_cache import drop_cache
 from verl_autoexport.sources.safetensors_files import INDEX_NAME
@@ -184,17 +186,18 @@ def _run(
     timings = {"stall": spec.stall_s}
     if spec.hand_over_s is not None:
         timings["hand_over"] = spec.hand_over_s
-    with source.check_sums() as sums:
-        with _timed(timings, "gather"):
-            manifest = source.manifest()
-            planned = plan_model(spec, manifest)
-            _check_space(target, planned.plan)
-        with _timed(timings, "merge"):
-            progress.stage("merging", planned.plan.nbytes)
-            written = runner.run(_jobs(spec, planned, target), progress.advance)
-            _await(sums, source, progress)
-            written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
-            notes = _write_beside(spec, planned, written, target)
+    with _timed(timings, "gather"):
+        manifest = source.manifest()
+        planned = plan_model(spec, manifest)
+        _check_space(target, planned.plan)
+    with _timed(timings, "merge"):
+        progress.stage("merging", planned.plan.nbytes)
+        written = runner.run(_jobs(spec, planned, target), progress.advance)
+        progress.stage("comparing checksums")
+        runs = join({*planned.read, *(run for file in written for run in file.read)})
+        source.check_sums(manifest, runs, progress.advance)
+        written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
+        notes = [*_unchecked(source, manifest), *_write_beside(spec, planned, written, target)]
     with _timed(timings, "verify"):
         progress.stage(VERIFYING)
         checks = _verify(spec, target, planned)
@@ -207,21 +210,22 @@ def _run(
 
 def _open_source(spec: ExportSpec) -> ShardSource:
     source = spec.source or FsdpFiles(spec.checkpoint)
-    if spec.fingerprint and source.fingerprint != spec.fingerprint:
-        raise SourceError(
-            f"{spec.checkpoint}: the shards are no longer those of step {spec.step} as it was chosen: fingerprint "
-            f"{spec.fingerprint} expected, {source.fingerprint} found. The step was saved again meanwhile."
+    if spec.fingerprint in (None, source.fingerprint):
+        return source
+    if spec.source is None and spec.fingerprint == earlier_fingerprint(spec.checkpoint):
+        return source
+    raise SourceError(
+        f"{spec.checkpoint}: the shards are no longer those of step {spec.step} as it was chosen: fingerprint "
+        f"{spec.fingerprint} expected, {source.fingerprint} found. The step was saved again meanwhile."
+    )
+
+
+def _unchecked(source: ShardSource, manifest: ShardManifest) -> Iterator[str]:
+    if source.kind == "checkpoint" and (count := len(manifest.files) - len(manifest.records)):
+        yield (
+            f"the content of {count} of {len(manifest.files)} rank files could not be checked: training wrote no "
+            "CRC-32s into them (torch.serialization.set_crc32_options); only their size and time were compared"
         )
-    return source
-
-
-def _await(sums: Check, source: ShardSource, progress: Progress) -> None:
-    progress.stage("comparing check sums")
-    try:
-        sums.wait(progress.advance)
-    except SourceError:
-        source.check_unchanged()  # then that is the reason
-        raise
 
 
 def _jobs(spec: ExportSpec, planned: Planned, target: Path) -> list[MergeJob]:
@@ -231,7 +235,8 @@ def _jobs(spec: ExportSpec, planned: Planned, target: Path) -> list[MergeJob]:
         path = target / file.name
         path.parent.mkdir(exist_ok=True)
         needed = {fqn: planned.manifest.tensors[fqn] for fqn in file.sources}
-        manifest, cached = replace(planned.manifest, tensors=needed), spec.cached or read_again
+        sums = dict.fromkeys(planned.manifest.records, ())  # which files have them is all that a job needs to know
+        manifest, cached = replace(planned.manifest, tensors=needed, records=sums), spec.cached or read_again
         jobs.append(MergeJob(file, manifest, path, spec.memory_budget, cached, read_again))
     return jobs
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from verl_autoexport.errors import SourceError
+from verl_autoexport.sources.crc32 import Run
+from verl_autoexport.sources.records import Record
 from verl_autoexport.sources.tiling import Index, find_flaw, overlap
 
 ITEMSIZE = {
@@ -158,7 +160,8 @@ class Memory(Protocol):
 class ShardManifest:
     """All tensors of a source, and the files, or blocks of memory, that their bytes are in.
 
-    `fingerprint` identifies the content: it changes when a file is written again.
+    `fingerprint` identifies the content. `records` are, by number of file, those with a CRC-32, where
+    there are any: what is read of such a file is compared with them.
     """
 
     files: tuple[Path | Memory, ...]
@@ -166,22 +169,7 @@ class ShardManifest:
     world_size: int
     backend: str
     fingerprint: str
-
-
-class Check:
-    """Something that is looked at beside other work, until `stop`; a context manager. This one looks at nothing."""
-
-    def wait(self, progress: Callable[[int], None] = lambda nbytes: None) -> None:
-        """Until it is done; raises SourceError where something is wrong. `progress` gets the bytes looked at."""
-
-    def stop(self) -> None:
-        """Look no further."""
-
-    def __enter__(self) -> Check:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    records: Mapping[int, tuple[Record, ...]] = field(default_factory=dict)
 
 
 class ShardSource(Protocol):
@@ -196,8 +184,11 @@ class ShardSource(Protocol):
 
     def manifest(self) -> ShardManifest: ...
 
-    def check_sums(self) -> Check:
-        """Begins to look whether the bytes are those that were saved, as far as that can be told."""
+    def check_sums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
+        """Raises unless every byte is as `manifest` says that it was saved, those of `runs` as they were read.
+
+        `progress` gets the bytes compared.
+        """
 
     def check_unchanged(self) -> None:
         """Raises unless the source is what it was when `manifest` was read."""

@@ -61,8 +61,8 @@ def make_pin(checkpoint_dir: Path, step: int, role: str) -> Pin:
 
 
 def pin_path(checkpoint_dir: Path, step: int, mark: str) -> Path:
-    """Where the pin of a step is, by the first characters of its fingerprint."""
-    return checkpoint_dir.absolute().parent / FOLDER / f"step_{step}-{mark[:8]}"
+    """Where the pin of a step is, by the last characters of its fingerprint."""
+    return checkpoint_dir.absolute().parent / FOLDER / f"step_{step}-{mark[-8:]}"
 
 
 def link_files(source: Path, paths: Iterable[Path], pin: Path) -> bool:

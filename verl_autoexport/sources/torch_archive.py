@@ -1,4 +1,4 @@
-"""The zip archive that `torch.save` writes: what it says of itself, and whether its bytes are still the same."""
+"""The zip archive that `torch.save` writes: what it says of itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.sources.checkpoints import BLOCK
 
 _MAX_PICKLE = 256 << 20  # bytes; names and shapes of a million tensors
 _ALLOCATES = (b"builtin", b"bytearray")
@@ -71,19 +70,3 @@ def _begin(fd: int, record: zipfile.ZipInfo) -> int:
     lengths = os.pread(fd, 4, record.header_offset + 26)
     behind = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
     return record.header_offset + 30 + behind
-
-
-def check_sums(path: Path) -> None:
-    """Read a file whole and compare with the CRC-32 that torch wrote beside each storage; raises SourceError."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # 0: training has switched them off (`torch.serialization.set_crc32_options`)
-            for record in (r for r in archive.infolist() if r.CRC):
-                with archive.open(record) as f:
-                    while f.read(BLOCK):
-                        pass
-    except Exception as e:  # zipfile raises what its parsers do: zlib.error, UnicodeDecodeError, NotImplementedError …
-        raise SourceError(
-            f"{path}: its bytes are not those that training wrote: {e!r}. A disk or a copy damaged it; copy or save it "
-            "again."
-        ) from e
