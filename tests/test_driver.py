@@ -229,8 +229,9 @@ def test_what_retention_removed_is_neither_exported_again_nor_forgotten_by_the_t
     assert [v.name for v in run.registry.versions()] == ["v0002-step2", "v0004-step4"]
 
 
-def test_a_hold_whose_export_fails_is_tried_again_a_few_times_and_then_named(run, tmp_path, caplog):
+def test_a_hold_whose_export_fails_is_tried_again_a_few_times_and_then_named(cluster, source, tmp_path, caplog):
     """The run directory is copied to another disk meanwhile, and the checkpoint itself is gone."""
+    run = Script(source, tmp_path / "run")
     run.start(at_steps=[2], on_train_end=False)
     run.save(2)
     config = next((run.root / ".autoexport").glob("step_2-*/huggingface/config.json"))

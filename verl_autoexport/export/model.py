@@ -13,7 +13,7 @@ from verl_autoexport.export.heads import Head, find_head
 from verl_autoexport.export.plan import Fusion, MergePlan, Output, make_plan, one_file_plan
 from verl_autoexport.export.reader import equal_values
 from verl_autoexport.export.spec import ExportSpec
-from verl_autoexport.sources.base import ShardManifest
+from verl_autoexport.sources.base import ShardManifest, diverged
 from verl_autoexport.sources.crc32 import Run, Sums
 
 ADAPTER_FOLDER = "adapter"
@@ -84,6 +84,15 @@ def capture_dtypes(spec: ExportSpec, planned: Planned) -> dict[str, str]:
     return {fqn: rule(fqn, t.dtype) for fqn, t in planned.manifest.tensors.items()}
 
 
+def tied_names(planned: Planned) -> dict[str, str]:
+    """{alias: name it is tied to} of the model, as the shards name them where they hold both."""
+    tied = getattr(planned.skeleton, "all_tied_weights_keys", None) or {}
+    if planned.adapter is None:
+        return dict(tied)
+    base = planned.adapter.base
+    return {base[alias]: base[name] for alias, name in tied.items() if alias in base and name in base}
+
+
 def _skeleton(spec: ExportSpec, manifest: ShardManifest) -> tuple[Any, Head | None]:
     """The model of the shards: that of `config.json`, or the value model that was made of it."""
     options = {"trust_remote_code": spec.trust_remote_code, "external_lib": spec.external_lib}
@@ -98,7 +107,4 @@ def _skeleton(spec: ExportSpec, manifest: ShardManifest) -> tuple[Any, Head | No
 def _check_tied(skeleton: Any, manifest: ShardManifest, sums: Sums) -> None:
     for alias, name in naming.tied_aliases(skeleton, manifest).items():
         if not equal_values(manifest, alias, name, sums):
-            raise PlanError(
-                f"{alias} and {name} are tied according to config.json, but their values differ: writing one of them "
-                "would lose the other. Set tie_word_embeddings=false in the model's config if it was trained untied."
-            )
+            raise PlanError(diverged(alias, name))

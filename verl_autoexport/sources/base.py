@@ -143,6 +143,14 @@ class TensorEntry:
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
+def diverged(alias: str, name: str) -> str:
+    """Why two tensors that should be one cannot be written as one."""
+    return (
+        f"{alias} and {name} are tied according to config.json, but their values differ: writing one of them "
+        "would lose the other. Set tie_word_embeddings=false in the model's config if it was trained untied."
+    )
+
+
 class Memory(Protocol):
     """Bytes that are in no file of this node; it can be sent to other processes."""
 
