@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import zipfile
 import zlib
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -54,9 +56,9 @@ PARTS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 59), st.integers(1,
 
 
 @given(PARTS, st.randoms())
-def test_whatever_is_read_in_whatever_order(tmp_path_factory, parts, random):
+def test_whatever_is_read_in_whatever_order(tmp_path_factory, parts, chance):
     """Gaps, overlaps and repetitions: sound files are found sound, and one wrong byte in any reading is found."""
-    folder, content = tmp_path_factory.mktemp("parts"), bytes(random.randrange(256) for _ in range(100))
+    folder, content = tmp_path_factory.mktemp("parts"), bytes(chance.randrange(256) for _ in range(100))
     records = [Record("a", 10, 50, zlib.crc32(content[10:60])), Record("b", 61, 39, zlib.crc32(content[61:]))]
     parts = [
         (f, b, min(b + n, r.begin + r.nbytes))
@@ -74,9 +76,9 @@ def test_whatever_is_read_in_whatever_order(tmp_path_factory, parts, random):
     assert difference(path, records, [run for run in runs if run.file == 0]) is None
     own = [part for part in parts if part[0] == 0]
     if own:
-        _, begin, end = random.choice(own)
+        _, begin, end = chance.choice(own)
         wrong = bytearray(content[begin:end])
-        wrong[random.randrange(end - begin)] ^= 1 << random.randrange(8)
+        wrong[chance.randrange(end - begin)] ^= 1 << chance.randrange(8)
         sums.add(0, begin, memoryview(wrong))
         assert difference(path, records, [run for run in join(set(sums.runs())) if run.file == 0]) is not None
 
@@ -327,6 +329,75 @@ def test_tied_tensors_were_compared_as_they_were_saved(name, made):
 
 def _cloned(tensor: DTensor) -> DTensor:
     return DTensor(tensor._local_tensor.clone(), tensor._spec, requires_grad=False)
+
+
+# -- what lies beside them -------------------------------------------------------------------
+
+
+def beside(made: Path, rank: int, steps: int, count: int = 2) -> Path:
+    """As verl's FSDPCheckpointManager saves a rank's scheduler and random generators."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step()
+    rng = {"cpu": torch.get_rng_state(), "numpy": np.random.get_state(), "random": random.getstate()}
+    path = made / f"actor/extra_state_world_size_{count}_rank_{rank}.pt"
+    torch.save({"lr_scheduler": scheduler.state_dict(), "rng": rng}, path)
+    return path
+
+
+def test_schedulers_at_different_steps_are_of_different_saves(own_checkpoint, tmp_path):
+    made = own_checkpoint("even")
+    for rank in range(2):
+        beside(made, rank, 300)
+    assert not any("saves" in note for note in export(made, tmp_path / "out").notes)
+    beside(made, 1, 301)
+    with pytest.raises(SourceError, match=r"different saves: beside rank 0 .*300.*, beside rank 1 .*301.*extra_state"):
+        export(made, tmp_path / "again")
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "cut", "no archive", "evil", "fifo", "no scheduler", "flipped"])
+def test_a_scheduler_that_cannot_be_read_stops_no_export(kind, own_checkpoint, tmp_path):
+    made = own_checkpoint("even")
+    beside(made, 0, 3)
+    path = beside(made, 1, 3)
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "evil":
+        torch.save({"lr_scheduler": Evil(str(tmp_path / "ran"))}, path)
+    elif kind == "no scheduler":
+        torch.save({"lr_scheduler": None, "rng": {}}, path)
+    elif kind == "flipped":
+        path.write_bytes(content.replace(b"last_epoch", b"last\xffepoch"))
+    elif kind != "missing":
+        path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "no archive": b"x" * 999}[kind])
+    export(made, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_files_that_may_be_of_different_saves_are_noted(own_checkpoint, tmp_path):
+    made = own_checkpoint("even")
+    assert not any("saves" in note for note in export(made, tmp_path / "one").notes)
+    now = rank_file(made, 0).stat().st_mtime
+    os.utime(rank_file(made, 1), (now + 7200, now + 7200))
+    (made / "data.pt").touch()
+    (made.parent / "latest_checkpointed_iteration.txt").write_text("5")
+    os.utime(made / "data.pt", (now, now))
+    notes = " ".join(export(made, tmp_path / "two").notes)
+    assert "the file of rank 1 was written 2:00:00 after that of rank 0: they may be of different saves" in notes
+    assert "2:00:00 after data.pt" in notes
+    assert "latest_checkpointed_iteration.txt says 5: the save of step 7 was not completed" in notes
 
 
 # -- every byte ------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from verl_autoexport.export.record import make_record
 from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.registry.twins import Twins, find_twins, link_twin
-from verl_autoexport.sources.base import ShardManifest, ShardSource
+from verl_autoexport.sources.base import ShardSource
 from verl_autoexport.sources.checkpoints import earlier_fingerprint
 from verl_autoexport.sources.crc32 import join
 from verl_autoexport.sources.fsdp_files import FsdpFiles
@@ -197,7 +197,7 @@ def _run(
         runs = join({*planned.read, *(run for file in written for run in file.read)})
         source.check_sums(manifest, runs, progress.advance)
         written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
-        notes = [*_unchecked(source, manifest), *_write_beside(spec, planned, written, target)]
+        notes = [*manifest.notes, *_write_beside(spec, planned, written, target)]
     with _timed(timings, "verify"):
         progress.stage(VERIFYING)
         checks = _verify(spec, target, planned)
@@ -218,14 +218,6 @@ def _open_source(spec: ExportSpec) -> ShardSource:
         f"{spec.checkpoint}: the shards are no longer those of step {spec.step} as it was chosen: fingerprint "
         f"{spec.fingerprint} expected, {source.fingerprint} found. The step was saved again meanwhile."
     )
-
-
-def _unchecked(source: ShardSource, manifest: ShardManifest) -> Iterator[str]:
-    if source.kind == "checkpoint" and (count := len(manifest.files) - len(manifest.records)):
-        yield (
-            f"the content of {count} of {len(manifest.files)} rank files could not be checked: training wrote no "
-            "CRC-32s into them (torch.serialization.set_crc32_options); only their size and time were compared"
-        )
 
 
 def _jobs(spec: ExportSpec, planned: Planned, target: Path) -> list[MergeJob]:

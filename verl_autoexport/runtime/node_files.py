@@ -21,6 +21,7 @@ from verl_autoexport.sources import pins
 from verl_autoexport.sources.checkpoints import find_checkpoint, present_ranks
 from verl_autoexport.sources.crc32 import Run
 from verl_autoexport.sources.fsdp_files import Piece, compare, read_rank_file
+from verl_autoexport.sources.one_save import scheduler_at
 from verl_autoexport.sources.page_cache import drop_cache
 from verl_autoexport.sources.records import Mark, Record, mark, read_records
 
@@ -55,8 +56,9 @@ class NodeFiles:
         world_size, files = present_ranks(source)
         return Part(host, source, world_size, {rank: (file, mark(file)) for rank, file in files.items()})
 
-    def pieces(self, files: Mapping[int, Path]) -> dict[int, tuple[dict[str, Piece], tuple[Record, ...]]]:
-        return {rank: (read_rank_file(path, rank), read_records(path)) for rank, path in files.items()}
+    def pieces(self, files: Mapping[int, Path]) -> dict[int, tuple[dict[str, Piece], tuple[Record, ...], Any]]:
+        """What is in each file, and beside it."""
+        return {r: (read_rank_file(path, r), read_records(path), scheduler_at(path)) for r, path in files.items()}
 
     def read(self, path: Path, offset: int, nbytes: int) -> np.ndarray:
         block, done = np.empty(nbytes, dtype=np.uint8), 0

@@ -26,6 +26,7 @@ from verl_autoexport.sources.base import ShardManifest
 from verl_autoexport.sources.checkpoints import brief, digest
 from verl_autoexport.sources.crc32 import Run
 from verl_autoexport.sources.fsdp_files import CHANGED, make_manifest, runs_by_file
+from verl_autoexport.sources.one_save import check_schedulers
 from verl_autoexport.sources.records import Mark
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,8 @@ class SpreadFiles:
             for rank, (node, path, _) in enumerate(self.ranks)
         ]
         self.check_unchanged()  # all of it is of one save
-        ranks, records = zip(*(pieces[r] for r in range(len(files))), strict=True)
+        ranks, records, schedulers = zip(*(pieces[r] for r in range(len(files))), strict=True)
+        check_schedulers([path for _, path, _ in self.ranks], schedulers)
         return make_manifest(self.directory, ranks, files, self.fingerprint, records)
 
     def check_sums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:

@@ -169,7 +169,7 @@ class ShardManifest:
     """All tensors of a source, and the files, or blocks of memory, that their bytes are in.
 
     `fingerprint` identifies the content. `records` are, by number of file, those with a CRC-32, where
-    there are any: what is read of such a file is compared with them.
+    there are any: what is read of such a file is compared with them. `notes` say what the record should.
     """
 
     files: tuple[Path | Memory, ...]
@@ -178,6 +178,7 @@ class ShardManifest:
     backend: str
     fingerprint: str
     records: Mapping[int, tuple[Record, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class ShardSource(Protocol):

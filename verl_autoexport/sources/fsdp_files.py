@@ -35,6 +35,7 @@ from verl_autoexport.sources.base import (
 )
 from verl_autoexport.sources.checkpoints import BLOCK, brief, digest, rank_files
 from verl_autoexport.sources.crc32 import Run
+from verl_autoexport.sources.one_save import check_one_save
 from verl_autoexport.sources.page_cache import drop_cache
 from verl_autoexport.sources.records import Mark, Record, difference, mark, read_records
 from verl_autoexport.sources.torch_archive import Storage, read_archive
@@ -102,7 +103,8 @@ class FsdpFiles:
         ranks = [read_rank_file(path, rank) for rank, path in enumerate(self.paths)]
         records = [read_records(path) for path in self.paths]
         self.check_unchanged()  # both are of one save
-        return make_manifest(self.directory, ranks, self.paths, self.fingerprint, records)
+        notes = check_one_save(self.paths)
+        return make_manifest(self.directory, ranks, self.paths, self.fingerprint, records, notes)
 
 
 def compare(
@@ -146,12 +148,19 @@ def make_manifest(
     files: Sequence[Path | Memory],
     fingerprint: str,
     records: Sequence[tuple[Record, ...]],
+    notes: Sequence[str] = (),
 ) -> ShardManifest:
     """All ranks' pieces, those of rank i in `files[i]`; `directory` holds `fsdp_config.json`. Raises SourceError."""
     _check_same_keys(directory, ranks)
     tensors = {fqn: _assemble(fqn, [r[fqn] for r in ranks], files) for fqn in ranks[0]}
     checked = {number: found for number, found in enumerate(records) if found}
-    return ShardManifest(tuple(files), tensors, len(files), _backend(directory), fingerprint, checked)
+    if count := len(files) - len(checked):
+        notes = (
+            *notes,
+            f"the content of {count} of {len(files)} rank files could not be checked: training wrote no CRC-32s into "
+            "them (torch.serialization.set_crc32_options); only their size and time were compared",
+        )
+    return ShardManifest(tuple(files), tensors, len(files), _backend(directory), fingerprint, checked, tuple(notes))
 
 
 def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
