@@ -456,7 +456,6 @@ PRIVATE = {  # name → where it must be, and the module here that uses it
     "_schema": ("torch:ops.aten.clone.default", "export/layout.py"),
     "_non_persistent_buffers_set": ("torch.nn:Identity", "sources/live.py"),
     "_parameters": ("torch.nn:Identity", "sources/live.py"),
-    "_exit": ("os", "sources/sum_check.py"),  # documented, in spite of its name
 }
 """Private names of torch and transformers that the package uses, but for those of FSDP1's flat parameters."""
 IMPORTED = {

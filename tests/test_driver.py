@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.driver import ExportDriver
 from verl_autoexport.runtime.request import RunInfo
-from verl_autoexport.sources.pins import find_pins
+from verl_autoexport.sources.pins import MAX_ATTEMPTS, find_pins
 
 METRIC = "val-core/x/acc/mean@1"
 BEST = {"metric": METRIC}
@@ -226,3 +227,30 @@ def test_what_retention_removed_is_neither_exported_again_nor_forgotten_by_the_t
     run.finish(False)
     assert run.live() == {2: {"best"}, 4: {"at_steps"}}
     assert [v.name for v in run.registry.versions()] == ["v0002-step2", "v0004-step4"]
+
+
+def test_a_hold_whose_export_fails_is_tried_again_a_few_times_and_then_named(cluster, source, tmp_path, caplog):
+    """The run directory is copied to another disk meanwhile, and the checkpoint itself is gone."""
+    run = Script(source, tmp_path / "run")
+    run.start(at_steps=[2], on_train_end=False)
+    run.save(2)
+    config = next((run.root / ".autoexport").glob("step_2-*/huggingface/config.json"))
+    config.unlink()
+    shutil.rmtree(run.root / "global_step_2")
+    run.driver.logged(2, {})
+    assert "1 failed (step 2: PlanError" in run.finish(False)
+    other = tmp_path / "other"
+    subprocess.run(["cp", "-a", run.root, other], check=True)
+    shutil.rmtree(run.root)
+    moved = Script(run.source, other)
+    moved.driver = run.driver
+    (pin,) = find_pins(other)
+    for attempts in range(1, MAX_ATTEMPTS):
+        (pin,) = find_pins(other)
+        assert pin.request["attempts"] == attempts
+        moved.start(2, at_steps=[2], on_train_end=False)
+        assert "1 failed (step 2: PlanError" in moved.finish(False)
+    moved.start(2, at_steps=[2], on_train_end=False)
+    assert "0 published; in " in moved.finish(False)
+    assert f"export {pin.path} --registry {other / 'exports'}; to give it up: rm -r {pin.path}" in caplog.text
+    assert [p.path for p in find_pins(other)] == [pin.path]

@@ -514,7 +514,7 @@ def fuzz_config(examples: int) -> Callable[..., None]:
 
 
 def fuzz_shards(examples: int) -> Callable[..., None]:
-    """A shard with bytes of its directory and pickle changed; values are covered by their check sums."""
+    """A shard with bytes of its directory and pickle changed; values are covered by their checksums."""
 
     @settings(max_examples=examples, **QUIET)
     @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6), st.randoms())

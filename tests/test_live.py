@@ -15,15 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sharding import QWEN2, QWEN3_MOE, make_checkpoints
 
+from verl_autoexport.errors import PlanError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_directory
 from verl_autoexport.export.reader import ShardReader
 from verl_autoexport.export.spec import checkpoint_spec
-from verl_autoexport.sources.base import Check, ShardManifest
+from verl_autoexport.runtime.live import split_otherwise
+from verl_autoexport.sources.base import ShardManifest
 from verl_autoexport.sources.fsdp_files import FsdpFiles
 from verl_autoexport.sources.live import Part, flat_boxes, lay_out, make_manifest
 
 VALUE = QWEN2 | {"architectures": ["Qwen2ForTokenClassification"], "num_labels": 1}
 TIED = QWEN2 | {"tie_word_embeddings": True}
+HEAD = "lm_head.weight"
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 CASES = {
     3: {
@@ -37,6 +40,13 @@ CASES = {
         "tied": {"config": TIED, "live": "float16"},
         "value": {"config": VALUE, "live": "float32", "role": "critic"},
         "value_fsdp1": {"config": VALUE, "live": "bfloat16", "role": "critic", "strategy": "fsdp"},
+        "apart": {"config": QWEN2, "live": "float32", "saved": {"tie_word_embeddings": True}},
+        "apart_fsdp1": {
+            "config": QWEN2,
+            "strategy": "fsdp",
+            "live": "bfloat16",
+            "saved": {"tie_word_embeddings": True},
+        },
         "offloaded": {"config": QWEN2, "live": "bfloat16", "offload": True},
     },
     4: {
@@ -87,6 +97,20 @@ def test_chunks_are_bounded_and_full(made):
     assert max(Counter(part.fqn for part in layout.parts).values()) > 1  # larger tensors are cut
 
 
+@pytest.mark.parametrize(("name", "otherwise"), [("fsdp2", set()), ("fsdp1", {HEAD}), ("hsdp", set()), ("tied", set())])
+def test_which_tied_tensors_a_rank_cannot_compare(name, otherwise, made):
+    """FSDP1 cuts a flattened group of them wherever a rank's part ends."""
+    layouts = [pickle.loads(p.read_bytes()) for p in sorted((made(name) / "live").glob("*.layout"))]
+    assert split_otherwise(layouts, {HEAD: "model.embed_tokens.weight"}) == otherwise
+
+
+@pytest.mark.parametrize("name", ["apart", "apart_fsdp1"])
+def test_tied_tensors_that_differ_are_refused_where_both_are_copied(name, made, tmp_path):
+    spec = replace(checkpoint_spec(made(name) / "actor", verify=False), source=Copied(made(name) / "live"))
+    with pytest.raises(PlanError, match=r"lm_head\.weight and model\.embed_tokens\.weight are tied according to"):
+        export_to_directory(spec, tmp_path / "out", LocalRunner(1))
+
+
 class Copied:
     """The copies on disk as a source."""
 
@@ -98,8 +122,8 @@ class Copied:
     def manifest(self) -> ShardManifest:
         return read(self.folder)
 
-    def check_sums(self) -> Check:
-        return Check()
+    def check_sums(self, *args: object) -> None:
+        pass
 
     def check_unchanged(self) -> None:
         pass

@@ -152,6 +152,30 @@ def test_each_version_has_the_weights_of_its_step(workers, start):
         assert 0 < times["stall"] < 30
 
 
+def test_tied_weights_that_have_diverged(cluster, start):
+    """Two parameters in a model whose config ties them: written as one while they are the same, and not else."""
+
+    def tie(worker: Any) -> None:
+        worker.actor.engine.module.config.tie_word_embeddings = True
+
+    def diverge(worker: Any) -> None:
+        with torch.no_grad():
+            worker.actor.engine.module.lm_head.weight._local_tensor[-1, -1] += 1
+
+    workers = make_workers()
+    in_worker(workers, tie)
+    driver = start(workers)
+    train(workers, driver, 1)
+    ray.get([w.train.remote(2) for w in workers])
+    in_worker(workers[1:], diverge)
+    driver.logged(2, {})
+    train(workers, driver, 3)
+    report = driver.drain(120)
+    assert "rank 1: lm_head.weight and model.embed_tokens.weight are tied according to config.json" in report
+    assert values(driver) == {1: {1.0}, 3: {3.0}}
+    assert not any("lm_head.weight" in tensors(v.path) for v in versions(driver))
+
+
 def test_what_a_snapshot_took_of_the_store_is_given_back(workers, start):
     """After success and after failure."""
     driver = start(overflow="wait")

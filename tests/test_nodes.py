@@ -308,7 +308,9 @@ def test_a_damaged_shard_is_found_where_it_lies(cluster, source, driver):
     path.write_bytes(content)
     driver.saved(4, checkpoint)
     driver.logged(4, {})
-    assert "rank_2.pt: its bytes are not those that training wrote" in driver.drain(120)
+    report = driver.drain(120)
+    assert "rank_2.pt (rank 2): " in report
+    assert "its bytes are not those that training wrote" in report
 
 
 def test_a_node_that_dies_in_the_middle_fails_the_export_and_nothing_else(cluster, source, start):

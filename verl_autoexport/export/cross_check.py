@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from verl_autoexport.export.configs import differences, plain
 from verl_autoexport.export.naming import load_config
-from verl_autoexport.sources.checkpoints import rank_files
 from verl_autoexport.sources.base import ITEMSIZE
+from verl_autoexport.sources.checkpoints import rank_files
 from verl_autoexport.sources.fsdp_files import RankFile
 from verl_autoexport.sources.rank_state import Parts, Placement, read_tensor
 

@@ -21,9 +21,10 @@ import torch
 from verl_autoexport.errors import MergeError
 from verl_autoexport.export import lora
 from verl_autoexport.export.plan import Output, Piece, PlannedFile, nbytes
-from verl_autoexport.export.reader import MAX_BLOCK, ShardReader, as_bytes, boxes, within
+from verl_autoexport.export.reader import MAX_BLOCK, Range, ShardReader, as_bytes, boxes, within
 from verl_autoexport.export.writer import FileWriter
 from verl_autoexport.sources.base import FLOATING, ITEMSIZE, ShardManifest
+from verl_autoexport.sources.crc32 import Run, Sums
 from verl_autoexport.sources.tiling import Index, overlap
 
 Progress = Callable[[int], None]
@@ -36,7 +37,8 @@ class WrittenFile:
 
     Of the tensors with LoRA fused in: those whose lora_B is not zero (`trained`), and those
     that came out different from the base (`changed`). `apart`: its tensors do not change between
-    versions; `linked`: it is the same file as that of an earlier one.
+    versions; `linked`: it is the same file as that of an earlier one. `read` is all that was read of files
+    with records.
     """
 
     name: str
@@ -46,6 +48,7 @@ class WrittenFile:
     changed: frozenset[str] = frozenset()
     apart: bool = False
     linked: bool = False
+    read: tuple[Run, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class MergeJob:
         if size != self.planned.nbytes:
             raise MergeError(f"{self.path}: {size} bytes written, {self.planned.nbytes} planned; please report this.")
         trained, changed = frozenset(work.trained), frozenset(work.changed)
-        return WrittenFile(self.planned.name, size, digest, trained, changed, self.planned.apart)
+        read = work.sums.runs()
+        return WrittenFile(self.planned.name, size, digest, trained, changed, self.planned.apart, read=read)
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class _Work:
         self.lock = Lock()
         self.trained: set[str] = set()
         self.changed: set[str] = set()
+        self.sums = Sums()
 
     def share(self, threads: int) -> None:
         """All of it, by `threads`; with two buffers each goes on while another hashes its first."""
@@ -135,7 +140,7 @@ class _Work:
         """Fill, check, write and hash one block after the other."""
         ring = cycle([_Buffer(torch.empty(self.size, dtype=torch.uint8)) for _ in range(buffers)])
         try:
-            with ShardReader(self.job.manifest, self.job.cached) as reader:
+            with ShardReader(self.job.manifest, self.job.cached, self.sums) as reader:
                 source = _Source(reader, self.job.planned, self)
                 while block := self._next():
                     self._write(block, source, next(ring))
@@ -168,8 +173,9 @@ class _Work:
         nbytes = math.prod(block.shape) * ITEMSIZE[output.dtype]
         out = buffer.data[:nbytes].view(getattr(torch, output.dtype)).view(block.shape)
         data = as_bytes(out)
-        if block.unchanged and self.writer.copies and self._copy(block, source.reader):
+        if block.unchanged and self.writer.copies and (copied := self._copy(block, source.reader)):
             self.writer.read_back(data, block.at)
+            source.reader.note(copied, data)
         else:
             _fill(output, source, block.offsets, block.shape, out)
             self.writer.write(data, block.at)
@@ -183,15 +189,16 @@ class _Work:
                 self.writer.break_off(e)  # before anyone takes another block
                 raise
 
-    def _copy(self, block: _Block, reader: ShardReader) -> bool:
-        """Let the file system copy whole rows of shards; False where that is not possible."""
-        piece, at = block.output.pieces[0], block.at
+    def _copy(self, block: _Block, reader: ShardReader) -> list[Range]:
+        """Let the file system copy whole rows of shards; none where that is not possible."""
+        piece, at, copied = block.output.pieces[0], block.at, []
         ranges = reader.ranges(reader.manifest.tensors[piece.fqn], _sum(piece.offsets, block.offsets), block.shape)
-        for fd, offset, count in ranges or ():
-            if not self.writer.copy(fd, offset, count, at):
-                return False  # what was copied before is written over
-            at += count
-        return ranges is not None
+        for part in ranges or ():
+            if not self.writer.copy(part.fd, part.offset, part.nbytes, at):
+                return []  # what was copied before is written over
+            copied.append(part)
+            at += part.nbytes
+        return copied
 
 
 @contextmanager

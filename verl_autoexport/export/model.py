@@ -13,7 +13,8 @@ from verl_autoexport.export.heads import Head, find_head
 from verl_autoexport.export.plan import Fusion, MergePlan, Output, make_plan, one_file_plan
 from verl_autoexport.export.reader import equal_values
 from verl_autoexport.export.spec import ExportSpec
-from verl_autoexport.sources.base import ShardManifest
+from verl_autoexport.sources.base import ShardManifest, diverged
+from verl_autoexport.sources.crc32 import Run, Sums
 
 ADAPTER_FOLDER = "adapter"
 """Where the adapter is in a version that has the fused model too."""
@@ -23,7 +24,8 @@ ADAPTER_FOLDER = "adapter"
 class Planned:
     """What will be written, and of what: `manifest` has every tensor that `plan` reads.
 
-    `skeleton` is the model on the meta device, `contract` how it differs from the base.
+    `skeleton` is the model on the meta device, `contract` how it differs from the base, `read` all that was
+    read of files with records.
     """
 
     skeleton: Any
@@ -31,6 +33,7 @@ class Planned:
     plan: MergePlan
     contract: Contract
     adapter: lora.Adapter | None = None
+    read: tuple[Run, ...] = ()
 
 
 def plan_model(spec: ExportSpec, manifest: ShardManifest, values: bool = True) -> Planned:
@@ -52,8 +55,9 @@ def plan_model(spec: ExportSpec, manifest: ShardManifest, values: bool = True) -
     else:
         held, outputs = lora.model_outputs(adapter, manifest, skeleton, spec.dtype, spec.base_model)
         held, fusions = lora.with_adapter(held, manifest, adapter), adapter.fusions
+    sums = Sums()
     if values:
-        _check_tied(skeleton, held)
+        _check_tied(skeleton, held, sums)
     contract = check_contract(skeleton, head, outputs, spec.base_model, spec.trust_remote_code)
     if fused := sorted(o.name for o in outputs if any(p.fqn in fusions for p in o.pieces)):
         contract = replace(contract, explained={**contract.explained, "LoRA fused in": tuple(fused)})
@@ -61,7 +65,7 @@ def plan_model(spec: ExportSpec, manifest: ShardManifest, values: bool = True) -
     plan = make_plan(held, outputs, spec.max_shard_size, fusions, _unchanging(spec, outputs, fusions))
     if spec.lora == "both":
         plan = replace(plan, files=(*plan.files, lora.plan_adapter(adapter, held, spec.dtype, f"{ADAPTER_FOLDER}/")))
-    return Planned(skeleton, held, plan, contract, adapter)
+    return Planned(skeleton, held, plan, contract, adapter, sums.runs())
 
 
 def _unchanging(spec: ExportSpec, outputs: Sequence[Output], fusions: Mapping[str, Fusion]) -> set[str]:
@@ -80,6 +84,15 @@ def capture_dtypes(spec: ExportSpec, planned: Planned) -> dict[str, str]:
     return {fqn: rule(fqn, t.dtype) for fqn, t in planned.manifest.tensors.items()}
 
 
+def tied_names(planned: Planned) -> dict[str, str]:
+    """{alias: name it is tied to} of the model, as the shards name them where they hold both."""
+    tied = getattr(planned.skeleton, "all_tied_weights_keys", None) or {}
+    if planned.adapter is None:
+        return dict(tied)
+    base = planned.adapter.base
+    return {base[alias]: base[name] for alias, name in tied.items() if alias in base and name in base}
+
+
 def _skeleton(spec: ExportSpec, manifest: ShardManifest) -> tuple[Any, Head | None]:
     """The model of the shards: that of `config.json`, or the value model that was made of it."""
     options = {"trust_remote_code": spec.trust_remote_code, "external_lib": spec.external_lib}
@@ -91,10 +104,7 @@ def _skeleton(spec: ExportSpec, manifest: ShardManifest) -> tuple[Any, Head | No
     return skeleton, head
 
 
-def _check_tied(skeleton: Any, manifest: ShardManifest) -> None:
+def _check_tied(skeleton: Any, manifest: ShardManifest, sums: Sums) -> None:
     for alias, name in naming.tied_aliases(skeleton, manifest).items():
-        if not equal_values(manifest, alias, name):
-            raise PlanError(
-                f"{alias} and {name} are tied according to config.json, but their values differ: writing one of them "
-                "would lose the other. Set tie_word_embeddings=false in the model's config if it was trained untied."
-            )
+        if not equal_values(manifest, alias, name, sums):
+            raise PlanError(diverged(alias, name))

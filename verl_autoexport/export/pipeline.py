@@ -30,9 +30,10 @@ from verl_autoexport.export.run_files import settled
 from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.registry.twins import Twins, find_twins, link_twin
-from verl_autoexport.sources.base import Check, ShardSource
-from verl_autoexport.sources.checkpoints import check_links, rank_files
+from verl_autoexport.sources.base import ShardSource
+from verl_autoexport.sources.checkpoints import check_links, earlier_fingerprint, rank_files
 from verl_autoexport.sources.checkpoints import notes as left_out
+from verl_autoexport.sources.crc32 import join
 from verl_autoexport.sources.fetched import check_fetched
 from verl_autoexport.sources.fsdp_files import FsdpFiles
 from verl_autoexport.sources.page_cache import drop_cache
@@ -176,7 +177,7 @@ def _run(
     if spec.hand_over_s is not None:
         timings["hand_over"] = spec.hand_over_s
     check_links(spec.checkpoint)
-    with source.check_sums() as sums, ExitStack() as stack:
+    with ExitStack() as stack:
         with _timed(timings, "gather"):
             manifest = source.manifest()
             spec, notes = stack.enter_context(settled(spec, manifest))
@@ -186,10 +187,12 @@ def _run(
         with _timed(timings, "merge"):
             progress.stage("merging", planned.plan.nbytes)
             written = runner.run(_jobs(spec, planned, target), progress.advance)
-            _await(sums, source, progress)
+            progress.stage("comparing checksums")
+            runs = join({*planned.read, *(run for file in written for run in file.read)})
+            source.check_sums(manifest, runs, progress.advance)
             written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
             more, reference = _write_beside(spec, planned, written, target)
-            notes += more + ([] if spec.source else left_out(spec.checkpoint))
+            notes = [*manifest.notes, *notes, *more, *([] if spec.source else left_out(spec.checkpoint))]
         with _timed(timings, "verify"):
             progress.stage(VERIFYING)
             checks = _verify(spec, target, planned, reference)
@@ -203,27 +206,20 @@ def _run(
 def _open_source(spec: ExportSpec) -> ShardSource:
     _check_fetched(spec)
     source = spec.source or FsdpFiles(spec.checkpoint)
-    if spec.fingerprint and source.fingerprint != spec.fingerprint:
-        raise SourceError(
-            f"{spec.checkpoint}: the shards are no longer those of step {spec.step} as it was chosen: fingerprint "
-            f"{spec.fingerprint} expected, {source.fingerprint} found. The step was saved again meanwhile."
-        )
-    return source
+    if spec.fingerprint in (None, source.fingerprint):
+        return source
+    if spec.source is None and spec.fingerprint == earlier_fingerprint(spec.checkpoint):
+        return source
+    raise SourceError(
+        f"{spec.checkpoint}: the shards are no longer those of step {spec.step} as it was chosen: fingerprint "
+        f"{spec.fingerprint} expected, {source.fingerprint} found. The step was saved again meanwhile."
+    )
 
 
 def _check_fetched(spec: ExportSpec) -> None:
     folders = [spec.model_dir, *([Path(spec.base_model).expanduser()] if spec.base_model else [])]
     check_fetched([] if spec.source else rank_files(spec.checkpoint))
     check_fetched(path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()))
-
-
-def _await(sums: Check, source: ShardSource, progress: Progress) -> None:
-    progress.stage("comparing check sums")
-    try:
-        sums.wait(progress.advance)
-    except SourceError:
-        source.check_unchanged()  # then that is the reason
-        raise
 
 
 def _jobs(spec: ExportSpec, planned: Planned, target: Path) -> list[MergeJob]:
@@ -233,7 +229,8 @@ def _jobs(spec: ExportSpec, planned: Planned, target: Path) -> list[MergeJob]:
         path = target / file.name
         path.parent.mkdir(exist_ok=True)
         needed = {fqn: planned.manifest.tensors[fqn] for fqn in file.sources}
-        manifest, cached = replace(planned.manifest, tensors=needed), spec.cached or read_again
+        sums = dict.fromkeys(planned.manifest.records, ())  # which files have them is all that a job needs to know
+        manifest, cached = replace(planned.manifest, tensors=needed, records=sums), spec.cached or read_again
         jobs.append(MergeJob(file, manifest, path, spec.memory_budget, cached, read_again))
     return jobs
 

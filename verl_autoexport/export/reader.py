@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from verl_autoexport.errors import MergeError, SourceError
 from verl_autoexport.sources.base import ITEMSIZE, Cut, Shard, ShardManifest, TensorEntry
+from verl_autoexport.sources.crc32 import Sums
 from verl_autoexport.sources.page_cache import drop_cache
 from verl_autoexport.sources.tiling import Index
 
@@ -18,14 +20,24 @@ MAX_BLOCK = 2 << 20  # bytes; measured: 1 MiB costs more in calls, 4 MiB brings 
 _OPEN = 256  # files at a time; a process may often have 1024
 
 
+class Range(NamedTuple):
+    """Bytes of file number `file` of a manifest, and where it is open."""
+
+    fd: int
+    file: int
+    offset: int
+    nbytes: int
+
+
 class ShardReader:
     """Positional reads, for one thread. A context manager; it closes the files.
 
-    `cached` False then lets go of the page cache of what was read.
+    `cached` False then lets go of the page cache of what was read. `sums` is told of all that is read of files
+    with records.
     """
 
-    def __init__(self, manifest: ShardManifest, cached: bool = True) -> None:
-        self.manifest, self.cached = manifest, cached
+    def __init__(self, manifest: ShardManifest, cached: bool = True, sums: Sums | None = None) -> None:
+        self.manifest, self.cached, self.sums = manifest, cached, sums
         self.fds: dict[int, int] = {}
         self.opened: set[Path] = set()
         self.buffer = torch.empty(0, dtype=torch.uint8)
@@ -63,8 +75,8 @@ class ShardReader:
         if filled != math.prod(shape):
             raise MergeError(f"{fqn}: {filled} of {math.prod(shape)} elements at {list(offsets)} are covered.")
 
-    def ranges(self, entry: TensorEntry, offsets: Index, shape: Index) -> Iterator[tuple[int, int, int]] | None:
-        """(file descriptor, offset, bytes) of what the box is in row-major order; None unless it is whole rows.
+    def ranges(self, entry: TensorEntry, offsets: Index, shape: Index) -> Iterator[Range] | None:
+        """What the box is in row-major order; None unless it is whole rows.
 
         A descriptor is good until the next one is asked for.
         """
@@ -75,13 +87,25 @@ class ShardReader:
                 return None
         return self._ranges(entry, sorted(found, key=lambda both: both[1].at))
 
-    def _ranges(self, entry: TensorEntry, found: Sequence[tuple[Shard, Cut]]) -> Iterator[tuple[int, int, int]]:
+    def note(self, ranges: Iterable[Range], data: memoryview) -> None:
+        """`data` was not read here, but is all bytes of `ranges`."""
+        at = 0
+        for part in ranges:
+            self._note(part.file, part.offset, data[at : at + part.nbytes])
+            at += part.nbytes
+
+    def _note(self, file: int, offset: int, data: memoryview) -> None:
+        if self.sums is not None and file in self.manifest.records:
+            self.sums.add(file, offset, data)
+
+    def _ranges(self, entry: TensorEntry, found: Sequence[tuple[Shard, Cut]]) -> Iterator[Range]:
         size = ITEMSIZE[entry.dtype]
         for shard, cut in found:
             skipped = cut.local[0] * math.prod(cut.shape[1:]) * size if cut.local else 0
             for number in range(cut.first, cut.first + cut.count):
                 fd = self._open(shard, number, entry.fqn)
-                yield fd, shard.byte_offset + skipped, math.prod(cut.shape) * size
+                file = shard.file + number * shard.stride
+                yield Range(fd, file, shard.byte_offset + skipped, math.prod(cut.shape) * size)
 
     def _fill(self, entry: TensorEntry, shard: Shard, cut: Cut, target: torch.Tensor) -> None:
         """One copy for all shards of a cut; none where they follow each other in `target` as they are in the files."""
@@ -139,6 +163,7 @@ class ShardReader:
         path, rank = self.manifest.files[shard.file + step], shard.rank + step
         if not isinstance(path, Path):
             path.read(into, offset, shard.byte_offset + math.prod(shard.shape) * ITEMSIZE[entry.dtype])
+            self._note(shard.file + step, offset, into)
             return
         fd, done = self._open(shard, number, fqn), 0
         try:
@@ -152,9 +177,10 @@ class ShardReader:
                 done += n
         except OSError as e:
             raise SourceError(f"{path} (rank {rank}): {fqn} cannot be read: {e.strerror}.") from e
+        self._note(shard.file + step, offset, into)
 
 
-def equal_values(manifest: ShardManifest, a: str, b: str) -> bool:
+def equal_values(manifest: ShardManifest, a: str, b: str, sums: Sums | None = None) -> bool:
     """Whether two tensors of the source hold the same bits, block by block."""
     left, right = manifest.tensors[a], manifest.tensors[b]
     if left.shape != right.shape or left.dtype != right.dtype:
@@ -162,7 +188,7 @@ def equal_values(manifest: ShardManifest, a: str, b: str) -> bool:
     if left.shards == right.shards:
         return True  # saved once: tied tensors share their storage in the file
     dtype = getattr(torch, left.dtype)
-    with ShardReader(manifest) as reader:
+    with ShardReader(manifest, sums=sums) as reader:
         for offsets, shape in boxes(left.shape, MAX_BLOCK // ITEMSIZE[left.dtype]):
             parts = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
             reader.fill(a, offsets, shape, parts[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from verl_autoexport.sources.checkpoints import find_checkpoint
 
 COMMAND = "command"
 """The trigger of an export by hand."""
+_STEP = re.compile(r"global_step_([0-9]+)|step_([0-9]+)-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,8 @@ def checkpoint_spec(
 
 
 def step_of(directory: Path) -> int:
-    """N of the nearest `global_step_N` in the path; 0 where there is none."""
+    """N of the nearest `global_step_N`, or of a pin of it, in the path; 0 where there is none."""
     for part in reversed(directory.absolute().parts):
-        prefix, _, number = part.rpartition("_")
-        if prefix == "global_step" and number.isdigit():
-            return int(number)
+        if found := _STEP.fullmatch(part):
+            return int(found[1] or found[2])
     return 0

@@ -120,6 +120,30 @@ class ExportActor:
         if live := request.get("live"):
             self.deliveries.forget(live["id"])
 
+    def _is_last_copy(self, request: Mapping[str, Any]) -> bool:
+        """Whether nothing but the pin holds the step any more, so that another try needs it."""
+        if request["pin"] is None or self._taken_over():
+            return False
+        if not request.get("spread"):
+            return pins.is_last_copy(Path(request["pin"]))
+        try:
+            where = (Path(request["origin"]), Path(request["pin"]))
+            return len({self._spread(request, directory).fingerprint for directory in where}) > 1
+        except AutoExportError:
+            return True
+
+    def _keep(self, request: Mapping[str, Any]) -> None:
+        try:
+            attempts = pins.count_attempt(Path(request["pin"]))
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            logger.warning("verl_autoexport: %s: its failure could not be recorded: %r", request["pin"], e)
+            return
+        then = "the next start of this run tries again" if attempts < pins.MAX_ATTEMPTS else "it is not tried again"
+        logger.warning(
+            "verl_autoexport: step %s has failed %s time(s) and is kept in %s, its last copy; %s",
+            request["step"], attempts, request["pin"], then,
+        )  # fmt: skip
+
     def _taken_over(self) -> bool:
         try:
             self.registry.check_owner()
@@ -207,9 +231,12 @@ class ExportActor:
             return replace(spec, source=snapshot, hand_over_s=snapshot.hand_over_s)
         if not request.get("spread"):
             return spec
-        self.nodes = self.nodes or Nodes()
-        source = SpreadFiles(self.nodes, spec.checkpoint, self.settings.role, request.get("homes") or ())
+        source = self._spread(request, spec.checkpoint)
         return replace(spec, source=source, checkpoint=source.directory)
+
+    def _spread(self, request: Mapping[str, Any], directory: Path) -> SpreadFiles:
+        self.nodes = self.nodes or Nodes()
+        return SpreadFiles(self.nodes, directory, self.settings.role, request.get("homes") or ())
 
     def _published(self, request: Mapping[str, Any]) -> str | None:
         """The version that is this very milestone; one made by hand of the same step lacks its reasons."""
@@ -240,7 +267,10 @@ class ExportActor:
     def _settle(self, request: Mapping[str, Any], status: str, reason: str) -> Outcome:
         logger.warning("verl_autoexport: step %s %s: %s", request["step"], status, shown(reason))
         self._journal(status, request, reason=reason)
-        self._release(request)
+        if status == "failed" and self._is_last_copy(request):
+            self._keep(request)
+        else:
+            self._release(request)
         return {"step": request["step"], "status": status, "reason": reason}
 
     def _note_asked(self, request: Mapping[str, Any]) -> None:

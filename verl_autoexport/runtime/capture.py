@@ -67,11 +67,17 @@ def frozen(worker: Any, role: str) -> tuple[str, ...] | None:
 
 
 def prepare(
-    worker: Any, rank: int, role: str, dtypes: Mapping[str, str], groups: Mapping[str, int], clone: bool
+    worker: Any,
+    rank: int,
+    role: str,
+    dtypes: Mapping[str, str],
+    groups: Mapping[str, int],
+    clone: bool,
+    tied: Mapping[str, str],
 ) -> tuple[Layout, int]:
     """What will be copied, and the bytes of host memory that are left here; none is taken yet."""
     global _copier
-    _copier = Copier(find_engine(worker, role).module, rank, dtypes, CHUNK, clone, groups)
+    _copier = Copier(find_engine(worker, role).module, rank, dtypes, CHUNK, clone, groups, tied)
     _held.clear()
     return _copier.layout, headroom()
 

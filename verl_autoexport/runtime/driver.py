@@ -342,12 +342,18 @@ class ExportDriver:
 
     def _resubmit(self, pin: Pin) -> None:
         # The run directory may have been moved since.
-        request = {**(pin.request or {}), "pin": str(pin.path), "directory": str(pin.directory)}
+        request = {**(pin.request or {}), "pin": str(pin.path), "directory": str(pin.directory), "origin": pin.origin}
+        if request.get("attempts", 0) >= pins.MAX_ATTEMPTS:
+            logger.warning(
+                "verl_autoexport: step %s has failed %s times and is not tried again. By hand: verl-autoexport export "
+                "%s --registry %s; to give it up: rm -r %s",
+                pin.step, request["attempts"], pin.path, self.settings.output_dir, pin.path,
+            )  # fmt: skip
+            return
         try:
             decision = Decision(pin.step, request["time"], tuple(map(Trigger.from_dict, request["triggers"])))
         except (KeyError, TypeError, AttributeError) as e:
-            self.ledger.note(pin.step, "failed", f"its request in {pin.path} cannot be read: {e!r}")
-            self._release(pin)
+            self.ledger.note(pin.step, "failed", f"its request in {pin.path}, which is kept, cannot be read: {e!r}")
             return
         logger.warning("verl_autoexport: step %s was interrupted; exporting it now", pin.step)
         self.ledger.submit(decision, request)

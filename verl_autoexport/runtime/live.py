@@ -7,20 +7,21 @@ import shutil
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from verl_autoexport.config import AutoExportConfig
 from verl_autoexport.errors import SourceError
-from verl_autoexport.export.model import capture_dtypes, plan_model
+from verl_autoexport.export.model import capture_dtypes, plan_model, tied_names
 from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.runtime import capture
 from verl_autoexport.runtime.capture import Busy
 from verl_autoexport.sources.base import ShardManifest
-from verl_autoexport.sources.live import Layout, make_manifest
+from verl_autoexport.sources.live import Box, Layout, make_manifest
 
 if TYPE_CHECKING:
     from verl_autoexport.runtime.request import RunInfo
@@ -50,12 +51,20 @@ class LiveSource:
         files = [[_Nothing()] * len(layout.chunks) for layout in self.layouts]
         return make_manifest(self.layouts, files, self.backend, "")
 
-    def prepare(self, dtypes: Mapping[str, str], groups: Mapping[str, int], clone: bool = False) -> None:
+    def prepare(
+        self,
+        dtypes: Mapping[str, str],
+        groups: Mapping[str, int],
+        clone: bool = False,
+        tied: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Every worker begins to take the memory of its copy; see `Copier` for the arguments.
 
         Raises SourceError where a snapshot is too large for the object store or for a node.
         """
-        found = self._call(capture.prepare, self.role, dict(dtypes), dict(groups), clone, timeout_s=_START_S)
+        found = self._call(
+            capture.prepare, self.role, dict(dtypes), dict(groups), clone, dict(tied), timeout_s=_START_S
+        )
         self.layouts = [layout for layout, _ in found]
         self.nbytes = sum(layout.nbytes for layout in self.layouts)
         self.room = self.inflight_bytes // max(1, self.nbytes)
@@ -116,8 +125,22 @@ def start_live(workers: Sequence[Any], settings: AutoExportConfig, info: RunInfo
     groups: dict[str, int] = {}
     for number, file in enumerate(planned.plan.files):  # so that a merge task pulls no blocks of another file
         groups |= dict.fromkeys(file.sources - groups.keys(), number)
-    source.prepare(capture_dtypes(spec, planned), groups, settings.queue.device_clone)
+    tied = tied_names(planned)
+    for alias in split_otherwise(source.layouts, tied):  # the export then compares them
+        groups[alias] = groups[tied[alias]]
+    source.prepare(capture_dtypes(spec, planned), groups, settings.queue.device_clone, tied)
     return source
+
+
+def split_otherwise(layouts: Iterable[Layout], tied: Mapping[str, str]) -> set[str]:
+    """The aliases of which not every rank holds the same elements as of the tensor that they are tied to."""
+    found = set()
+    for layout in layouts:
+        boxes: dict[str, list[Box]] = {}
+        for part in layout.parts:
+            boxes.setdefault(part.fqn, []).extend(part.boxes)
+        found |= {alias for alias, name in tied.items() if alias in boxes and boxes[alias] != boxes.get(name)}
+    return found
 
 
 def pinned_ranks(nodes: Sequence[str], layouts: Sequence[Layout], left: Sequence[int]) -> set[int]:

@@ -18,10 +18,12 @@ import ray
 from verl_autoexport.errors import SourceError
 from verl_autoexport.runtime.tasks import versions
 from verl_autoexport.sources import pins
-from verl_autoexport.sources.checkpoints import Stat, candidates, find_checkpoint, present_ranks, stats
-from verl_autoexport.sources.fsdp_files import Piece, read_rank_file
+from verl_autoexport.sources.checkpoints import candidates, find_checkpoint, present_ranks
+from verl_autoexport.sources.crc32 import Run
+from verl_autoexport.sources.fsdp_files import Piece, compare, read_rank_file
+from verl_autoexport.sources.one_save import scheduler_at
 from verl_autoexport.sources.page_cache import drop_cache
-from verl_autoexport.sources.sum_check import SumCheck
+from verl_autoexport.sources.records import Mark, Record, mark, read_records
 
 _READ_S = 120.0  # a block
 _MAX_CONFIG = 256 << 20  # bytes of a file beside the shards
@@ -34,7 +36,7 @@ class Part:
     host: str
     directory: Path
     world_size: int
-    files: Mapping[int, tuple[Path, Stat]]
+    files: Mapping[int, tuple[Path, Mark]]
 
 
 class NodeFiles:
@@ -42,10 +44,6 @@ class NodeFiles:
 
     Ray may run any call again whose answer was lost, after it or beside it.
     """
-
-    def __init__(self) -> None:
-        self.checks: list[tuple[str, SumCheck]] = []
-        self.stopped: set[str] = set()
 
     def about(self) -> tuple[str, dict[str, str | None]]:
         return socket.gethostname(), versions()
@@ -56,11 +54,11 @@ class NodeFiles:
             return Part(host, path, 0, {})
         source = find_checkpoint(path, role)
         world_size, files = present_ranks(source)
-        seen = dict(zip(files, stats(list(files.values())), strict=True))
-        return Part(host, source, world_size, {rank: (file, seen[rank]) for rank, file in files.items()})
+        return Part(host, source, world_size, {rank: (file, mark(file)) for rank, file in files.items()})
 
-    def pieces(self, files: Mapping[int, Path]) -> dict[int, dict[str, Piece]]:
-        return {rank: read_rank_file(path, rank) for rank, path in files.items()}
+    def pieces(self, files: Mapping[int, Path]) -> dict[int, tuple[dict[str, Piece], tuple[Record, ...], Any]]:
+        """What is in each file, and beside it."""
+        return {r: (read_rank_file(path, r), read_records(path), scheduler_at(path)) for r, path in files.items()}
 
     def read(self, path: Path, offset: int, nbytes: int) -> np.ndarray:
         block, done = np.empty(nbytes, dtype=np.uint8), 0
@@ -74,30 +72,16 @@ class NodeFiles:
             raise SourceError(f"{path}: cannot be read: {e.strerror}.") from e
         return block
 
-    def stats(self, paths: Sequence[Path]) -> list[Stat]:
-        return stats(paths)
+    def marks(self, paths: Sequence[Path]) -> list[Mark]:
+        return list(map(mark, paths))
 
     def drop_cache(self, paths: Sequence[Path]) -> None:
         for path in paths:
             drop_cache(path)
 
-    def check_sums(self, name: str, paths: Sequence[Path]) -> int:
-        """Compare these files with their check sums, until `stop_sums`; their bytes."""
-        with SumCheck(paths) as check:
-            self.checks.append((name, check))
-            try:
-                if name in self.stopped:
-                    raise SourceError("nobody needs the check sums any more.")
-                check.wait()
-            finally:
-                self.checks.remove((name, check))
-        return sum(path.stat().st_size for path in paths)
-
-    def stop_sums(self, name: str) -> None:
-        self.stopped.add(name)
-        for other, check in list(self.checks):
-            if other == name:
-                check.stop()
+    def compare(self, path: Path, rank: int, seen: Mark, records: Sequence[Record], runs: Sequence[Run]) -> int:
+        """See `fsdp_files.compare`."""
+        return compare(path, rank, seen, records, runs)
 
     def config_files(self, directory: Path) -> dict[str, bytes]:
         """By path below `directory`, what is needed beside the shards."""

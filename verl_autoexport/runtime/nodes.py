@@ -22,9 +22,12 @@ from verl_autoexport.errors import AutoExportError, ConfigError, SourceError
 from verl_autoexport.runtime.node_files import NodeFiles, Part, RemoteFile, answer
 from verl_autoexport.runtime.tasks import versions
 from verl_autoexport.sources import pins
-from verl_autoexport.sources.base import Check, ShardManifest
-from verl_autoexport.sources.checkpoints import Stat, brief, digest
-from verl_autoexport.sources.fsdp_files import make_manifest
+from verl_autoexport.sources.base import ShardManifest
+from verl_autoexport.sources.checkpoints import brief, digest
+from verl_autoexport.sources.crc32 import Run
+from verl_autoexport.sources.fsdp_files import CHANGED, make_manifest, runs_by_file
+from verl_autoexport.sources.one_save import check_schedulers
+from verl_autoexport.sources.records import Mark
 
 logger = logging.getLogger(__name__)
 _START_S = 60.0  # until an actor answers first: its process starts, torch is imported
@@ -34,7 +37,7 @@ _POLL_S = 1.0
 _SUMS_S = 24 * 3600.0  # reading all shards of a node; a node that dies meanwhile, or finds damage, is told at once
 
 
-_Held = tuple[str, Path, Stat]
+_Held = tuple[str, Path, Mark]
 """Node, path and identity of a rank's file."""
 
 
@@ -183,20 +186,30 @@ class SpreadFiles:
             RemoteFile(self.nodes.servers[node], node, path, f"{path} (rank {rank}) on {self.nodes.names[node]}")
             for rank, (node, path, _) in enumerate(self.ranks)
         ]
-        return make_manifest(self.directory, [pieces[r] for r in range(len(files))], files, self.fingerprint)
+        self.check_unchanged()  # all of it is of one save
+        ranks, records, schedulers = zip(*(pieces[r] for r in range(len(files))), strict=True)
+        check_schedulers([path for _, path, _ in self.ranks], schedulers)
+        return make_manifest(self.directory, ranks, files, self.fingerprint, records)
 
-    def check_sums(self) -> Check:
-        return _NodeSums(self.nodes, {node: list(files.values()) for node, files in _by_node(self.ranks).items()})
+    def check_sums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
+        """Each node reads what nobody has read of its files, and compares."""
+        by_file, left = runs_by_file(runs), {}
+        for rank, records in manifest.records.items():
+            node, path, seen = self.ranks[rank]
+            left[self.nodes.servers[node].compare.remote(path, rank, seen, records, by_file.get(rank, ()))] = node
+        deadline = time.monotonic() + _SUMS_S
+        while left:
+            done, _ = ray.wait(list(left), timeout=_POLL_S)
+            for ref in done if time.monotonic() < deadline else list(left):
+                progress(next(iter(self.nodes.collect({left.pop(ref): ref}, 0).values())))
+            progress(0)  # raises where nobody waits any more
 
     def check_unchanged(self) -> None:
         by_node = _by_node(self.ranks)
-        found = self.nodes.ask_each("stats", {node: (list(files.values()),) for node, files in by_node.items()})
+        found = self.nodes.ask_each("marks", {node: (list(files.values()),) for node, files in by_node.items()})
         now = {rank: s for node, files in by_node.items() for rank, s in zip(files, found[node], strict=True)}
         if changed := [rank for rank, (_, _, seen) in enumerate(self.ranks) if seen != now[rank]]:
-            raise SourceError(
-                f"{self.origin}: the files of ranks {brief(changed)} changed while being exported. The step was saved "
-                "again meanwhile; export it again."
-            )
+            raise SourceError(f"{self.origin}: the files of ranks {brief(changed)} {CHANGED}")
 
     def drop_cache(self) -> None:
         held = {node: (list(files.values()),) for node, files in _by_node(self.ranks).items()}
@@ -211,25 +224,6 @@ class SpreadFiles:
             path.write_bytes(content)
 
 
-class _NodeSums(Check):
-    """A SumCheck on every node, of what is there."""
-
-    def __init__(self, nodes: Nodes, files: Mapping[str, Sequence[Path]]) -> None:
-        self.nodes, self.name = nodes, uuid.uuid4().hex
-        self.refs = nodes.begin_each("check_sums", {node: (self.name, paths) for node, paths in files.items()})
-
-    def wait(self, progress: Callable[[int], None] = lambda nbytes: None) -> None:
-        left, deadline = dict(self.refs), time.monotonic() + _SUMS_S
-        while left:
-            ready, _ = ray.wait(list(left.values()), timeout=_POLL_S)
-            done = {node: ref for node, ref in left.items() if ref in ready or time.monotonic() > deadline}
-            progress(sum(self.nodes.collect(done, 0).values()))
-            left = {node: ref for node, ref in left.items() if node not in done}
-
-    def stop(self) -> None:
-        self.nodes.begin_each("stop_sums", dict.fromkeys(self.refs.keys() & self.nodes.servers.keys(), (self.name,)))
-
-
 def _one_of_each(directory: Path, parts: Mapping[str, Part], nodes: Nodes, homes: Mapping[int, str]) -> list[_Held]:
     """Every rank's file; raises SourceError naming ranks and hosts that lack theirs, or have different ones.
 
@@ -238,7 +232,7 @@ def _one_of_each(directory: Path, parts: Mapping[str, Part], nodes: Nodes, homes
     sizes = {part.world_size for part in parts.values() if part.files}
     if len(sizes) > 1:
         raise SourceError(f"{directory}: shards of different world sizes on different nodes: {sorted(sizes)}.")
-    held: dict[int, dict[str, tuple[Path, Stat]]] = {}
+    held: dict[int, dict[str, tuple[Path, Mark]]] = {}
     for node, part in sorted(parts.items()):
         for rank, file in part.files.items():
             if homes.get(rank, node) == node:
@@ -251,9 +245,9 @@ def _one_of_each(directory: Path, parts: Mapping[str, Part], nodes: Nodes, homes
     return [_the_one(directory, rank, held[rank], nodes) for rank in range(world_size)]
 
 
-def _the_one(directory: Path, rank: int, files: Mapping[str, tuple[Path, Stat]], nodes: Nodes) -> _Held:
-    """Of the files of one rank any, if they are one file, or copies with its time."""
-    if len({seen[2:] for _, seen in files.values()}) > 1:
+def _the_one(directory: Path, rank: int, files: Mapping[str, tuple[Path, Mark]], nodes: Nodes) -> _Held:
+    """Of the files of one rank any, if they have the same content."""
+    if len({seen for _, seen in files.values()}) > 1:
         where = " and ".join(f"{nodes.names[node]} ({node[:8]})" for node in files)
         raise SourceError(
             f"{directory}: different files of rank {rank} are on {where}: two runs wrote to the same step. Remove "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from verl_autoexport.errors import SourceError
+from verl_autoexport.sources.crc32 import Run
+from verl_autoexport.sources.records import Record
 from verl_autoexport.sources.tiling import Index, find_flaw, overlap
 
 ITEMSIZE = {
@@ -141,6 +143,14 @@ class TensorEntry:
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
+def diverged(alias: str, name: str) -> str:
+    """Why two tensors that should be one cannot be written as one."""
+    return (
+        f"{alias} and {name} are tied according to config.json, but their values differ: writing one of them "
+        "would lose the other. Set tie_word_embeddings=false in the model's config if it was trained untied."
+    )
+
+
 class Memory(Protocol):
     """Bytes that are in no file of this node; it can be sent to other processes."""
 
@@ -158,7 +168,8 @@ class Memory(Protocol):
 class ShardManifest:
     """All tensors of a source, and the files, or blocks of memory, that their bytes are in.
 
-    `fingerprint` identifies the content: it changes when a file is written again.
+    `fingerprint` identifies the content. `records` are, by number of file, those with a CRC-32, where
+    there are any: what is read of such a file is compared with them. `notes` say what the record should.
     """
 
     files: tuple[Path | Memory, ...]
@@ -166,22 +177,8 @@ class ShardManifest:
     world_size: int
     backend: str
     fingerprint: str
-
-
-class Check:
-    """Something that is looked at beside other work, until `stop`; a context manager. This one looks at nothing."""
-
-    def wait(self, progress: Callable[[int], None] = lambda nbytes: None) -> None:
-        """Until it is done; raises SourceError where something is wrong. `progress` gets the bytes looked at."""
-
-    def stop(self) -> None:
-        """Look no further."""
-
-    def __enter__(self) -> Check:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    records: Mapping[int, tuple[Record, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class ShardSource(Protocol):
@@ -196,8 +193,11 @@ class ShardSource(Protocol):
 
     def manifest(self) -> ShardManifest: ...
 
-    def check_sums(self) -> Check:
-        """Begins to look whether the bytes are those that were saved, as far as that can be told."""
+    def check_sums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
+        """Raises unless every byte is as `manifest` says that it was saved, those of `runs` as they were read.
+
+        `progress` gets the bytes compared.
+        """
 
     def check_unchanged(self) -> None:
         """Raises unless the source is what it was when `manifest` was read."""

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from verl_autoexport.errors import SourceError
+from verl_autoexport.sources.records import Mark, mark
 from verl_autoexport.untrusted import is_count, leads_out, read_json
 
 _PUBLISHED = ("huggingface", "huggingface/config.json", "huggingface/adapter_config.json", "adapter_config.json",
@@ -23,7 +24,7 @@ _TRACKERS = ("latest_checkpointed_iteration.txt", "latest_ckpt_global_step.txt")
 BLOCK = 1 << 20
 """Bytes read at a time where whole files or tensors are compared."""
 Stat = tuple[str, int, int, int]
-"""Name, inode, size and mtime (ns) of a file: changes when it is written again."""
+"""Name, inode, size and mtime (ns) of a file."""
 
 
 def find_checkpoint(path: Path, role: str = "actor") -> Path:
@@ -162,21 +163,26 @@ def _mixed(directory: Path, found: Mapping[int, object]) -> SourceError:
 
 
 def fingerprint(directory: Path) -> str:
-    """Identity of the shards' content, from name, inode, size and mtime of every rank file."""
-    return digest(stats(rank_files(directory)))
+    """Identity of the shards' content, wherever they are copied to."""
+    return digest([mark(path) for path in rank_files(directory)])
+
+
+def digest(marks: Sequence[Mark]) -> str:
+    """A fingerprint of files, by what identifies their content."""
+    return f"crc32-{hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:32]}"
+
+
+def earlier_fingerprint(directory: Path) -> str:
+    """The fingerprint as holds of the first versions have it, of name, inode, size and mtime."""
+    return hashlib.sha256(json.dumps(stats(rank_files(directory))).encode()).hexdigest()[:32]
 
 
 def stats(paths: Sequence[Path]) -> list[Stat]:
-    """What identifies the content of these files; raises SourceError where one is gone."""
+    """Which files these are; raises SourceError where one is gone."""
     try:
         return [(p.name, s.st_ino, s.st_size, s.st_mtime_ns) for p in paths for s in (os.stat(p),)]
     except OSError as e:
         raise SourceError(f"{e.filename}: {e.strerror}; the checkpoint was removed while it was being used.") from e
-
-
-def digest(seen: Sequence[Stat]) -> str:
-    """A fingerprint of them."""
-    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:32]
 
 
 def brief(ranks: Sequence[int]) -> str:

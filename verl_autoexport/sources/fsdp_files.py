@@ -8,10 +8,13 @@ read later by position, so a file truncated meanwhile is an error and not a SIGB
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -21,7 +24,6 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.base import (
     ITEMSIZE,
-    Check,
     Memory,
     Shard,
     ShardManifest,
@@ -29,7 +31,9 @@ from verl_autoexport.sources.base import (
     check_coverage,
     join_runs,
 )
-from verl_autoexport.sources.checkpoints import BLOCK, brief, digest, rank_files, stats
+from verl_autoexport.sources.checkpoints import BLOCK, brief, digest, rank_files
+from verl_autoexport.sources.crc32 import Run
+from verl_autoexport.sources.one_save import check_one_save
 from verl_autoexport.sources.page_cache import drop_cache
 from verl_autoexport.sources.rank_pickle import Call, Refused, unpickle
 from verl_autoexport.sources.rank_state import (
@@ -42,11 +46,12 @@ from verl_autoexport.sources.rank_state import (
     read_tensor,
     unravel,
 )
-from verl_autoexport.sources.sum_check import SumCheck
+from verl_autoexport.sources.records import Mark, Record, difference, mark, read_records
 from verl_autoexport.sources.tiling import Index
 from verl_autoexport.sources.torch_archive import Storage, read_archive
 from verl_autoexport.untrusted import read_json
 
+CHANGED = "changed while being exported. The step was saved again meanwhile; export it again."
 _DAMAGED = "The file is truncated or damaged, or holds more than plain tensors and DTensors (`weights_only`)."
 
 
@@ -76,24 +81,29 @@ class FsdpFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.paths = rank_files(self.directory)
-        self._seen = stats(self.paths)
+        self.marks = [mark(path) for path in self.paths]
 
     @property
     def fingerprint(self) -> str:
-        return digest(self._seen)
+        return digest(self.marks)
 
     def check_unchanged(self) -> None:
         """verl rewrites a step's files in place when it saves that step again; links keep no old content."""
-        if (now := stats(self.paths)) != self._seen:
-            changed = [a[0] for a, b in zip(self._seen, now, strict=True) if a != b]
-            raise SourceError(
-                f"{self.directory}: {', '.join(changed)} changed while being exported (size, time or inode differ). "
-                "The step was saved again meanwhile; export it again."
-            )
+        if changed := [seen.name for path, seen in zip(self.paths, self.marks, strict=True) if mark(path) != seen]:
+            raise SourceError(f"{self.directory}: {', '.join(changed)} {CHANGED}")
 
-    def check_sums(self) -> Check:
-        """Every file is read whole and compared with the CRC-32 that torch wrote beside each storage."""
-        return SumCheck(self.paths)
+    def check_sums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
+        by_file, ended = runs_by_file(runs), Event()
+        with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
+            try:
+                running = [
+                    pool.submit(compare, self.paths[i], i, self.marks[i], records, by_file.get(i, ()), ended)
+                    for i, records in manifest.records.items()
+                ]
+                for done in as_completed(running):
+                    progress(done.result())
+            finally:
+                ended.set()
 
     def drop_cache(self) -> None:
         for path in self.paths:
@@ -101,16 +111,66 @@ class FsdpFiles:
 
     def manifest(self) -> ShardManifest:
         ranks = [read_rank_file(path, rank) for rank, path in enumerate(self.paths)]
-        return make_manifest(self.directory, ranks, self.paths, self.fingerprint)
+        records = [read_records(path) for path in self.paths]
+        self.check_unchanged()  # both are of one save
+        notes = check_one_save(self.paths)
+        return make_manifest(self.directory, ranks, self.paths, self.fingerprint, records, notes)
+
+
+def compare(
+    path: Path, rank: int, seen: Mark, records: Sequence[Record], runs: Sequence[Run], ended: Event | None = None
+) -> int:
+    """Raises SourceError unless the file is what `records` and `seen` were read of, and `runs`; else its bytes."""
+    found = difference(path, records, runs, lambda: ended is None or not ended.is_set())
+    if found is None:
+        return sum(record.nbytes for record in records)
+    record, crc = found
+    why = "the file " + CHANGED
+    if mark(path) == seen:
+        why = (
+            "its bytes are not those that training wrote. A disk or a copy damaged the file, or it is written over at "
+            "this moment; copy or save it again."
+        )
+    where = f"{path} (rank {rank}): {_tensor_in(path, rank, record)}"
+    raise SourceError(f"{where}: CRC-32 {record.crc:08x} expected, {crc:08x} found: {why}")
+
+
+def _tensor_in(path: Path, rank: int, record: Record) -> str:
+    """The tensor whose bytes a record holds, and the record's name."""
+    with suppress(SourceError):
+        for fqn, piece in read_rank_file(path, rank).items():
+            if record.begin <= piece.byte_offset < record.begin + record.nbytes:
+                return f"{fqn} ({record.name})"
+    return record.name
+
+
+def runs_by_file(runs: Iterable[Run]) -> dict[int, list[Run]]:
+    """The same, in their order."""
+    found: dict[int, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.file, []).append(run)
+    return found
 
 
 def make_manifest(
-    directory: Path, ranks: Sequence[dict[str, Piece]], files: Sequence[Path | Memory], fingerprint: str
+    directory: Path,
+    ranks: Sequence[dict[str, Piece]],
+    files: Sequence[Path | Memory],
+    fingerprint: str,
+    records: Sequence[tuple[Record, ...]],
+    notes: Sequence[str] = (),
 ) -> ShardManifest:
     """All ranks' pieces, those of rank i in `files[i]`; `directory` holds `fsdp_config.json`. Raises SourceError."""
     _check_same_keys(directory, ranks)
     tensors = {fqn: _assemble(fqn, [r[fqn] for r in ranks], files) for fqn in ranks[0]}
-    return ShardManifest(tuple(files), tensors, len(files), _backend(directory), fingerprint)
+    checked = {number: found for number, found in enumerate(records) if found}
+    if count := len(files) - len(checked):
+        notes = (
+            *notes,
+            f"the content of {count} of {len(files)} rank files could not be checked: training wrote no CRC-32s into "
+            "them (torch.serialization.set_crc32_options); only their size and time were compared",
+        )
+    return ShardManifest(tuple(files), tensors, len(files), _backend(directory), fingerprint, checked, tuple(notes))
 
 
 def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
@@ -302,6 +362,8 @@ def _assemble(fqn: str, pieces: Sequence[Piece], files: Sequence[Path | Memory])
 
 def _check_replicas(fqn: str, pieces: Sequence[Piece], files: Sequence[Path | Memory]) -> None:
     """A plain tensor must be the same on every rank; if not, the ranks hold parts that nothing describes."""
+    if len({piece.crc for piece in pieces}) == 1 and pieces[0].crc:
+        return  # what is read later is compared with it
     nbytes = math.prod(pieces[0].shape) * ITEMSIZE[pieces[0].dtype]
     everywhere = [_blocks(file, piece.byte_offset, nbytes) for file, piece in zip(files, pieces, strict=True)]
     for first, *others in zip(*everywhere, strict=True):

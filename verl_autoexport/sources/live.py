@@ -20,7 +20,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.sources.base import FLOATING, ITEMSIZE, Shard, ShardManifest, TensorEntry, check_coverage
+from verl_autoexport.sources.base import (
+    FLOATING,
+    ITEMSIZE,
+    Shard,
+    ShardManifest,
+    TensorEntry,
+    check_coverage,
+    diverged,
+)
 from verl_autoexport.sources.fsdp_files import local_box
 
 logger = logging.getLogger(__name__)
@@ -219,7 +227,8 @@ class Copier:
 
     Only those of the tensors in `groups`, in the order of their numbers there, if it is given:
     no chunk has tensors of two numbers. The memory is taken once, by `allocate`, and reused.
-    With `clone` values on a device are first copied there, and `copy` returns at once.
+    With `clone` values on a device are first copied there, and `copy` returns at once. `tied`: {alias: name}
+    of tensors that must be the same.
     """
 
     def __init__(
@@ -230,8 +239,9 @@ class Copier:
         chunk_bytes: int,
         clone: bool = False,
         groups: Mapping[str, int] | None = None,
+        tied: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self.module, self.rank, self.clone, self.groups = module, rank, clone, groups
+        self.module, self.rank, self.clone, self.groups, self.tied = module, rank, clone, groups, tied
         self._look()
         self.layout = lay_out(rank, self.parts, dtypes, chunk_bytes, groups or {})
         self.chunks: list[torch.Tensor] = []
@@ -249,7 +259,7 @@ class Copier:
     def copy(self) -> Callable[[], None]:
         """Returns when training may change the weights; what it returns makes the copy complete, in any thread.
 
-        Raises SourceError if the shards are laid out otherwise than when this was built.
+        Raises SourceError if the shards are laid out otherwise than when this was built, or tied ones have diverged.
         """
         if identity(self.module) != self.identity:
             known = self.parts
@@ -260,6 +270,9 @@ class Copier:
             torch.accelerator.synchronize()  # verl offloads parameters to the CPU without waiting for it
         values = {fqn: get() for fqn, get in self.values.items()}
         with torch.no_grad():
+            for (alias, own), (name, other) in self.pairs:
+                if not _same_bits(own(), other()):
+                    raise SourceError(f"rank {self.rank}: {diverged(alias, name)}")
             if self.clone and (device := _device(values)) is not None:
                 cast = {p.fqn: getattr(torch, p.dtype) for p in self.layout.parts}
                 values = {fqn: tensor.to(cast[fqn], copy=True) for fqn, tensor in values.items()}
@@ -269,10 +282,23 @@ class Copier:
         return lambda: None
 
     def _look(self) -> None:
-        held = [(p, v) for p, v in held_parts(self.module, self.rank) if self.groups is None or p.fqn in self.groups]
+        everything = held_parts(self.module, self.rank)
+        held = [(p, v) for p, v in everything if self.groups is None or p.fqn in self.groups]
         self.identity = identity(self.module)
+        self.pairs = self._pairs({part.fqn: (part, get) for part, get in everything})
         self.parts = [part for part, _ in held]
         self.values = {part.fqn: get for part, get in held}
+
+    def _pairs(self, held: Mapping[str, tuple[Part, Values]]) -> list[tuple[tuple[str, Values], tuple[str, Values]]]:
+        """Of those that are two parameters what can be compared here; where it cannot, both are copied."""
+        pairs = []
+        for alias, name in self.tied.items():
+            if alias not in held or (alias in (self.groups or {}) and name in self.groups):
+                continue  # one parameter, or compared when the copy is exported
+            if name not in held or held[alias][0].boxes != held[name][0].boxes:
+                raise SourceError(f"rank {self.rank}: {alias} and {name} are tied, and no longer sharded alike.")
+            pairs.append(((alias, held[alias][1]), (name, held[name][1])))
+        return pairs
 
     def _finish(self, clones: dict[str, torch.Tensor], device: torch.device) -> None:
         try:
@@ -289,6 +315,10 @@ class Copier:
             into.copy_(source if source.device.type == "cpu" else source.to(dtype), non_blocking=True)
         if (device := _device(values)) is not None:
             torch.accelerator.current_stream(device).synchronize()
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def _device(values: Mapping[str, torch.Tensor]) -> torch.device | None:

@@ -3,15 +3,18 @@
 A pin is `<default_local_dir>/.autoexport/step_N-XXXXXXXX/`, beside the checkpoints, with
 links to the shards and the `huggingface/` files, and `pin.json`: what it is, and, once
 the step is chosen, the export request. So a request survives the processes that made it.
-A link keeps the file, not its content: the fingerprint tells when verl wrote it again.
+A link keeps the file, not its content: the fingerprint tells when verl wrote it again. A run
+directory may be copied to another disk with its pins, whose links then are files of their own.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,10 @@ from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.checkpoints import check_links, find_checkpoint, fingerprint, rank_files
 from verl_autoexport.untrusted import is_count, leads_out, read_json
 
+logger = logging.getLogger(__name__)
 FOLDER = ".autoexport"
+MAX_ATTEMPTS = 3
+"""Failed exports of a chosen step after which no start of the run tries again."""
 _INFO = "pin.json"
 EXTRA = ("fsdp_config.json", "lora_train_meta.json", "adapter_config.json")
 """Small files beside the shards that tell how to read them."""
@@ -61,8 +67,8 @@ def make_pin(checkpoint_dir: Path, step: int, role: str) -> Pin:
 
 
 def pin_path(checkpoint_dir: Path, step: int, mark: str) -> Path:
-    """Where the pin of a step is, by the first characters of its fingerprint."""
-    return checkpoint_dir.absolute().parent / FOLDER / f"step_{step}-{mark[:8]}"
+    """Where the pin of a step is, by the last characters of its fingerprint."""
+    return checkpoint_dir.absolute().parent / FOLDER / f"step_{step}-{mark[-8:]}"
 
 
 def link_files(source: Path, paths: Iterable[Path], pin: Path) -> bool:
@@ -104,19 +110,41 @@ def choose(pin: Pin, request: Mapping[str, Any]) -> None:
     _write(replace(pin, request=request))
 
 
+def count_attempt(path: Path) -> int:
+    """Record durably that one more export of the chosen step has failed; returns how many have."""
+    pin = _read(path)
+    attempts = int((pin.request or {}).get("attempts", 0)) + 1
+    choose(pin, {**(pin.request or {}), "attempts": attempts})
+    return attempts
+
+
+def is_last_copy(path: Path) -> bool:
+    """Whether the checkpoint that the pin was made of is gone, or has other content; False where it holds none."""
+    try:
+        pin = _read(path)
+        return pin.linked and fingerprint(Path(pin.origin)) != fingerprint(path)
+    except (SourceError, OSError, ValueError, KeyError, TypeError):
+        return path.exists()
+
+
 def release(path: Path) -> None:
     """Drop the links; the checkpoint's own files are verl's and stay as they are."""
     shutil.rmtree(path, ignore_errors=True)
 
 
 def find_pins(checkpoints: Path) -> list[Pin]:
-    """All pins beside the checkpoints, by step; what is half made is removed."""
+    """All pins beside the checkpoints, by step; what is half made is removed, what cannot be read is left."""
     pins = []
     for path in (checkpoints / FOLDER).glob("step_*"):
         try:
             pins.append(_read(path))
-        except (OSError, ValueError, KeyError, TypeError):
+        except FileNotFoundError:
             release(path)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            logger.warning(
+                "verl_autoexport: %s cannot be read (%r); it may be the last copy of a step: export it by hand, or "
+                "remove it: rm -r %s", path / _INFO, e, path,
+            )  # fmt: skip
     return sorted(pins, key=lambda p: p.step)
 
 
@@ -126,7 +154,16 @@ def _read(path: Path) -> Pin:
     pin = Pin(path, info["step"], **{key: info.get(key, False) if key == "spread" else info[key] for key in kinds})
     if not is_count(pin.step) or not all(isinstance(getattr(pin, key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{path / _INFO}: fields of wrong types")
-    return pin
+    return replace(pin, origin=str(_beside(path, pin.step, Path(pin.origin))))
+
+
+def _beside(path: Path, step: int, origin: Path) -> Path:
+    """Where the checkpoint of a pin is: with it, also after both were moved."""
+    name = f"global_step_{step}"
+    if name not in origin.parts:
+        return origin
+    place = len(origin.parts) - origin.parts[::-1].index(name)
+    return path.absolute().parent.parent.joinpath(name, *origin.parts[place:])
 
 
 def _link(file: Path, link: Path) -> bool:
@@ -150,5 +187,20 @@ def _write(pin: Pin) -> None:
         "spread": pin.spread, "request": pin.request,
     }  # fmt: skip
     temporary = pin.path / f".{_INFO}.tmp"
-    temporary.write_text(json.dumps(info), encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(info))
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(pin.path / _INFO)
+    for folder in (pin.path, pin.path.parent):
+        _sync(folder)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in it durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # some network file systems refuse; their server orders the names itself
+            os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,4 +1,4 @@
-"""The zip archive that `torch.save` writes: what it says of itself, and whether its bytes are still the same."""
+"""The zip archive that `torch.save` writes: what it says of itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.sources.checkpoints import BLOCK
 
 _MAX_PICKLE = 256 << 20  # bytes; names and shapes of half a million tensors
 _SMALL = {"byteorder": b"little", ".format_version": b"1"}
@@ -107,19 +106,3 @@ def _begin(fd: int, record: zipfile.ZipInfo) -> int:
     if len(head) != 30 or not head.startswith(b"PK\3\4"):
         raise zipfile.BadZipFile(f"no {record.filename[:100]!r} at byte {record.header_offset}")
     return record.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:], "little")
-
-
-def check_sums(path: Path) -> None:
-    """Read a file whole and compare with the CRC-32 that torch wrote beside each storage; raises SourceError."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # 0: training has switched them off (`torch.serialization.set_crc32_options`)
-            for record in (r for r in archive.infolist() if r.CRC):
-                with archive.open(record) as f:
-                    while f.read(BLOCK):
-                        pass
-    except Exception as e:  # zipfile raises what its parsers do: zlib.error, UnicodeDecodeError, NotImplementedError …
-        raise SourceError(
-            f"{path}: its bytes are not those that training wrote: {e!r}. A disk or a copy damaged it; copy or save it "
-            "again."
-        ) from e

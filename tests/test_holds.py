@@ -1,0 +1,146 @@
+"""What becomes of the hold on a chosen step when its export fails, or when the run directory is moved meanwhile."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.chaos import request_for
+
+from verl_autoexport.config import load_config
+from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
+from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.registry.store import Registry
+from verl_autoexport.runtime.actor import ExportActor
+from verl_autoexport.sources import pins
+from verl_autoexport.sources.checkpoints import earlier_fingerprint
+
+STEP = 2
+
+
+@pytest.fixture
+def run(source, tmp_path) -> Callable[[], Path]:
+    """A run directory in which a step is chosen, and verl has rotated its checkpoint away."""
+    root = tmp_path / "run"
+    checkpoint = Path(shutil.copytree(source, root / f"global_step_{STEP}"))
+    pin = pins.make_pin(checkpoint, STEP, "actor")
+    pins.choose(pin, request_for(pin))
+    return root
+
+
+def rotate(root: Path) -> None:
+    shutil.rmtree(root / f"global_step_{STEP}")
+
+
+def moved(root: Path) -> Path:
+    """To another disk, as `cp -a` does it: links become files, what is gone from the old one is gone."""
+    there = root.with_name("other")
+    subprocess.run(["cp", "-a", root, there], check=True)
+    shutil.rmtree(root)
+    return there
+
+
+def start(root: Path) -> dict[str, Any]:
+    """What the next start of the run does with its one pin, by the actor alone."""
+    settings = load_config({"output_dir": str(root / "exports"), "verify": {"load": False}})
+    (pin,) = pins.find_pins(root)
+    where = {"pin": str(pin.path), "directory": str(pin.directory), "origin": pin.origin}
+    return ExportActor(settings, runner=LocalRunner(1)).export({**pin.request, **where})
+
+
+def spoil(root: Path) -> Callable[[], None]:
+    """What makes every export of the pin fail; returns what repairs it."""
+    (pin,) = pins.find_pins(root)
+    config = pin.path / "huggingface/config.json"
+    kept = config.rename(config.with_suffix(".away"))
+    return lambda: kept.rename(config)
+
+
+def attempts(root: Path) -> int:
+    (pin,) = pins.find_pins(root)
+    return pin.request.get("attempts", 0)
+
+
+def test_a_run_directory_that_was_copied_to_another_disk(run):
+    rotate(run)
+    there = moved(run)
+    (pin,) = pins.find_pins(there)
+    assert pin.origin == str(there / f"global_step_{STEP}/actor")
+    assert start(there)["status"] == "published"
+    assert pins.find_pins(there) == []
+    assert [v.step for v in Registry(there / "exports").versions()] == [STEP]
+
+
+def test_a_failure_keeps_the_last_copy(run):
+    rotate(run)
+    repair = spoil(run)
+    for number in (1, 2):
+        assert start(run)["status"] == "failed"
+        assert attempts(run) == number
+    repair()
+    assert start(run)["status"] == "published"
+    assert pins.find_pins(run) == []
+
+
+def test_a_failure_releases_what_the_checkpoint_still_has(run):
+    spoil(run)
+    assert start(run)["status"] == "failed"
+    assert pins.find_pins(run) == []
+    assert (run / f"global_step_{STEP}/actor").is_dir()
+
+
+def test_a_failure_keeps_it_where_the_checkpoint_was_saved_anew(run, own_checkpoint):
+    """Another save, in new files: the links are of the one that was chosen."""
+    rotate(run)
+    shutil.copytree(own_checkpoint("even"), run / f"global_step_{STEP}")
+    spoil(run)
+    assert start(run)["status"] == "failed"
+    assert attempts(run) == 1
+
+
+def test_content_that_is_another_fails_and_is_kept(run, own_checkpoint):
+    rotate(run)
+    (pin,) = pins.find_pins(run)
+    for file in (own_checkpoint("even") / "actor").glob("*.pt"):
+        (pin.path / file.name).write_bytes(file.read_bytes())
+    outcome = start(run)
+    assert "no longer those of step 2 as it was chosen" in outcome["reason"]
+    assert attempts(run) == 1
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_pin_of_a_version_that_knew_files_and_not_their_content(run, copied):
+    """Where it can still be told it is exported; where not, it is at least not deleted."""
+    rotate(run)
+    (pin,) = pins.find_pins(run)
+    info = json.loads((pin.path / "pin.json").read_text())
+    info["fingerprint"] = info["request"]["fingerprint"] = earlier_fingerprint(pin.path)
+    (pin.path / "pin.json").write_text(json.dumps(info))
+    root = moved(run) if copied else run
+    assert start(root)["status"] == ("failed" if copied else "published")
+    assert len(pins.find_pins(root)) == copied
+
+
+def test_a_kept_step_can_be_exported_by_hand(run):
+    rotate(run)
+    (pin,) = pins.find_pins(run)
+    version = export_to_registry(
+        checkpoint_spec(pin.path, verify=False), Registry.create(run / "exports"), LocalRunner(1)
+    )
+    assert version.step == STEP
+
+
+def test_what_is_half_made_is_removed_and_what_cannot_be_read_is_not(run, caplog):
+    (pin,) = pins.find_pins(run)
+    half = pin.path.with_name("step_3-00000000")
+    half.mkdir()
+    (pin.path / "pin.json").write_text('{"step": 2')
+    assert pins.find_pins(run) == []
+    assert not half.exists()
+    assert list(pin.path.glob("*.pt"))
+    assert f"rm -r {pin.path}" in caplog.text
