@@ -5,12 +5,14 @@ from __future__ import annotations
 import fnmatch
 import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from verl_autoexport.export.base import BaseModel
-from verl_autoexport.export.configs import write_base_config
+from verl_autoexport.export.configs import set_values, write_base_config
 from verl_autoexport.export.naming import architecture
 from verl_autoexport.export.peft_config import CONFIG_NAME
 
@@ -33,13 +35,16 @@ def write_config(
     target: Path,
     base: BaseModel | None = None,
     trust_remote_code: bool = False,
+    values: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[str]:
     """`config.json` for the model in `dtype` (torch's name without `torch.`); returns notes.
 
     With a `base` it is the base's own file with what changed, else as `save_pretrained`
-    would write it. `dtype` None: each tensor has that of the base, and so has the file.
+    would write it. `dtype` None: each tensor has that of the base, and so has the file. `values`, by
+    dotted key, replace the trained model's.
     """
     config = skeleton.config
+    set_values(config, values)
     config.dtype = dtype or base.usual_dtype  # nested ones were set when the skeleton was built
     config.architectures = [architecture(config)]
     config.save_pretrained(target)

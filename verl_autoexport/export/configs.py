@@ -68,6 +68,17 @@ def overlay(file: Mapping[str, Any], known: Mapping[str, Any], wanted: Mapping[s
     return changed
 
 
+def set_values(config: Any, values: Mapping[str, Any]) -> None:
+    """Set `values`, by dotted key, in a configuration of transformers, where it has such a node. In place."""
+    for key, value in values.items():
+        *path, leaf = key.split(".")
+        node = config
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else getattr(node, part, None)
+        if node is not None:
+            node.update({leaf: value})  # dictionaries have it, and configurations too
+
+
 def set_dtype(file: dict[str, Any], dtype: str) -> None:
     """Every dtype in `file`, nested ones too, spelled as it spells them; one at the top if there was none. In place."""
     spelled = [key for node in _nodes(file) for key in _DTYPE_KEYS if key in node]

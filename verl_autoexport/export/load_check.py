@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, help="the rank files that DIR was made of: its logits must be theirs")
     parser.add_argument("--lora", type=json.loads, help="the adapter in the shards: its configuration, as JSON")
     parser.add_argument("--base", type=Path, help="the base model, where the shards hold the adapter only")
+    parser.add_argument("--carried", action="store_true", help="stdin names tensors that the class does not read")
     args = parser.parse_args()
     if args.external_lib:
         for module in args.external_lib.split(","):
@@ -35,10 +38,12 @@ def main() -> None:
         return
     result: dict[str, Any] = {}
     try:
-        model = _load(args.directory, args.trust_remote_code)
+        carried = sys.stdin.read().split() if args.carried else []
+        model = _load(args.directory, args.trust_remote_code, carried)
         result["load"] = {
             "status": "passed",
-            "detail": f"{type(model).__name__}, no key missing, unexpected or renewed",
+            "detail": f"{type(model).__name__}, no key missing, unexpected or renewed"
+            + (f", but for the {len(carried)} carried over from the base" if carried else ""),
         }
     except Exception as e:  # noqa: BLE001 - a model's own code runs here; the finding is the output
         result["load"] = {"status": "failed", "detail": f"{type(e).__name__}: {e}"}
@@ -49,13 +54,16 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _load(directory: Path, trust_remote_code: bool) -> Any:
-    from verl_autoexport.export.naming import load_config, model_class
+def _load(directory: Path, trust_remote_code: bool, carried: Sequence[str]) -> Any:
+    from verl_autoexport.export.naming import Loading, load_config, model_class
 
     cls = model_class(load_config(directory, trust_remote_code), directory, trust_remote_code)
     model, info = cls.from_pretrained(
         directory, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code, local_files_only=True
     )
+    if carried:
+        loading = Loading(model)
+        info["unexpected_keys"] = set(info["unexpected_keys"]).difference(*map(loading.unexpected, carried))
     problems = {k: sorted(map(str, v))[:8] for k, v in info.items() if v}
     if problems:
         raise ValueError(f"transformers loads it, but reports {problems}")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -250,6 +251,68 @@ def reverse(skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> d
         raise PlanError(
             f"{type(skeleton).__name__}: transformers cannot convert {_brief(tensors)} back to names on disk: {e}"
         ) from e
+
+
+class Loading:
+    """Where `from_pretrained` puts what it finds in files, by its name there; nothing is loaded.
+
+    The names in files may lack the base model's prefix or have one too many, and be those of
+    an older class: transformers renames them, and so it is asked here.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+
+        mapping = get_model_conversion_mapping(skeleton)
+        self.converters = [t for t in mapping if isinstance(t, WeightConverter)]
+        self.renamings = [t for t in mapping if not isinstance(t, WeightConverter)]
+        self.state = skeleton.state_dict()
+        self.prefix = skeleton.base_model_prefix
+        self.rename = rename_source_key
+
+    def place(self, name: str) -> tuple[str, str | None]:
+        """The in-memory name, and the pattern of the conversion that the tensor is a part of, if any."""
+        found = self.rename(name, self.renamings, self.converters, self.prefix, self.state)
+        if found[0] not in self.state and name in self.state:
+            found = self.rename(name, [], [], self.prefix, self.state)
+        return found
+
+    def parameter(self, name: str) -> str | None:
+        """The in-memory tensor that it becomes, or becomes a part of; None where the class reads no such tensor."""
+        found = self.place(name)[0]
+        return found if found in self.state else None
+
+    def unexpected(self, name: str) -> set[str]:
+        """What transformers calls it in its report, if the class does not read it."""
+        found, pattern = self.place(name)
+        converter = next((c for c in self.converters if pattern in c.source_patterns), None)
+        targets = converter.target_patterns if converter else ()
+        return {found, *(found.replace(targets[0], target) for target in targets)}
+
+
+def spell(skeleton: PreTrainedModel, ours: Collection[str], theirs: Collection[str]) -> dict[str, str]:
+    """{name of `ours`: name of `theirs`} of those that differ, though transformers loads them as the same tensor."""
+    only_ours, only_theirs = set(ours) - set(theirs), set(theirs) - set(ours)
+    if not only_ours or not only_theirs:
+        return {}
+    loading, tied = Loading(skeleton), getattr(skeleton, "all_tied_weights_keys", None) or {}
+
+    def placed(names: Iterable[str]) -> dict[tuple[str, str | None], list[str]]:
+        places = defaultdict(list)
+        for name in sorted(names, key=_natural):  # the order in which transformers stacks the parts of a tensor
+            found, pattern = loading.place(name)
+            if found in loading.state:
+                places[tied.get(found, found), pattern].append(name)
+        return places
+
+    mine, other = placed(only_ours), placed(only_theirs)
+    matched = {place: names for place, names in mine.items() if len(other.get(place, ())) == len(names)}
+    return {a: b for place, names in matched.items() for a, b in zip(names, other[place], strict=True)}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _brief(names: Iterable[str]) -> str:

@@ -253,10 +253,12 @@ def _write_beside(spec: ExportSpec, planned: Planned, written: Sequence[WrittenF
         (target / INDEX_NAME).write_text(json.dumps(planned.plan.index, indent=2) + "\n")
     if base is not None:
         assets.copy_base_assets(base, target, skeleton.can_generate())
-    notes = assets.copy_assets(spec.model_dir, target)
+    notes = planned.contract.notes + assets.copy_assets(spec.model_dir, target)
     if spec.lora != "adapter":
         dtype = None if spec.dtype == "base" else naming.model_dtype(skeleton, planned.manifest, spec.dtype)
-        notes += assets.write_config(skeleton, dtype, target, base, spec.trust_remote_code)
+        notes += assets.write_config(
+            skeleton, dtype, target, base, spec.trust_remote_code, planned.contract.config_values
+        )
     if adapter is None:
         return notes
     if spec.lora != "fused":
@@ -287,6 +289,7 @@ def _verify(spec: ExportSpec, target: Path, planned: Planned) -> dict[str, Any]:
         timeout_s=spec.verify.timeout_s,
         trust_remote_code=spec.trust_remote_code,
         external_lib=spec.external_lib,
+        carried=planned.contract.carried,
     )
     nbytes, source = planned.plan.nbytes, _source(spec, planned)
     if planned.adapter is None or spec.lora == "fused":
@@ -327,6 +330,8 @@ def export_checkpoint(
     verify: bool = True,
     trust_remote_code: bool = False,
     lora_config: str | os.PathLike[str] | None = None,
+    base_check: str = "strict",
+    carry_unread: bool = False,
 ) -> ExportRecord:
     """Export one verl checkpoint (`global_step_N` or its `actor/`) to the new directory `output`.
 
@@ -336,5 +341,6 @@ def export_checkpoint(
     spec = checkpoint_spec(
         Path(checkpoint), dtype=dtype, max_shard_size=max_shard_size, base_model=base_model, lora=lora,
         memory_budget=memory_budget, verify=verify, trust_remote_code=trust_remote_code, lora_config=lora_config,
+        base_check=base_check, carry_unread=carry_unread,
     )  # fmt: skip
     return export_to_directory(spec, Path(output), LocalRunner(workers))

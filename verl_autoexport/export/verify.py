@@ -87,13 +87,14 @@ def check_loading(
     external_lib: str | None = None,
     adapter_of: Path | None = None,
     source: Source | None = None,
+    carried: Sequence[str] = (),
 ) -> dict[str, Check]:
     """Load `directory` in a fresh process on the CPU, generate a few tokens, compare logits with those of `source`.
 
     `nbytes` are those of the weights. With `auto` a check is skipped, with the reason, when
     it would need more than `max_memory` or than is free now; past `timeout_s` seconds it is
     skipped too. `adapter_of`: `directory` is a PEFT adapter, of the model whose config is there.
-    Raises VerifyError when a check that ran has failed.
+    `carried` are the tensors in it that its class does not read. Raises VerifyError when a check that ran has failed.
     """
     names = ("load", "generate", "logits") if source else ("load", "generate")
     if load is False:
@@ -110,8 +111,12 @@ def check_loading(
     command += ["--external-lib", external_lib] if external_lib else []
     command += ["--adapter-of", str(adapter_of.resolve())] if adapter_of else []
     command += source.arguments() if source else []
+    command += ["--carried"] if carried else []
+    names_in = "".join(f"{name}\n" for name in carried)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=_environment())
+        done = subprocess.run(
+            command, input=names_in, capture_output=True, text=True, timeout=timeout_s, env=_environment()
+        )
     except subprocess.TimeoutExpired:
         return dict.fromkeys(names, _skipped(f"not finished within verify.timeout_s={timeout_s:g}"))
     result = _parse(directory, done, names, required=load is True)
