@@ -69,10 +69,9 @@ class Contract:
         if self.differs:
             return [f"differs from the base model {self.base.directory}: {self.differs}"]
         if self.carried:
-            return [f"{len(self.carried)} tensors that training never read are the base's own: {brief(self.carried)}"]
+            return [f"the base's own, which training never read, were taken along: {brief(self.carried)}"]
         if self.unread:
-            what = f"{len(self.unread)} tensors of the base that training never read are left out"
-            return [f"{what}: {brief(self.unread)}; {_CARRY} takes them along"]
+            return [f"left out of the base, since training never read it: {brief(self.unread)}; see {_CARRY}"]
         return []
 
     @property

@@ -301,14 +301,16 @@ def spell(skeleton: PreTrainedModel, ours: Collection[str], theirs: Collection[s
     def placed(names: Iterable[str]) -> dict[tuple[str, str | None], list[str]]:
         places = defaultdict(list)
         for name in sorted(names, key=_natural):  # the order in which transformers stacks the parts of a tensor
-            found, pattern = loading.place(name)
-            if found in loading.state:
-                places[tied.get(found, found), pattern].append(name)
-        return places
+            places[loading.place(name)].append(name)
+        return {place: found for place, found in places.items() if place[0] in loading.state}
 
-    mine, other = placed(only_ours), placed(only_theirs)
-    matched = {place: names for place, names in mine.items() if len(other.get(place, ())) == len(names)}
-    return {a: b for place, names in matched.items() for a, b in zip(names, other[place], strict=True)}
+    other, spelled = placed(only_theirs), {}
+    for (parameter, pattern), names in placed(only_ours).items():
+        same = [parameter, *(alias for alias, target in tied.items() if target == parameter)]
+        found = next((other[name, pattern] for name in same if (name, pattern) in other), [])
+        if len(found) == len(names):
+            spelled |= zip(names, found, strict=True)
+    return spelled
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
