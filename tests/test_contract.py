@@ -463,7 +463,10 @@ PRIVATE = {  # name → where it must be, and the module here that uses it
 IMPORTED = {
     "transformers.conversion_mapping": {"get_model_conversion_mapping"},
     "transformers.core_model_loading": {
-        "WeightConverter", "build_glob_alternation", "rename_source_key", "revert_weight_conversion",
+        "WeightConverter",
+        "build_glob_alternation",
+        "rename_source_key",
+        "revert_weight_conversion",
     },
     "transformers.dynamic_module_utils": {"custom_object_save", "get_class_from_dynamic_module"},
     "torch.utils._python_dispatch": {"TorchDispatchMode"},
