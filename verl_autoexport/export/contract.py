@@ -23,9 +23,9 @@ from verl_autoexport.export.plan import SAFETENSORS_DTYPE, Output, whole
 from verl_autoexport.sources.base import FLOATING, ShardManifest
 
 logger = logging.getLogger(__name__)
-Shapes = Mapping[str, tuple[int, ...]]
 Excuse = Callable[[str], str | None]
 _MOVED_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # in old files; no class reads them any more
+_SWAPPED = "in the base's layout, last two dimensions swapped"
 _CHECK = "autoexport.weights.base_check (--base-check)"
 _CARRY = "autoexport.weights.carry_unread (--carry-unread)"
 
@@ -35,8 +35,8 @@ class Contract:
     """The outcome of a comparison that did not refuse; `reason` says why there was none, or was no `base`.
 
     `explained` maps why they differ to the names that do; `transposed` are those written in
-    the base's layout, with the last two dimensions swapped; `spelled` maps names as
-    transformers writes them to the base's. `unread` are tensors of the base that training never
+    the base's layout, with the last two dimensions swapped; `spelling` is how the base names what
+    transformers would write under other names. `unread` are tensors of the base that training never
     read, `carried` those of them that are copied. `differs`: what should have been refused.
     """
 
@@ -44,7 +44,7 @@ class Contract:
     reason: str = ""
     explained: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
-    spelled: Mapping[str, str] = field(default_factory=dict)
+    spelling: naming.Spelling = field(default_factory=naming.Spelling)
     unread: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
     differs: str = ""
@@ -109,7 +109,7 @@ class Excuses:
 def check_contract(
     skeleton: Any,
     head: Head | None,
-    outputs: Iterable[Output],
+    outputs: Sequence[Output],
     base_model: str | None,
     trust_remote_code: bool = False,
     *,
@@ -123,10 +123,9 @@ def check_contract(
     found = _begin(base_model, base_check, carry_unread)
     if isinstance(found, Contract):
         return found
-    ours = {o.name: o.shape for o in outputs}
     excuses = _excuses(skeleton, head, found, trust_remote_code)
-    spelled = naming.spell(skeleton, ours, found.tensors)
-    return compare(ours, found, excuses, spelled, base_check=base_check, carry_unread=carry_unread)
+    spelling = naming.spell(skeleton, outputs, found.tensors)
+    return compare(outputs, found, excuses, spelling, base_check=base_check, carry_unread=carry_unread)
 
 
 def check_start(
@@ -149,10 +148,10 @@ def check_start(
     skeleton = naming.build_skeleton(
         found.directory, "source", trust_remote_code=trust_remote_code, external_lib=external_lib
     )
-    ours = naming.names_on_disk(skeleton)
+    outputs = naming.class_outputs(skeleton)
     excuses = _excuses(skeleton, None, found, trust_remote_code, own=skeleton)
-    spelled = naming.spell(skeleton, ours, found.tensors)
-    return compare(ours, found, excuses, spelled, base_check=base_check, carry_unread=carry_unread)
+    spelling = naming.spell(skeleton, outputs, found.tensors)
+    return compare(outputs, found, excuses, spelling, base_check=base_check, carry_unread=carry_unread)
 
 
 def _begin(base_model: str | None, base_check: str, carry_unread: bool) -> BaseModel | Contract:
@@ -183,55 +182,51 @@ def check_dtype(dtype: str, base: BaseModel | None, reason: str) -> None:
 
 
 def compare(
-    ours: Shapes,
+    outputs: Iterable[Output],
     base: BaseModel,
     excuses: Excuses,
-    spelled: Mapping[str, str],
+    spelling: naming.Spelling,
     *,
     base_check: str = "strict",
     carry_unread: bool = False,
 ) -> Contract:
-    """Pure but for a warning: `ours` is what will be written, under other names where they are `spelled` otherwise.
+    """Pure but for a warning: `outputs` are what will be written, as the base spells them.
 
     Raises PlanError listing the names that differ without a reason, unless `base_check` is `warn`.
     """
-    ours = {spelled.get(name, name): tuple(shape) for name, shape in ours.items()}
-    explained: dict[str, list[str]] = {"named as in the base": list(spelled.values())} if spelled else {}
+    ours = {o.name: o.shape for o in spelling.apply(outputs)}
+    found: dict[str, list[str]] = {
+        "named as in the base": list(spelling.names.values()),
+        "held in the base as in memory": list(spelling.whole.values()),
+    }
     wrong: dict[str, list[str]] = {"missing": [], "not in the base": [], "of another shape": []}
-    transposed, unread = set(), []
+    unread = []
 
-    def settle(reason: str | None, name: str, kind: str, text: str) -> None:
-        if reason is not None:
-            explained.setdefault(reason, []).append(name)
-        else:
-            wrong[kind].append(text)
+    def settle(reason: str | None, name: str, kind: str, text: str | None = None) -> None:
+        kept = wrong[kind] if reason is None else found.setdefault(reason, [])
+        kept.append(text or name if reason is None else name)
 
     for name in ours.keys() - base.tensors.keys():
-        settle(excuses.added(name), name, "not in the base", name)
+        settle(excuses.added(name), name, "not in the base")
     for name in base.tensors.keys() - ours.keys():
         reason = excuses.lacking(name)
         if reason is None and not wrong["not in the base"] and (reason := excuses.unread(name)) is not None:
             unread.append(name)
-        settle(reason, name, "missing", name)
+        settle(reason, name, "missing")
     for name in ours.keys() & base.tensors.keys():
         shape, expected = ours[name], base.tensors[name].shape
-        if shape == expected:
-            continue
-        if _swapped(shape) == expected:
-            transposed.add(name)
-            settle("in the base's layout, last two dimensions swapped", name, "of another shape", name)
-        else:
-            text = f"{name} (base {list(expected)}, here {list(shape)})"
-            settle(excuses.reshaped(shape, expected), name, "of another shape", text)
+        if shape != expected:
+            reason = _SWAPPED if _swapped(shape) == expected else excuses.reshaped(shape, expected)
+            settle(reason, name, "of another shape", f"{name} (base {list(expected)}, here {list(shape)})")
     if any(wrong.values()):
-        lists = "; ".join(f"{kind}: {brief(sorted(names))}" for kind, names in wrong.items() if names)
-        return _refuse(base, lists, base_check)
-    listed = {why: tuple(sorted(names)) for why, names in sorted(explained.items())}
-    found = Contract(base, "", listed, frozenset(transposed), dict(spelled), tuple(sorted(unread)))
-    return replace(found, carried=found.unread) if carry_unread else found
+        return _refuse(base, wrong, base_check)
+    explained = {why: tuple(sorted(names)) for why, names in sorted(found.items()) if names}
+    transposed, left = frozenset(explained.get(_SWAPPED, ())), tuple(sorted(unread))
+    return Contract(base, "", explained, transposed, spelling, left, left if carry_unread else ())
 
 
-def _refuse(base: BaseModel, lists: str, base_check: str) -> Contract:
+def _refuse(base: BaseModel, wrong: Mapping[str, Sequence[str]], base_check: str) -> Contract:
+    lists = "; ".join(f"{kind}: {brief(sorted(names))}" for kind, names in wrong.items() if names)
     text = (
         f"what would be written differs from the base model {base.directory}: {lists}. Engines that serve the "
         "base would not read it rightly."
@@ -251,7 +246,7 @@ def _way_out(value: str) -> str:
 def apply_base(outputs: Iterable[Output], contract: Contract, dtype: str) -> list[Output]:
     """`outputs` under the base's names, in its layout and, if `dtype` is `base`, in its dtypes."""
     check_dtype(dtype, contract.base, contract.reason)
-    outputs = [replace(o, name=contract.spelled.get(o.name, o.name)) for o in outputs]
+    outputs = contract.spelling.apply(outputs)
     if dtype == "base":
         outputs = [replace(o, dtype=_base_dtype(o, contract.base)) for o in outputs]
     return [o.swapped if o.name in contract.transposed else o for o in outputs]

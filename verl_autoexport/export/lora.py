@@ -297,10 +297,9 @@ def _from_base(
     tensors: dict[str, TensorEntry] = {}
     outputs = []
     named = naming.name_outputs(skeleton, replace(disk, tensors=wanted), dtype)
-    spelled = naming.spell(skeleton, [o.name for o in named], disk.tensors)
-    for output in named:
+    for output in naming.spell(skeleton, named, disk.tensors).apply(named):
         sources = {p.fqn for p in output.pieces}
-        entry = _of_base(disk, spelled.get(output.name, output.name), output.shape, directory)
+        entry = _of_base(disk, output, directory)
         straight = output.pieces == whole(output.pieces[0].fqn, output.shape)
         if not straight and sources & adapter.fusions.keys():
             raise PlanError(f"{output.name}: LoRA on what {directory} holds in another layout is not supported.")
@@ -311,12 +310,12 @@ def _from_base(
     return with_files(replace(manifest, tensors={}), disk, tensors), outputs
 
 
-def _of_base(disk: ShardManifest, name: str, shape: tuple[int, ...], directory: Path) -> TensorEntry:
-    entry = disk.tensors.get(name)
-    if entry is None or entry.shape != shape:
+def _of_base(disk: ShardManifest, output: Output, directory: Path) -> TensorEntry:
+    entry = disk.tensors.get(output.name)
+    if entry is None or entry.shape != output.shape:
         found = "nothing" if entry is None else list(entry.shape)
         raise PlanError(
-            f"{directory}: {name}: expected {list(shape)}, found {found}: not the base of this run, or "
+            f"{directory}: {output.name}: expected {list(output.shape)}, found {found}: not the base of this run, or "
             "resized in it, or its files have another layout than transformers writes. Save whole checkpoints."
         )
     return entry

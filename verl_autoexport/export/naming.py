@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import torch
 
 from verl_autoexport.errors import PlanError
 from verl_autoexport.export.layout import trace
-from verl_autoexport.export.plan import Output
+from verl_autoexport.export.plan import Output, whole
 from verl_autoexport.sources.base import FLOATING, ShardManifest
 from verl_autoexport.untrusted import read_json
 
@@ -155,13 +156,14 @@ def name_outputs(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str)
     return outputs
 
 
-def names_on_disk(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of what a saved model of this class holds, tied aliases and ignored keys left out."""
+def class_outputs(skeleton: PreTrainedModel) -> list[Output]:
+    """What a saved model of this class holds, tied aliases and ignored keys left out, in the skeleton's dtypes."""
     ignored = (getattr(skeleton, "all_tied_weights_keys", None) or {}).keys() | set(
         skeleton._keys_to_ignore_on_save or ()
     )
-    metas = {k: v for k, v in skeleton.state_dict().items() if k not in ignored}
-    return {k: tuple(v.shape) for k, v in reverse(skeleton, metas).items()}
+    state = {k: v for k, v in skeleton.state_dict().items() if k not in ignored}
+    metas = {k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in state.items()}
+    return trace(partial(reverse, skeleton), metas)
 
 
 def model_dtype(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str) -> str:
@@ -291,11 +293,36 @@ class Loading:
         return {found, *(found.replace(targets[0], target) for target in targets)}
 
 
-def spell(skeleton: PreTrainedModel, ours: Collection[str], theirs: Collection[str]) -> dict[str, str]:
-    """{name of `ours`: name of `theirs`} of those that differ, though transformers loads them as the same tensor."""
-    only_ours, only_theirs = set(ours) - set(theirs), set(theirs) - set(ours)
-    if not only_ours or not only_theirs:
-        return {}
+@dataclass(frozen=True)
+class Spelling:
+    """How other files name what a class writes: nothing else than transformers loads as the same tensors.
+
+    `names`: ours → theirs. `whole`: in-memory names of tensors that they hold as they are in
+    memory, where transformers would write parts of them or several in one → theirs; `shapes` are those.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def apply(self, outputs: Iterable[Output]) -> list[Output]:
+        """`outputs` as those files hold them."""
+        made: dict[str, Output] = {}
+        for output in outputs:
+            parts = [p for p in output.pieces if p.fqn in self.whole]
+            made |= {} if parts else {output.name: replace(output, name=self.names.get(output.name, output.name))}
+            for fqn in (p.fqn for p in parts if self.whole[p.fqn] not in made):
+                shape = self.shapes[fqn]
+                made[self.whole[fqn]] = Output(self.whole[fqn], shape, output.dtype, whole(fqn, shape))
+        return list(made.values())
+
+
+def spell(skeleton: PreTrainedModel, outputs: Sequence[Output], theirs: Collection[str]) -> Spelling:
+    """How files with the names `theirs` spell what is not among them of `outputs`."""
+    ours = {o.name: o for o in outputs if o.name not in theirs}
+    only_theirs = set(theirs) - {o.name for o in outputs}
+    if not ours or not only_theirs:
+        return Spelling()
     loading, tied = Loading(skeleton), getattr(skeleton, "all_tied_weights_keys", None) or {}
 
     def placed(names: Iterable[str]) -> dict[tuple[str, str | None], list[str]]:
@@ -305,12 +332,18 @@ def spell(skeleton: PreTrainedModel, ours: Collection[str], theirs: Collection[s
         return {place: found for place, found in places.items() if place[0] in loading.state}
 
     other, spelled = placed(only_theirs), {}
-    for (parameter, pattern), names in placed(only_ours).items():
+    for (parameter, pattern), names in placed(ours).items():
         same = [parameter, *(alias for alias, target in tied.items() if target == parameter)]
         found = next((other[name, pattern] for name in same if (name, pattern) in other), [])
         if len(found) == len(names):
             spelled |= zip(names, found, strict=True)
-    return spelled
+    made = [{p.fqn for p in output.pieces} for output in outputs]
+    written = frozenset().union(*made)
+    held = {place[0]: found[0] for place, found in other.items() if place[1] is None and len(found) == 1}
+    held = {fqn: name for fqn, name in held.items() if fqn in written and name not in spelled.values()}
+    while torn := {fqn for fqns in made if not fqns <= held.keys() for fqn in fqns & held.keys()}:
+        held = {fqn: name for fqn, name in held.items() if fqn not in torn}
+    return Spelling(spelled, held, {fqn: tuple(loading.state[fqn].shape) for fqn in held})
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -135,9 +135,9 @@ def _structure(
         directory, record.dtype if record else "source", trust_remote_code=trust_remote_code
     )
     carried = _listed(record, "carried")
-    written = naming.names_on_disk(skeleton)
-    spelled = naming.spell(skeleton, written, found.keys() - set(carried))
-    expected: dict[str, Any] = {spelled.get(name, name): shape for name, shape in written.items()}
+    outputs = naming.class_outputs(skeleton)
+    spelling = naming.spell(skeleton, outputs, found.keys() - set(carried))
+    expected: dict[str, Any] = {o.name: o.shape for o in spelling.apply(outputs)}
     for name in _listed(record, "transposed"):
         if name in expected:
             expected[name] = (*expected[name][:-2], expected[name][-1], expected[name][-2])

@@ -112,11 +112,8 @@ def check_loading(
     command += ["--adapter-of", str(adapter_of.resolve())] if adapter_of else []
     command += source.arguments() if source else []
     command += ["--carried"] if carried else []
-    names_in = "".join(f"{name}\n" for name in carried)
     try:
-        done = subprocess.run(
-            command, input=names_in, capture_output=True, text=True, timeout=timeout_s, env=_environment()
-        )
+        done = _ask(command, "\n".join(carried), timeout_s)
     except subprocess.TimeoutExpired:
         return dict.fromkeys(names, _skipped(f"not finished within verify.timeout_s={timeout_s:g}"))
     result = _parse(directory, done, names, required=load is True)
@@ -124,6 +121,10 @@ def check_loading(
         if check["status"] == "failed":
             raise VerifyError(f"{directory}: {name} failed: {check['detail']}")
     return result
+
+
+def _ask(command: Sequence[str], text: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=timeout_s, env=_environment())
 
 
 def _parse(
