@@ -79,7 +79,6 @@ def test_same_as_the_base(name, config, shard_size, checkpoint, tmp_path):
 
 
 DAMAGE = {
-    "missing: lm_extra.weight": lambda s: s.update({"lm_extra.weight": s[NORM].clone()}),
     f"not in the base: {NORM}": lambda s: s.pop(NORM),
     f"not in the base: {HEAD}": lambda s: s.pop(HEAD),
     f"of another shape: {NORM} (base [24], here [48])": lambda s: s.update({NORM: s[NORM][:24]}),

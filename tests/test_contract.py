@@ -450,6 +450,7 @@ PRIVATE = {  # name → where it must be, and the module here that uses it
     "_get_dtype_plan": ("transformers:PreTrainedModel", "export/naming.py"),
     "_keys_to_ignore_on_save": ("transformers:PreTrainedModel", "export/naming.py"),
     "_keys_to_ignore_on_load_unexpected": ("transformers:PreTrainedModel", "export/contract.py"),
+    "_keys_to_ignore_on_load_missing": ("transformers:PreTrainedModel", "export/contract.py"),
     "_model_mapping": ("transformers:AutoModelForTokenClassification", "export/heads.py"),
     "_local_tensor": ("torch.distributed.tensor:DTensor", "export/cross_check.py"),
     "_cdata": ("torch:UntypedStorage", "export/layout.py"),
@@ -459,7 +460,13 @@ PRIVATE = {  # name → where it must be, and the module here that uses it
 }
 """Private names of torch and transformers that the package uses, but for those of FSDP1's flat parameters."""
 IMPORTED = {
-    "transformers.core_model_loading": {"build_glob_alternation", "revert_weight_conversion"},
+    "transformers.conversion_mapping": {"get_model_conversion_mapping"},
+    "transformers.core_model_loading": {
+        "WeightConverter",
+        "build_glob_alternation",
+        "rename_source_key",
+        "revert_weight_conversion",
+    },
     "transformers.dynamic_module_utils": {"custom_object_save", "get_class_from_dynamic_module"},
     "torch.utils._python_dispatch": {"TorchDispatchMode"},
     "torch.utils._pytree": {"tree_leaves"},

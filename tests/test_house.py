@@ -71,7 +71,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "numpy": ("runtime/node_files.py",),  # whose arrays Ray hands out without a copy
 }  # fmt: skip
 LIBRARIES_LAZY: Mapping[str, tuple[str, ...]] = {
-    "tqdm": ("terminal.py",), "huggingface_hub": ("export/lora.py",),
+    "tqdm": ("terminal.py",), "huggingface_hub": ("export/base.py",),
     "peft": ("export/load_check.py", "export/cross_check.py"), "safetensors": ("export/load_check.py",),
 }  # fmt: skip
 

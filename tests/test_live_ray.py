@@ -16,6 +16,7 @@ import pytest
 import ray
 import torch
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from sharding import QWEN2, build, make_checkpoint
 from test_export import tensors
 
@@ -78,14 +79,16 @@ def workers(cluster):
 @pytest.fixture
 def start(workers, tmp_path):
     def start(
-        workers: list[Any] = workers, source: str = "live", trigger: dict[str, Any] | None = None, **queue: Any
-    ) -> ExportDriver:
+        workers: list[Any] = workers, source: str = "live", trigger: dict[str, Any] | None = None,
+        weights: dict[str, Any] | None = None, base: str | None = None, **queue: Any,
+    ) -> ExportDriver:  # fmt: skip
         node = {
             "output_dir": str(tmp_path / "exports"), "source": source, "verify": {"load": False}, "queue": queue,
+            "weights": weights or {},
             "trigger": trigger or {"every_n_steps": 1, "on_train_end": False},
         }  # fmt: skip
         settings = load_config(node)
-        driver = ExportDriver(settings, RunInfo(tmp_path, run={}))
+        driver = ExportDriver(settings, RunInfo(tmp_path, run={}, base_model=base))
         driver.begin(0, 100, start_live(workers, settings, driver.info))
         return driver
 
@@ -174,6 +177,20 @@ def test_tied_weights_that_have_diverged(cluster, start):
     assert "rank 1: lm_head.weight and model.embed_tokens.weight are tied according to config.json" in report
     assert values(driver) == {1: {1.0}, 3: {3.0}}
     assert not any("lm_head.weight" in tensors(v.path) for v in versions(driver))
+
+
+def test_a_base_with_names_of_its_own_and_tensors_that_are_not_trained(workers, start, tmp_path):
+    build(MODEL, "bfloat16").save_pretrained(tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    names = {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
+    save_file(names | {"mtp.fc.weight": torch.full((3,), 0.5, dtype=torch.bfloat16)}, file, {"format": "pt"})
+    driver = start(base=str(tmp_path / "base"), weights={"carry_unread": True}, overflow="wait")
+    train(workers, driver, 1, 2)
+    assert driver.drain(120).startswith("verl_autoexport: 2 published (")
+    assert values(driver) == {step: {0.5, float(step)} for step in (1, 2)}
+    for version in versions(driver):
+        assert tensors(version.path).keys() == names.keys() | {"mtp.fc.weight"}
+        assert version.record.verification["contract"]["carried"] == ["mtp.fc.weight"]
 
 
 def test_what_a_snapshot_took_of_the_store_is_given_back(workers, start):

@@ -81,6 +81,7 @@ def _export_once(args: argparse.Namespace) -> int:
         args.checkpoint, source=_spread(args), dtype=args.dtype, max_shard_size=args.max_shard_size,
         base_model=args.base_model, lora=args.lora, memory_budget=args.memory_budget, verify=not args.no_verify,
         trust_remote_code=args.trust_remote_code, lora_config=args.lora_config,
+        base_check=args.base_check, carry_unread=args.carry_unread,
     )  # fmt: skip
     with signals.Handled(raises=True), Bar() as bar:
         if args.output is not None:
@@ -326,6 +327,13 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:
     export.add_argument("--max-shard-size", type=arguments.size, default="5GB", metavar="S", help=help_)
     help_ = "the model that was trained; compared, and read if only LoRA was saved"
     export.add_argument("--base-model", type=arguments.text, metavar="DIR", help=help_)
+    export.add_argument(
+        "--base-check", default="strict", choices=("strict", "warn", "off"),
+        help="what differs from the base model is refused, noted, or not looked for",
+    )  # fmt: skip
+    export.add_argument(
+        "--carry-unread", action="store_true", help="copy the base's tensors that training never read (MTP layers)"
+    )
     export.add_argument(
         "--lora", default="fused", choices=("fused", "adapter", "both"), help="what to make of a LoRA checkpoint"
     )

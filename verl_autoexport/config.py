@@ -154,6 +154,8 @@ class WeightsConfig:
     dtype: str = _rule("bfloat16", one_of=("bfloat16", "float16", "float32", "base", "source"))
     max_shard_size: int = _size("5GB")
     lora: str = _rule("fused", one_of=("fused", "adapter", "both"))
+    base_check: str = _rule("strict", one_of=("strict", "warn", "off"))
+    carry_unread: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +231,11 @@ def load_config(node: DictConfig | Mapping[str, Any]) -> AutoExportConfig:
     _check_threshold(config.trigger.threshold)
     if config.verify.load is False and config.verify.generate is True:
         raise ConfigError(f"{ROOT}.verify.generate=true needs {ROOT}.verify.load=true or auto; found load=false.")
+    if config.weights.carry_unread and config.weights.base_check == "off":
+        raise ConfigError(
+            f"{ROOT}.weights.carry_unread=true needs the comparison that tells what is unread; found "
+            f"{ROOT}.weights.base_check=off."
+        )
     if config.keep.best is not None and not config.trigger.best:
         raise ConfigError(f"{ROOT}.keep.best={config.keep.best} needs {ROOT}.trigger.best, whose metric it ranks by.")
     return config

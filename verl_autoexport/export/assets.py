@@ -16,12 +16,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from verl_autoexport.export import asset_facts, older_form, own_code
 from verl_autoexport.export.asset_facts import WEIGHTS, Facts, Unreadable
 from verl_autoexport.export.base import BaseModel
-from verl_autoexport.export.configs import write_base_config
+from verl_autoexport.export.configs import set_values, write_base_config
 from verl_autoexport.export.naming import architecture
 from verl_autoexport.export.peft_config import CONFIG_NAME
 from verl_autoexport.untrusted import read_json
@@ -65,13 +66,16 @@ def write_config(
     target: Path,
     base: BaseModel | None = None,
     trust_remote_code: bool = False,
+    values: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[str]:
     """`config.json` for the model in `dtype` (torch's name without `torch.`); returns notes.
 
     With a `base` it is the base's own file with what changed, else as `save_pretrained`
-    would write it. `dtype` None: each tensor has that of the base, and so has the file.
+    would write it. `dtype` None: each tensor has that of the base, and so has the file. `values`, by
+    dotted key, replace the trained model's.
     """
     config = skeleton.config
+    set_values(config, values)
     config.dtype = dtype or base.usual_dtype  # nested ones were set when the skeleton was built
     config.architectures = [architecture(config)]
     config.save_pretrained(target)

@@ -127,6 +127,17 @@ def _spelled(file: Mapping[str, Any], *names: str) -> str:
     return next((name for name in names if name in file), names[0])
 
 
+def set_values(config: Any, values: Mapping[str, Any]) -> None:
+    """Set `values`, by dotted key, in a configuration of transformers, where it has such a node. In place."""
+    for key, value in values.items():
+        *path, leaf = key.split(".")
+        node = config
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else getattr(node, part, None)
+        if node is not None:
+            node.update({leaf: value})  # dictionaries have it, and configurations too
+
+
 def set_dtype(file: dict[str, Any], dtype: str) -> None:
     """Every dtype in `file`, nested ones too, spelled as it spells them; one at the top if there was none. In place."""
     spelled = [key for node in _nodes(file) for key in _DTYPE_KEYS if key in node]

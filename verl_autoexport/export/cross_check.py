@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 
+from verl_autoexport.export.base import counts_predicting
 from verl_autoexport.export.configs import differences, plain
 from verl_autoexport.export.naming import load_config
 from verl_autoexport.sources.base import ITEMSIZE
@@ -54,7 +55,8 @@ def compare(
     directory of its base model where the shards hold the adapter only.
     """
     trained = load_config(saved, trust_remote_code)
-    if keys := set(differences(plain(model.config.to_dict()), plain(trained.to_dict()))) - _OF_A_HEAD:
+    found = set(differences(plain(model.config.to_dict()), plain(trained.to_dict()))) - _OF_A_HEAD
+    if keys := {key for key in found if not counts_predicting(key)}:
         raise ValueError(f"config.json differs from the trained model's in {sorted(keys)[:8]}")
     with torch.inference_mode():
         try:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="the base model, where the shards hold the adapter only")
     parser.add_argument("--assets", type=json.loads, help="JSON: directories that tokenizer and processor must equal")
     parser.add_argument("--no-load", metavar="REASON", help="look at the assets only")
+    parser.add_argument("--carried", action="store_true", help="stdin names tensors that the class does not read")
     args = parser.parse_args()
     if args.external_lib:
         for module in args.external_lib.split(","):
@@ -60,10 +63,12 @@ def _processors(directory: Path, wanted: Path, trust_remote_code: bool) -> tuple
 def _check_model(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {}
     try:
-        model = load_model(args.directory, args.trust_remote_code)
+        carried = sys.stdin.read().split() if args.carried else []
+        model = load_model(args.directory, args.trust_remote_code, carried)
         result["load"] = {
             "status": "passed",
-            "detail": f"{type(model).__name__}, no key missing, unexpected or renewed",
+            "detail": f"{type(model).__name__}, no key missing, unexpected or renewed"
+            + (f", but for the {len(carried)} carried over from the base" if carried else ""),
         }
     except Exception as e:  # noqa: BLE001 - a model's own code runs here; the finding is the output
         result["load"] = {"status": "failed", "detail": f"{type(e).__name__}: {e}"}
@@ -108,16 +113,19 @@ def check_assets(directory: Path, wanted: dict[str, str | None], trust_remote_co
     return {"status": "passed", "detail": f"equal: {', '.join(equal)}"}
 
 
-def load_model(directory: Path, trust_remote_code: bool) -> Any:
+def load_model(directory: Path, trust_remote_code: bool, carried: Sequence[str] = ()) -> Any:
     from transformers import GenerationConfig
 
-    from verl_autoexport.export.naming import load_config, model_class
+    from verl_autoexport.export.naming import Loading, load_config, model_class
 
     cls = model_class(load_config(directory, trust_remote_code), directory, trust_remote_code)
     model, info = cls.from_pretrained(
         directory, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code, local_files_only=True,
         generation_config=GenerationConfig(),  # the model's own may ask for what cannot be run, or loaded, here
     )  # fmt: skip
+    if carried:
+        loading = Loading(model)
+        info["unexpected_keys"] = set(info["unexpected_keys"]).difference(*map(loading.unexpected, carried))
     problems = {k: sorted(map(str, v))[:8] for k, v in info.items() if v}
     if problems:
         raise ValueError(f"transformers loads it, but reports {problems}")

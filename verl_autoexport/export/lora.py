@@ -19,6 +19,7 @@ import torch
 
 from verl_autoexport.errors import MergeError, PlanError
 from verl_autoexport.export import naming, peft_config
+from verl_autoexport.export.base import base_directory, with_files
 from verl_autoexport.export.plan import Fusion, Output, PlannedFile, plan_one, whole
 from verl_autoexport.sources.base import FLOATING, ShardManifest, TensorEntry
 from verl_autoexport.sources.safetensors_files import model_files
@@ -295,7 +296,8 @@ def _from_base(
     }
     tensors: dict[str, TensorEntry] = {}
     outputs = []
-    for output in naming.name_outputs(skeleton, replace(disk, tensors=wanted), dtype):
+    named = naming.name_outputs(skeleton, replace(disk, tensors=wanted), dtype)
+    for output in naming.spell(skeleton, named, disk.tensors).apply(named):
         sources = {p.fqn for p in output.pieces}
         entry = _of_base(disk, output, directory)
         straight = output.pieces == whole(output.pieces[0].fqn, output.shape)
@@ -305,11 +307,7 @@ def _from_base(
         cast = wanted[output.pieces[0].fqn].dtype if entry.dtype in FLOATING else None
         tensors[name] = replace(entry, fqn=name, loaded=cast)
         outputs.append(replace(output, pieces=whole(name, output.shape)))
-    files = (*manifest.files, *disk.files)
-    for name, entry in tensors.items():
-        shards = tuple(replace(s, file=s.file + len(manifest.files)) for s in entry.shards)
-        tensors[name] = replace(entry, shards=shards)
-    return replace(manifest, files=files, tensors=tensors), outputs
+    return with_files(replace(manifest, tensors={}), disk, tensors), outputs
 
 
 def _of_base(disk: ShardManifest, output: Output, directory: Path) -> TensorEntry:
@@ -321,20 +319,6 @@ def _of_base(disk: ShardManifest, output: Output, directory: Path) -> TensorEntr
             "resized in it, or its files have another layout than transformers writes. Save whole checkpoints."
         )
     return entry
-
-
-def base_directory(base_model: str | None) -> Path | None:
-    """Where the base model is on this machine, also if it is named by its id on the hub; None if it is not."""
-    if not base_model:
-        return None
-    if (path := Path(base_model).expanduser()).is_dir():
-        return path.absolute()
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(base_model, local_files_only=True))
-    except Exception:  # noqa: BLE001 - not in the cache, or no such id: of many classes, all meaning the same here
-        return None
 
 
 def plan_adapter(adapter: Adapter, manifest: ShardManifest, dtype: str, folder: str = "") -> PlannedFile:

@@ -8,7 +8,7 @@ from typing import Any
 
 from verl_autoexport.errors import PlanError
 from verl_autoexport.export import lora, naming
-from verl_autoexport.export.contract import Contract, apply_base, check_contract
+from verl_autoexport.export.contract import Contract, apply_base, carry, check_contract
 from verl_autoexport.export.heads import Head, find_head
 from verl_autoexport.export.plan import Fusion, MergePlan, Output, make_plan, one_file_plan
 from verl_autoexport.export.reader import equal_values
@@ -58,22 +58,30 @@ def plan_model(spec: ExportSpec, manifest: ShardManifest, values: bool = True) -
     sums = Sums()
     if values:
         _check_tied(skeleton, held, sums)
-    contract = check_contract(skeleton, head, outputs, spec.base_model, spec.trust_remote_code)
+    contract = check_contract(
+        skeleton, head, outputs, spec.base_model, spec.trust_remote_code,
+        base_check=spec.base_check, carry_unread=spec.carry_unread,
+    )  # fmt: skip
+    outputs = apply_base(outputs, contract, spec.dtype)
     if fused := sorted(o.name for o in outputs if any(p.fqn in fusions for p in o.pieces)):
         contract = replace(contract, explained={**contract.explained, "LoRA fused in": tuple(fused)})
-    outputs = apply_base(outputs, contract, spec.dtype)
-    plan = make_plan(held, outputs, spec.max_shard_size, fusions, _unchanging(spec, outputs, fusions))
+    apart = _unchanging(spec, outputs, fusions, contract)
+    held, outputs = carry(contract, held, outputs, spec.dtype)
+    plan = make_plan(held, outputs, spec.max_shard_size, fusions, apart)
     if spec.lora == "both":
         plan = replace(plan, files=(*plan.files, lora.plan_adapter(adapter, held, spec.dtype, f"{ADAPTER_FOLDER}/")))
     return Planned(skeleton, held, plan, contract, adapter, sums.runs())
 
 
-def _unchanging(spec: ExportSpec, outputs: Sequence[Output], fusions: Mapping[str, Fusion]) -> set[str]:
+def _unchanging(
+    spec: ExportSpec, outputs: Sequence[Output], fusions: Mapping[str, Fusion], contract: Contract
+) -> set[str]:
     """Names on disk of what training leaves as it is; where that is not known, what an earlier version keeps apart."""
     if spec.frozen is None:
         return set(spec.grouped)
     frozen = {lora.plain_name(fqn) for fqn in spec.frozen}
-    return {o.name for o in outputs if all(p.fqn in frozen and p.fqn not in fusions for p in o.pieces)}
+    kept = {o.name for o in outputs if all(p.fqn in frozen and p.fqn not in fusions for p in o.pieces)}
+    return kept.union(contract.carried)
 
 
 def capture_dtypes(spec: ExportSpec, planned: Planned) -> dict[str, str]:
@@ -81,7 +89,8 @@ def capture_dtypes(spec: ExportSpec, planned: Planned) -> dict[str, str]:
     if planned.adapter is not None or spec.dtype in naming.OWN_DTYPES:
         return {}
     rule = naming.DtypeRule(planned.skeleton, spec.dtype)
-    return {fqn: rule(fqn, t.dtype) for fqn, t in planned.manifest.tensors.items()}
+    carried = planned.contract.carried
+    return {fqn: rule(fqn, t.dtype) for fqn, t in planned.manifest.tensors.items() if fqn not in carried}
 
 
 def tied_names(planned: Planned) -> dict[str, str]:

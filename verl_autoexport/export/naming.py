@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ import torch
 
 from verl_autoexport.errors import PlanError
 from verl_autoexport.export.layout import trace
-from verl_autoexport.export.plan import Output
+from verl_autoexport.export.plan import Output, whole
 from verl_autoexport.sources.base import FLOATING, ShardManifest
 from verl_autoexport.untrusted import read_json
 
@@ -165,13 +167,14 @@ def name_outputs(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str)
     return outputs
 
 
-def names_on_disk(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of what a saved model of this class holds, tied aliases and ignored keys left out."""
+def class_outputs(skeleton: PreTrainedModel) -> list[Output]:
+    """What a saved model of this class holds, tied aliases and ignored keys left out, in the skeleton's dtypes."""
     ignored = (getattr(skeleton, "all_tied_weights_keys", None) or {}).keys() | set(
         skeleton._keys_to_ignore_on_save or ()
     )
-    metas = {k: v for k, v in skeleton.state_dict().items() if k not in ignored}
-    return {k: tuple(v.shape) for k, v in reverse(skeleton, metas).items()}
+    state = {k: v for k, v in skeleton.state_dict().items() if k not in ignored}
+    metas = {k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in state.items()}
+    return trace(partial(reverse, skeleton), metas)
 
 
 def model_dtype(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str) -> str:
@@ -278,6 +281,101 @@ def reverse(skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> d
         raise PlanError(
             f"{type(skeleton).__name__}: transformers cannot convert {_brief(tensors)} back to names on disk: {e}"
         ) from e
+
+
+class Loading:
+    """Where `from_pretrained` puts what it finds in files, by its name there; nothing is loaded.
+
+    The names in files may lack the base model's prefix or have one too many, and be those of
+    an older class: transformers renames them, and so it is asked here.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+
+        mapping = get_model_conversion_mapping(skeleton)
+        self.converters = [t for t in mapping if isinstance(t, WeightConverter)]
+        self.renamings = [t for t in mapping if not isinstance(t, WeightConverter)]
+        self.state = skeleton.state_dict()
+        self.prefix = skeleton.base_model_prefix
+        self.rename = rename_source_key
+
+    def place(self, name: str) -> tuple[str, str | None]:
+        """The in-memory name, and the pattern of the conversion that the tensor is a part of, if any."""
+        found = self.rename(name, self.renamings, self.converters, self.prefix, self.state)
+        if found[0] not in self.state and name in self.state:
+            found = self.rename(name, [], [], self.prefix, self.state)
+        return found
+
+    def parameter(self, name: str) -> str | None:
+        """The in-memory tensor that it becomes, or becomes a part of; None where the class reads no such tensor."""
+        found = self.place(name)[0]
+        return found if found in self.state else None
+
+    def unexpected(self, name: str) -> set[str]:
+        """What transformers calls it in its report, if the class does not read it."""
+        found, pattern = self.place(name)
+        converter = next((c for c in self.converters if pattern in c.source_patterns), None)
+        targets = converter.target_patterns if converter else ()
+        return {found, *(found.replace(targets[0], target) for target in targets)}
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How other files name what a class writes: nothing else than transformers loads as the same tensors.
+
+    `names`: ours → theirs. `whole`: in-memory names of tensors that they hold as they are in
+    memory, where transformers would write parts of them or several in one → theirs; `shapes` are those.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def apply(self, outputs: Iterable[Output]) -> list[Output]:
+        """`outputs` as those files hold them."""
+        made: dict[str, Output] = {}
+        for output in outputs:
+            parts = [p for p in output.pieces if p.fqn in self.whole]
+            made |= {} if parts else {output.name: replace(output, name=self.names.get(output.name, output.name))}
+            for fqn in (p.fqn for p in parts if self.whole[p.fqn] not in made):
+                shape = self.shapes[fqn]
+                made[self.whole[fqn]] = Output(self.whole[fqn], shape, output.dtype, whole(fqn, shape))
+        return list(made.values())
+
+
+def spell(skeleton: PreTrainedModel, outputs: Sequence[Output], theirs: Collection[str]) -> Spelling:
+    """How files with the names `theirs` spell what is not among them of `outputs`."""
+    ours = {o.name: o for o in outputs if o.name not in theirs}
+    only_theirs = set(theirs) - {o.name for o in outputs}
+    if not ours or not only_theirs:
+        return Spelling()
+    loading, tied = Loading(skeleton), getattr(skeleton, "all_tied_weights_keys", None) or {}
+
+    def placed(names: Iterable[str]) -> dict[tuple[str, str | None], list[str]]:
+        places = defaultdict(list)
+        for name in sorted(names, key=_natural):  # the order in which transformers stacks the parts of a tensor
+            places[loading.place(name)].append(name)
+        return {place: found for place, found in places.items() if place[0] in loading.state}
+
+    other, spelled = placed(only_theirs), {}
+    for (parameter, pattern), names in placed(ours).items():
+        same = [parameter, *(alias for alias, target in tied.items() if target == parameter)]
+        found = next((other[name, pattern] for name in same if (name, pattern) in other), [])
+        if len(found) == len(names):
+            spelled |= zip(names, found, strict=True)
+    made = [{p.fqn for p in output.pieces} for output in outputs]
+    written = frozenset().union(*made)
+    held = {place[0]: found[0] for place, found in other.items() if place[1] is None and len(found) == 1}
+    held = {fqn: name for fqn, name in held.items() if fqn in written and name not in spelled.values()}
+    while torn := {fqn for fqns in made if not fqns <= held.keys() for fqn in fqns & held.keys()}:
+        held = {fqn: name for fqn, name in held.items() if fqn not in torn}
+    return Spelling(spelled, held, {fqn: tuple(loading.state[fqn].shape) for fqn in held})
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _brief(names: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, Pla
 from verl_autoexport.events import ExportRecord
 from verl_autoexport.export import assets, by_hand, lora, naming, peft_config, verify
 from verl_autoexport.export.assets import Reference
+from verl_autoexport.export.base import base_directory
 from verl_autoexport.export.directory import appears_whole
 from verl_autoexport.export.merge import MergeJob, WrittenFile, one_torch_thread
 from verl_autoexport.export.model import ADAPTER_FOLDER, Planned, plan_model
@@ -192,7 +193,13 @@ def _run(
             source.check_sums(manifest, runs, progress.advance)
             written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
             more, reference = _write_beside(spec, planned, written, target)
-            notes = [*manifest.notes, *notes, *more, *([] if spec.source else left_out(spec.checkpoint))]
+            notes = [
+                *manifest.notes,
+                *planned.contract.notes,
+                *notes,
+                *more,
+                *([] if spec.source else left_out(spec.checkpoint)),
+            ]
         with _timed(timings, "verify"):
             progress.stage(VERIFYING)
             checks = _verify(spec, target, planned, reference)
@@ -255,11 +262,12 @@ def _write_beside(
         (target / INDEX_NAME).write_text(json.dumps(planned.plan.index, indent=2) + "\n", encoding="utf-8")
     if spec.lora != "adapter":
         dtype = None if spec.dtype == "base" else naming.model_dtype(skeleton, planned.manifest, spec.dtype)
-        notes += assets.write_config(skeleton, dtype, target, base, spec.trust_remote_code)
+        values = planned.contract.config_values
+        notes += assets.write_config(skeleton, dtype, target, base, spec.trust_remote_code, values)
         if base is None:
             notes.append(f"not compared with the base model: {planned.contract.reason}")
     more, reference = assets.write_assets(
-        spec.model_dir, lora.base_directory(spec.base_model), target,
+        spec.model_dir, base_directory(spec.base_model), target,
         generates=skeleton.can_generate(), trust_remote_code=spec.trust_remote_code,
     )  # fmt: skip
     notes += more
@@ -298,6 +306,7 @@ def _verify(spec: ExportSpec, target: Path, planned: Planned, reference: Referen
         timeout_s=spec.verify.timeout_s,
         trust_remote_code=spec.trust_remote_code,
         external_lib=spec.external_lib,
+        carried=planned.contract.carried,
     )
     nbytes, source, beside = planned.plan.nbytes, _source(spec, planned), reference.to_json()
     if planned.adapter is None or spec.lora == "fused":
@@ -313,7 +322,7 @@ def _source(spec: ExportSpec, planned: Planned) -> verify.Source | None:
         return None
     if planned.adapter is None:
         return verify.Source(spec.checkpoint, spec.model_dir)
-    base = None if planned.adapter.base else lora.base_directory(spec.base_model)
+    base = None if planned.adapter.base else base_directory(spec.base_model)
     nbytes = sum(t.nbytes for t in planned.manifest.tensors.values())
     return verify.Source(spec.checkpoint, spec.model_dir, planned.adapter.config, base, nbytes)
 
@@ -338,6 +347,8 @@ def export_checkpoint(
     verify: bool = True,
     trust_remote_code: bool = False,
     lora_config: str | os.PathLike[str] | None = None,
+    base_check: str = "strict",
+    carry_unread: bool = False,
 ) -> ExportRecord:
     """Export one verl checkpoint (`global_step_N` or its `actor/`) to the new directory `output`.
 
@@ -351,5 +362,6 @@ def export_checkpoint(
     spec = checkpoint_spec(
         Path(checkpoint), dtype=dtype, max_shard_size=max_shard_size, base_model=base_model, lora=lora,
         memory_budget=memory_budget, verify=verify, trust_remote_code=trust_remote_code, lora_config=lora_config,
+        base_check=base_check, carry_unread=carry_unread,
     )  # fmt: skip
     return export_to_directory(spec, Path(output), LocalRunner(workers))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import AutoExportError, VerifyError
 from verl_autoexport.events import ExportRecord
 from verl_autoexport.export import naming, verify
-from verl_autoexport.export.lora import WEIGHTS_NAME, base_directory
+from verl_autoexport.export.base import base_directory
+from verl_autoexport.export.lora import WEIGHTS_NAME
 from verl_autoexport.export.model import ADAPTER_FOLDER
 from verl_autoexport.export.peft_config import CONFIG_NAME, read_settings
 from verl_autoexport.export.plan import SAFETENSORS_DTYPE
@@ -34,7 +35,9 @@ def check_directory(directory: Path, *, load: bool = True, trust_remote_code: bo
         return checks | _adapter(directory, None, load, trust_remote_code)
     files = sorted(directory.glob("*.safetensors"))
     checks["structure"] = _run(lambda: _structure(directory, files, record, trust_remote_code))
-    checks |= _load(directory, sum(f.stat().st_size for f in files), load, trust_remote_code)
+    checks |= _load(
+        directory, sum(f.stat().st_size for f in files), load, trust_remote_code, carried=_listed(record, "carried")
+    )
     if (directory / ADAPTER_FOLDER / CONFIG_NAME).is_file():
         adapter = _adapter(directory / ADAPTER_FOLDER, directory, load, trust_remote_code)
         checks |= {"adapter": adapter["structure" if adapter["structure"]["status"] == "failed" else "load"]}
@@ -42,7 +45,12 @@ def check_directory(directory: Path, *, load: bool = True, trust_remote_code: bo
 
 
 def _load(
-    directory: Path, nbytes: int, load: bool, trust_remote_code: bool, adapter_of: Path | None = None
+    directory: Path,
+    nbytes: int,
+    load: bool,
+    trust_remote_code: bool,
+    adapter_of: Path | None = None,
+    carried: Sequence[str] = (),
 ) -> dict[str, verify.Check]:
     try:
         return verify.check_loading(
@@ -51,6 +59,7 @@ def _load(
             load="auto" if load else False,
             trust_remote_code=trust_remote_code,
             adapter_of=adapter_of,
+            carried=carried,
         )
     except VerifyError as e:
         return {"load": {"status": "failed", "detail": str(e)}}
@@ -127,10 +136,15 @@ def _structure(
     skeleton = naming.build_skeleton(
         directory, record.dtype if record else "source", trust_remote_code=trust_remote_code
     )
-    expected = naming.names_on_disk(skeleton)
-    for name in record.verification.get("contract", {}).get("transposed", ()) if record else ():
+    carried = _listed(record, "carried")
+    outputs = naming.class_outputs(skeleton)
+    spelling = naming.spell(skeleton, outputs, found.keys() - set(carried))
+    expected: dict[str, Any] = {o.name: o.shape for o in spelling.apply(outputs)}
+    for name in _listed(record, "transposed"):
         if name in expected:
             expected[name] = (*expected[name][:-2], expected[name][-1], expected[name][-2])
+    for name in carried:
+        expected[name] = found[name][1] if name in found else "a tensor of the base"
     wrong = sorted(k for k in found.keys() | expected.keys() if found.get(k, (0, 0))[1] != expected.get(k))
     if wrong:
         raise VerifyError(
@@ -142,6 +156,11 @@ def _structure(
     if bad := [k for k, v in found.items() if v[0] not in SAFETENSORS_DTYPE.values()]:
         raise VerifyError(f"{directory}: {bad[0]} has the unknown dtype {found[bad[0]][0]}.")
     return {"status": "passed", "detail": f"{len(found)} tensors of {type(skeleton).__name__}"}
+
+
+def _listed(record: ExportRecord | None, key: str) -> tuple[str, ...]:
+    """Names under `key` of the contract in `export.json`."""
+    return tuple(record.verification.get("contract", {}).get(key, ())) if record else ()
 
 
 def _check_length(file: Path, header: dict[str, Any]) -> None:

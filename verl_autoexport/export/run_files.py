@@ -18,7 +18,7 @@ from typing import Any
 from verl_autoexport.errors import PlanError
 from verl_autoexport.export import own_code
 from verl_autoexport.export.asset_facts import WEIGHTS
-from verl_autoexport.export.lora import base_directory
+from verl_autoexport.export.base import base_directory
 from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.sources.base import FLOATING, ShardManifest
 from verl_autoexport.untrusted import read_json

@@ -31,7 +31,9 @@ class ExportSpec:
     `source`: where the weights are if not in rank files; `checkpoint` is its directory then.
     `frozen`: in-memory names of tensors that training does not change, where that is known; `grouped`:
     names on disk that an earlier version keeps in files of their own. `cached` False: the page cache is
-    training's, and is left without what an export reads and writes.
+    training's, and is left without what an export reads and writes. `base_check`: `strict` refuses what
+    differs from the base model, `warn` notes it, `off` does not compare. `carry_unread`: tensors of
+    the base that training never read are copied.
     """
 
     checkpoint: Path
@@ -58,6 +60,8 @@ class ExportSpec:
     grouped: frozenset[str] = frozenset()
     cached: bool = True
     saved: Path | None = None
+    base_check: str = "strict"
+    carry_unread: bool = False
 
     @property
     def by_hand(self) -> bool:
@@ -82,6 +86,8 @@ def checkpoint_spec(
     trust_remote_code: bool = False,
     lora_config: str | os.PathLike[str] | None = None,
     source: ShardSource | None = None,
+    base_check: str = "strict",
+    carry_unread: bool = False,
 ) -> ExportSpec:
     """The spec of an export by hand; the step is read from the path. Raises ConfigError or SourceError.
 
@@ -91,6 +97,8 @@ def checkpoint_spec(
         raise ConfigError(f"dtype {dtype!r}: expected bfloat16, float16, float32, source or base.")
     if lora not in ("fused", "adapter", "both"):
         raise ConfigError(f"lora {lora!r}: expected fused, adapter or both.")
+    if base_check not in ("strict", "warn", "off"):
+        raise ConfigError(f"base_check {base_check!r}: expected strict, warn or off.")
     # Ray's workers have another working directory
     directory = find_checkpoint(checkpoint.absolute()) if source is None else checkpoint
     return ExportSpec(
@@ -104,6 +112,8 @@ def checkpoint_spec(
         trust_remote_code=trust_remote_code,
         base_model=base_model,
         lora=lora,
+        base_check=base_check,
+        carry_unread=carry_unread,
         lora_config=None if lora_config is None else Path(lora_config),
         origin=str(directory.absolute()),
         triggers=(Trigger(COMMAND, "exported by hand"),),

@@ -91,6 +91,7 @@ def check_loading(
     adapter_of: Path | None = None,
     source: Source | None = None,
     assets: str | None = None,
+    carried: Sequence[str] = (),
 ) -> dict[str, Check]:
     """Load `directory` in a fresh process on the CPU, generate a few tokens, compare logits with those of `source`.
 
@@ -98,8 +99,8 @@ def check_loading(
     it would need more than `max_memory` or than is free now; past `timeout_s` seconds it is
     skipped too. `adapter_of`: `directory` is a PEFT adapter, of the model whose config is there.
     `assets`: the directories that its tokenizer and processor must equal (`Reference.to_json`), which is
-    looked at whatever the size, unless `load` is False.
-    Raises VerifyError when a check that ran has failed.
+    looked at whatever the size, unless `load` is False. `carried` are the tensors in it that its class
+    does not read. Raises VerifyError when a check that ran has failed.
     """
     names: tuple[str, ...] = ("load", "generate", "logits") if source else ("load", "generate")
     names = ("assets", *names) if assets else names
@@ -116,11 +117,9 @@ def check_loading(
     command += ["--external-lib", external_lib] if external_lib else []
     command += ["--adapter-of", str(adapter_of.resolve())] if adapter_of else []
     command += source.arguments() if source else []
+    command += ["--carried"] if carried else []
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
-            timeout=timeout_s, env=_environment(),
-        )  # fmt: skip
+        done = _ask(command, "\n".join(carried), timeout_s)
     except subprocess.TimeoutExpired:
         return dict.fromkeys(names, _skipped(f"not finished within verify.timeout_s={timeout_s:g}"))
     result = _parse(directory, done, names, required=load is True)
@@ -135,6 +134,13 @@ def _too_large(nbytes: int, max_memory: int) -> str:
     need, free = nbytes + nbytes // 10 + _OVERHEAD, psutil.virtual_memory().available
     limit = f"verify.max_memory is {_gib(max_memory)}" if need > max_memory else f"{_gib(free)} are free"
     return f"needs about {_gib(need)}, {limit}" if need > min(max_memory, free) else ""
+
+
+def _ask(command: Sequence[str], text: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, input=text, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout_s,
+        env=_environment(),
+    )  # fmt: skip
 
 
 def _parse(

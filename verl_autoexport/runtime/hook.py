@@ -139,10 +139,11 @@ class AutoExportCallback(CheckpointCallback):
 
     def _check_base(self) -> None:
         """Raises PlanError or ConfigError, at any `on_error`: exports of this base model could not be right."""
-        info = self.driver.info
+        info, weights = self.driver.info, self.settings.weights
         found = check_start(
-            info.base_model, self.settings.weights.dtype, info.trust_remote_code, info.external_lib
-        ).to_check()
+            info.base_model, weights.dtype, info.trust_remote_code, info.external_lib,
+            base_check=weights.base_check, carry_unread=weights.carry_unread,
+        ).to_check()  # fmt: skip
         logger.warning(
             "verl_autoexport: comparison with the base model %s: %s", found["status"], shown(found["detail"])
         )

@@ -120,11 +120,12 @@ def start_live(workers: Sequence[Any], settings: AutoExportConfig, info: RunInfo
         checkpoint=source.directory, step=0, dtype=settings.weights.dtype, base_model=info.base_model,
         trust_remote_code=info.trust_remote_code, external_lib=info.external_lib, lora=settings.weights.lora,
         frozen=None if info.frozen is None else frozenset(info.frozen),
+        base_check=settings.weights.base_check, carry_unread=settings.weights.carry_unread,
     )  # fmt: skip
     planned = plan_model(spec, source.manifest(), values=False)
     groups: dict[str, int] = {}
     for number, file in enumerate(planned.plan.files):  # so that a merge task pulls no blocks of another file
-        groups |= dict.fromkeys(file.sources - groups.keys(), number)
+        groups |= dict.fromkeys(file.sources - groups.keys() - set(planned.contract.carried), number)
     tied = tied_names(planned)
     for alias in split_otherwise(source.layouts, tied):  # the export then compares them
         groups[alias] = groups[tied[alias]]

@@ -78,6 +78,8 @@ def make_spec(request: Mapping[str, Any], settings: AutoExportConfig) -> ExportS
         stall_s=request["stall_s"],
         fingerprint=request["fingerprint"],
         lora=settings.weights.lora,
+        base_check=settings.weights.base_check,
+        carry_unread=settings.weights.carry_unread,
         frozen=None if (names := request.get("frozen")) is None else frozenset(names),
         cached=False,
         lora_config=Path(adapter) if (adapter := request.get("lora_adapter")) else None,
