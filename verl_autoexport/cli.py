@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from verl_autoexport import __version__
 from verl_autoexport.errors import AutoExportError, RegistryError, SourceError
+from verl_autoexport.events import is_measured
 from verl_autoexport.registry.retention import Keep, show_size
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.terminal import Bar, print_table
@@ -29,6 +31,9 @@ _KEEP = tuple(Keep().to_dict())
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 failed (one line on stderr), 2 wrong usage."""
     args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # names that have no UTF-8 are shown, too
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return args.run(args)
     except AutoExportError as e:
@@ -166,7 +171,7 @@ def _summary(version: Version, pointers: dict[str, list[str]]) -> dict[str, Any]
 def _row(version: Version, pointers: dict[str, list[str]]) -> tuple[str, ...]:
     record = version.record
     why = ", ".join(t.get("name") or t.get("policy", "?") for t in record.triggers)
-    values = {t["metric"]: t["value"] for t in record.triggers if "metric" in t}
+    values = {m: t["value"] for t in record.triggers if (m := t.get("metric")) and is_measured(t.get("value"))}
     why += "".join(f"; {metric}={value:.4g}" for metric, value in values.items())
     checks = [k for k, v in record.verification.items() if v.get("status") == "passed"]
     marks = [*pointers.get(version.name, ()), *(["pinned"] if version.pinned else [])]
@@ -197,7 +202,7 @@ def _show(args: argparse.Namespace) -> int:
     for name, check in record.verification.items():
         print(f"  {name:<11} {check.get('status')}: {check.get('detail')}")
     for file in record.files:
-        print(f"  {'file':<11} {file['name']} ({file['bytes']:,} bytes)")
+        print(f"  {'file':<11} {file.get('name')} ({file.get('bytes', 0):,} bytes)")
     for note in record.notes:
         print(f"  {'note':<11} {note}")
     return 0
