@@ -10,32 +10,33 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
-from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import journal
 from verl_autoexport.registry.files import fsync_dir, temp_path
 from verl_autoexport.registry.memory import past
+from verl_autoexport.registry.notes import WORTH, Notes
 from verl_autoexport.registry.state import Facts, is_name
 
-WORTH = 1000
-"""Void lines from which on it is done, if they are half of all."""
-_REPORTS = 100
+_REPORTS = 100  # the last ones, which tell of the last runs
 _PER_STEP = frozenset({"asked", *journal.OUTCOMES})
 
 log = logging.getLogger(__name__)
 
 
-def compact(path: Path, locked: Callable[[], AbstractContextManager[None]]) -> bool:
+def compact(notes: Notes, locked: Callable[[], AbstractContextManager[None]]) -> bool:
     """Whether it was worth it, and is done. What goes wrong is logged, and changes nothing."""
-    temp = temp_path(path)
+    if notes.lines < notes.worth_a_look:
+        return False
+    path, temp = notes.path, temp_path(notes.path)
     try:
         raw = path.read_bytes()
         raw = raw[: raw.rfind(b"\n") + 1]
         lines = [line for line in raw.split(b"\n") if line]
         entries = [journal.parse(line) for line in lines]
         kept = keep(entries)
+        notes.worth_a_look = max(2 * len(kept), len(kept) + WORTH)
         if len(lines) - len(kept) < max(WORTH, len(lines) // 2) or not _same(entries, kept):
             return False
         inode = os.stat(path).st_ino

@@ -12,6 +12,8 @@ from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import journal
 from verl_autoexport.registry.state import Facts
 
+WORTH = 1000
+"""Void lines from which on a journal is shortened, if they are half of all."""
 _TAIL = 64
 
 
@@ -21,7 +23,13 @@ class Notes:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
+        self.worth_a_look = WORTH
         self._forget()
+
+    @property
+    def lines(self) -> int:
+        """How many there were when it was last read."""
+        return self._lines
 
     def read(self) -> tuple[list[dict[str, Any]], list[str]]:
         """All sound entries in order, and one message for each line that had to be skipped."""

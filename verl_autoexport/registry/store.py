@@ -198,7 +198,7 @@ class Registry(Reader):
             first = first or judgement
             failed = removal.go_on(self.root, self._notes, self._locked)[1]
             if condemned == len(judgement.removed):  # else the disk is full, and there is more room now
-                compaction.compact(self._notes.path, self._locked)
+                compaction.compact(self._notes, self._locked)
                 return first, failed
 
     def _condemn(self, keep: Keep) -> tuple[Judgement, int]:
@@ -255,7 +255,7 @@ class Registry(Reader):
             done += lines
         for finished in requests.done(self._requests):
             requests.delete(finished)
-        compaction.compact(self._notes.path, self._locked)
+        compaction.compact(self._notes, self._locked)
         for staged in abandoned:  # deleting may take long, so not under the lock
             line = [f"{staged.path}: removed, its writer is gone"] if staged.path.is_dir() else []
             try:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from verl_autoexport.config import AutoExportConfig, may_be_val
-from verl_autoexport.errors import AutoExportError, RegistryBusy, SourceError
+from verl_autoexport.config import AutoExportConfig
+from verl_autoexport.errors import AutoExportError, RegistryBusy, RegistryError, SourceError
 from verl_autoexport.events import Decision, StepEvent, Trigger
-from verl_autoexport.policies import RunStart, build_policies, check_metrics, decide
+from verl_autoexport.policies import RunStart, build_policies, decide
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.actor import MAX_WAITING, start_actor
 from verl_autoexport.runtime.asked import Asked
 from verl_autoexport.runtime.bounded import Bounded, GivenUp
 from verl_autoexport.runtime.ledger import Ledger
 from verl_autoexport.runtime.live import Busy, LiveSource
-from verl_autoexport.runtime.metrics import names, numbers
+from verl_autoexport.runtime.metrics import check_logged, numbers
 from verl_autoexport.runtime.nodes import Nodes
 from verl_autoexport.runtime.request import RunInfo, check_request, make_request
 from verl_autoexport.sources import pins
@@ -102,7 +103,7 @@ class ExportDriver:
         for lost in [m for m in self.ledger.history if m.status == "pending" and m.step not in resumed]:
             self.ledger.note(lost.step, "failed", "interrupted, and its checkpoint was not kept")
             self.ledger.remember(Decision(lost.step, lost.time, lost.triggers), "failed")
-        self._book()
+        self.ledger.send()
 
     def _pin_unseen(self, step: int) -> None:
         """The run before was killed: perhaps after verl had saved this step, and before anything here knew of it."""
@@ -152,16 +153,18 @@ class ExportDriver:
 
     def _logged(self, step: int, data: Mapping[str, Any]) -> None:
         if not self.metrics_checked:
-            self._check_metrics(step, data)
+            trained = step > self.start.step
+            self.metrics_checked = check_logged(self.settings.trigger, data, trained)
         self.logged_step = max(step, self.logged_step)
+        asked = self.requests.look if self.settings.trigger.on_request else bool
         copied = self.live is not None and step > self.start.step and step not in self.pins
         for saved in sorted(s for s in self.pins if s <= step):
             # An earlier one is the resumed step, which not every run logs again.
-            metrics, requested = (numbers(data), self._asked()) if saved == step else ({}, False)
+            metrics, requested = (numbers(data), asked()) if saved == step else ({}, False)
             event = StepEvent(saved, metrics, time.time(), requested=requested)
             self.undecided.append((event, self.pins.pop(saved)))
         if copied:
-            event = StepEvent(step, numbers(data), time.time(), step == self.saved_step, self._asked())
+            event = StepEvent(step, numbers(data), time.time(), step == self.saved_step, asked())
             self.undecided.append((event, None))
         self._decide_all(hold_last=True)
         self._book()
@@ -219,21 +222,10 @@ class ExportDriver:
             self.lease.release()
         return line
 
-    def _check_metrics(self, step: int, data: Mapping[str, Any]) -> None:
-        """At the first log that has the metrics in question: the first validation, for others the first step after."""
-        logged = names(data)
-        validation = any(name.startswith("val-") for name in logged)
-        trained = step > self.start.step
-        val = [may_be_val(metric) for _, metric in self.settings.trigger.metrics]
-        ready = validation if all(val) else trained and (validation or not any(val))
-        if ready:
-            check_metrics(self.settings.trigger, logged)
-            self.metrics_checked = True
-
-    def _book(self) -> None:
+    def _book(self) -> bool:
         """Tell the registry and the actor what happened, only after what the workers hold is copied.
 
-        What another process's lock holds up is told at the next event; RegistryError or OSError for anything else.
+        False: another process holds the lock, so it is told at the next event; raises RegistryError for anything else.
         """
         try:
             if self.trained and not self.past_cut:
@@ -246,22 +238,17 @@ class ExportDriver:
                 logger.warning("verl_autoexport: booked later, nothing is lost: %s", e)
             self.registry.lock_timeout_s = 0.0  # training has waited for it once
             self.ledger.hold()
-        else:
-            self.registry.lock_timeout_s = _LOCK_S
+            return False
+        self.registry.lock_timeout_s = _LOCK_S
+        return True
 
     def _book_until(self, deadline: float) -> None:
         """Wait for the registry's lock as long as something waits to be booked; says in the report why it could not."""
         try:
-            self._bounded("booking", self._book)
-            while self._unbooked and time.monotonic() < deadline:
+            while not self._bounded("booking", self._book) and time.monotonic() < deadline:
                 time.sleep(_AGAIN_S)
-                self._bounded("booking", self._book)
         except (AutoExportError, OSError) as e:
             self.ledger.problems.append(f"not all could be booked: {e}")
-
-    @property
-    def _unbooked(self) -> bool:
-        return bool(self.ledger.unsent or self.ledger.bookings.waiting or (self.trained and not self.past_cut))
 
     def _cut_past(self) -> None:
         """From its first trained step on the run has a past of its own: what lies beyond the resumed step goes."""
@@ -358,12 +345,10 @@ class ExportDriver:
 
     def _sent(self, deadline: float) -> list[Any]:
         """The refs of all snapshots, once the lock that keeps them from the actor is free; without them none ends."""
-        while self.ledger.unsent:
-            self._book()
-            if time.monotonic() >= deadline:
-                break
-            with self.calls.excused():
-                time.sleep(_AGAIN_S if self.ledger.unsent else 0.0)
+        with suppress(RegistryError, OSError):  # it is said again when this step is booked
+            while not self._book() and time.monotonic() < deadline:
+                with self.calls.excused():
+                    time.sleep(_AGAIN_S)
         return [ref for ref in self.ledger.snapshots.values() if ref is not None]
 
     def _drop(self, decision: Decision, why: str) -> bool:
@@ -411,6 +396,3 @@ class ExportDriver:
             return
         logger.warning("verl_autoexport: step %s was interrupted; exporting it now", pin.step)
         self.ledger.submit(decision, request)
-
-    def _asked(self) -> bool:
-        return self.settings.trigger.on_request and self.requests.look()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from verl_autoexport.config import TriggerConfig, may_be_val
 from verl_autoexport.events import as_number
+from verl_autoexport.policies import check_metrics
 
 
 def numbers(data: Mapping[Any, Any]) -> dict[str, float]:
@@ -18,9 +20,18 @@ def numbers(data: Mapping[Any, Any]) -> dict[str, float]:
     return found
 
 
-def names(data: Iterable[Any]) -> list[str]:
-    """The names of all metrics, numbers or not."""
-    return [name for key in data if (name := _name(key)) is not None]
+def check_logged(trigger: TriggerConfig, data: Mapping[Any, Any], trained: bool) -> bool:
+    """Whether `data` should have all metrics of `trigger`; raises ConfigError where it should and has not.
+
+    That is the first log that has them: the first validation, for others the first trained step.
+    """
+    logged = [name for key in data if (name := _name(key)) is not None]
+    validation = any(name.startswith("val-") for name in logged)
+    val = [may_be_val(metric) for _, metric in trigger.metrics]
+    ready = validation if all(val) else trained and (validation or not any(val))
+    if ready:
+        check_metrics(trigger, logged)
+    return ready
 
 
 def _name(key: Any) -> str | None:
