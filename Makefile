@@ -39,6 +39,7 @@ test-full: $(STAMP) $(OLDEST)/.stamp  ## the long proofs too, and exports with t
 bench: $(STAMP)  ## table of benchmarks
 	$(BIN)/python tests/benchmarks/bench_export.py
 	$(BIN)/python tests/benchmarks/bench_plan.py
+	$(BIN)/python tests/benchmarks/bench_registry.py
 
 demo: $(STAMP)  ## train a tiny model with real GRPO on the CPU, list its versions, ask the best one
 	rm -rf $(DEMO)
