@@ -47,6 +47,7 @@ test-full: $(STAMP) $(OLDEST)/.stamp $(READER)/.stamp  ## the long proofs too, w
 bench: $(STAMP)  ## table of benchmarks
 	$(BIN)/python tests/benchmarks/bench_export.py
 	$(BIN)/python tests/benchmarks/bench_plan.py
+	$(BIN)/python tests/benchmarks/bench_registry.py
 
 demo: $(STAMP)  ## train a tiny model with real GRPO on the CPU, list its versions, ask the best one
 	rm -rf $(DEMO)

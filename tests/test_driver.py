@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
+import torch
+from test_registry import publish
 
 from verl_autoexport.config import load_config
 from verl_autoexport.errors import AutoExportError, ConfigError
+from verl_autoexport.events import Decision, StepEvent, Trigger
 from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
+from verl_autoexport.runtime import driver as driver_module
 from verl_autoexport.runtime.driver import ExportDriver
-from verl_autoexport.runtime.request import RunInfo
+from verl_autoexport.runtime.metrics import numbers
+from verl_autoexport.runtime.request import RunInfo, check_request, make_request
+from verl_autoexport.sources import pins
 from verl_autoexport.sources.pins import MAX_ATTEMPTS, find_pins
 
 METRIC = "val-core/x/acc/mean@1"
@@ -254,3 +265,210 @@ def test_a_hold_whose_export_fails_is_tried_again_a_few_times_and_then_named(clu
     assert "0 published; in " in moved.finish(False)
     assert f"export {pin.path} --registry {other / 'exports'}; to give it up: rm -r {pin.path}" in caplog.text
     assert [p.path for p in find_pins(other)] == [pin.path]
+
+
+# -- a registry that somebody else has locked -------------------------------------------------
+
+HOLDER = """
+import sys
+from verl_autoexport.registry.store import Registry
+with Registry(sys.argv[1])._locked():
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Another process holds the registry's lock."""
+    command = [sys.executable, "-c", HOLDER, str(root)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        yield
+    finally:
+        holder.communicate("\n")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(driver_module, "_LOCK_S", 0.1)
+
+
+class Copies:
+    """Workers that copy at once, and hand nothing over."""
+
+    room = 9
+
+    def __init__(self) -> None:
+        self.captured: list[set[str]] = []
+
+    def capture(self, actor, wait_s, needed):
+        self.captured.append(set(needed))
+        ident = f"copy{len(self.captured)}"
+        return {
+            "id": ident, "directory": "/nowhere", "layouts": ray.put([]), "backend": "fsdp", "captured": 0.0,
+            "workers": [], "nodes": [],
+        }  # fmt: skip
+
+
+def test_weights_are_copied_before_anything_waits_for_the_registry(run, impatient):
+    publish(Registry.create(run.exports), 9)  # of a past that this run abandons, which takes the lock to say
+    driver = run.start(at_steps=[1, 2], on_train_end=False)
+    driver.live = Copies()
+    with locked(run.exports):
+        for step in (1, 2, 3):
+            driver.logged(step, {})
+        assert driver.live.captured == [set(), {"copy1"}], "and the first copy is kept while the second is made"
+        assert [p.decision.step for p in driver.ledger.unsent] == [1, 2]
+        assert [m.step for m in run.registry.milestones()] == [9]
+    driver.logged(4, {})
+    assert driver.ledger.unsent == []
+    driver.ledger.wait(60)
+    assert [m.step for m in run.registry.milestones()] == [1, 2], "in order, none lost"
+    run.finish(False)
+
+
+def test_what_a_held_lock_kept_from_being_booked_is_booked_later_and_in_order(run, impatient):
+    run.start(at_steps=[2, 3, 4, 5], on_train_end=False)
+    for step in (2, 3):
+        run.step(step)
+    run.finish(False)
+    run.start(2, at_steps=[2, 3, 4, 5], on_train_end=False)
+    with locked(run.exports):
+        run.step(3)
+        run.step(4)
+        assert {p.step for p in find_pins(run.root)} == {3, 4}, "the checkpoints are held"
+        assert not any(v.superseded for v in run.registry.versions())
+    run.step(5)
+    report = run.finish(False)
+    assert "3 published" in report, report
+    found = [(v.step, v.superseded) for v in run.registry.versions()]
+    assert found == [(2, False), (3, True), (3, False), (4, False), (5, False)]
+    assert [m.step for m in run.registry.milestones()] == [2, 3, 4, 5]
+
+
+def test_the_end_waits_for_the_lock_and_says_what_could_not_be_booked(run, impatient):
+    run.start(at_steps=[1], on_train_end=False)
+    with locked(run.exports):
+        run.step(1)
+        run.driver.end(True)
+        report = run.driver.drain(0.5)
+    assert "not finished in time: step 1; the next start of this run finishes them" in report
+    assert "not in the journal" in report
+    run.start(1, at_steps=[1], on_train_end=False)
+    run.finish(False)
+    assert run.live() == {1: {"at_steps"}}
+
+
+# -- odd metrics ------------------------------------------------------------------------------
+
+
+class Odd:
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def __float__(self) -> float:
+        raise self.error("odd")
+
+    __str__ = __float__
+
+    def __hash__(self) -> int:
+        return 1
+
+
+class Panic(BaseException):
+    """As some native extensions raise it."""
+
+
+ODD = [
+    10**400, Odd(RuntimeError), Odd(Panic), torch.empty(1, device="meta"), torch.zeros(3), np.zeros(4), 1j, True, "0.5",
+    None, {}, np.array("x"), np.bool_(True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: type(odd).__name__)
+def test_an_odd_metric_loses_nothing_but_itself(odd):
+    logged = {"odd": odd, Odd(ValueError): 1.0, 7: 2, "a": np.float32(0.5), "b": torch.tensor(3), "nan": float("nan")}
+    found = numbers(logged)
+    assert found.pop("nan") != 0
+    assert found == {"7": 2.0, "a": 0.5, "b": 3.0}
+
+
+def test_odd_metrics_cost_no_milestone(run):
+    run.start(best=BEST, on_train_end=False)
+    run.save(1)
+    run.driver.logged(1, {METRIC: 0.5, Odd(KeyError): 1.0} | {f"odd{i}": odd for i, odd in enumerate(ODD)})
+    run.save(2)
+    run.driver.logged(2, {METRIC: 10**400})
+    run.finish(False)
+    assert run.live() == {1: {"best"}}
+    assert run.registry.find("best").record.metrics == {METRIC: 0.5}
+
+
+# -- requests and holds that nobody vouches for -----------------------------------------------
+
+
+def test_many_requests_are_one_and_a_later_one_is_not_lost(run, monkeypatch):
+    run.start(on_train_end=False)
+    for number in range(2000):
+        (run.exports / f".requests/{number}.json").touch()
+    submit = run.driver.ledger.submit
+
+    def late(*args):
+        (run.exports / ".requests/late.json").touch()  # asked while the step is judged
+        monkeypatch.undo()
+        submit(*args)
+
+    monkeypatch.setattr(run.driver.ledger, "submit", late)
+    run.step(1)
+    assert [p.name for p in run.registry.pending_requests()] == ["late.json"]
+    run.step(2)
+    run.step(3)
+    run.finish(False)
+    assert run.live() == {1: {"on_request"}, 2: {"on_request"}}
+    assert run.registry.pending_requests() == []
+
+
+def test_requests_taken_by_a_run_that_was_killed_wait_for_the_next(run):
+    run.start(on_train_end=False)
+    run.registry.request()
+    assert run.driver.requests.look()
+    assert len(run.registry.pending_requests()) == 1
+    run.start(0, on_train_end=False)
+    run.step(1)
+    run.finish(False)
+    assert run.live() == {1: {"on_request"}}
+    assert run.registry.pending_requests() == []
+
+
+def test_a_hold_with_wrong_inner_types_stops_nothing(run):
+    run.start(at_steps=[1, 2], on_train_end=False)
+    run.step(1)
+    ray.kill(run.driver.actor)
+    (pin,) = find_pins(run.root)
+    pins.choose(pin, dict(pin.request) | {"time": "x", "triggers": [None]})
+    run.start(1, at_steps=[1, 2], on_train_end=False)
+    run.step(2)
+    assert "cannot be read: time: not what a request holds: 'x'" in run.finish(False)
+    assert run.live()[2] == {"at_steps"}
+    assert [p.path for p in find_pins(run.root)] == [pin.path], "it may be the last copy"
+
+
+def test_requests_in_holds_are_checked():
+    good = make_request(
+        RunInfo(Path("/r"), run={}),
+        Decision(1, 1.0, (Trigger("at_steps", "why"),)),
+        StepEvent(1, {"a": 1.0}, 1.0),
+        None,
+        0.5,
+    )
+    good |= {"pin": "/p", "directory": "/p", "fingerprint": "f"}
+    check_request(json.loads(json.dumps(good)), 1)
+    for key, wrong in (
+        ("time", 10**400), ("triggers", [None]), ("triggers", [{"policy": "x", "name": []}]), ("triggers", {}),
+        ("metrics", {"a": "x"}), ("step", "1"), ("step", 9), ("run", []), ("fingerprint", {}), ("stall_s", None),
+        ("frozen", 3), ("homes", [1]), ("base_model", 7), ("spread", "no"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{key}: not what a request holds"):
+            check_request(good | {key: wrong}, 1)

@@ -464,6 +464,7 @@ def test_crash_at_any_moment_of_finishing_a_removal(tmp_path, registry, root):
 LOOP = """
 from itertools import count
 from verl_autoexport.registry.retention import Keep
+print("ready", flush=True)
 registry.recover()
 last = max((v.step for v in registry.versions()), default=0)
 for step in count(last + 1):
@@ -492,7 +493,8 @@ def test_readers_see_whole_versions_while_pruning_is_killed(registry, root):
     try:
         for nth in range(12):
             writer = child(root, LOOP)
-            time.sleep(0.6 + 0.037 * nth)
+            assert writer.stdout.readline() == "ready\n"
+            time.sleep(0.3 + 0.037 * nth)
             writer.send_signal(signal.SIGKILL)
             assert writer.wait() == -signal.SIGKILL, "it ended by itself"
             writer.stdout.close()

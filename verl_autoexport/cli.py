@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from verl_autoexport import __version__, arguments, signals
 from verl_autoexport.errors import AutoExportError, RegistryError, SourceError
+from verl_autoexport.events import is_measured
 from verl_autoexport.terminal import Bar, collected, complain, open_streams, print_table, write_out
 from verl_autoexport.untrusted import shown
 
@@ -183,7 +184,7 @@ def _summary(version: Version, pointers: dict[str, list[str]]) -> dict[str, Any]
 def _row(version: Version, pointers: dict[str, list[str]]) -> tuple[str, ...]:
     record = version.record
     why = ", ".join(t.get("name") or t.get("policy", "?") for t in record.triggers)
-    values = {t["metric"]: t["value"] for t in record.triggers if "metric" in t}
+    values = {m: t["value"] for t in record.triggers if (m := t.get("metric")) and is_measured(t.get("value"))}
     why += "".join(f"; {metric}={value:.4g}" for metric, value in values.items())
     checks = [k for k, v in record.verification.items() if v.get("status") == "passed"]
     marks = [*pointers.get(version.name, ()), *(["pinned"] if version.pinned else [])]
@@ -214,7 +215,7 @@ def _show(args: argparse.Namespace) -> int:
     for name, check in record.verification.items():
         print(shown(f"  {name:<11} {check.get('status')}: {check.get('detail')}"))
     for file in record.files:
-        print(shown(f"  {'file':<11} {file['name']} ({file['bytes']:,} bytes)"))
+        print(shown(f"  {'file':<11} {file.get('name')} ({file.get('bytes', 0):,} bytes)"))
     for note in record.notes:
         print(shown(f"  {'note':<11} {note}"))
     return 0

@@ -10,6 +10,7 @@ found and what to do about it.
     ├── MergeError       bytes could not be read, cast or written
     ├── VerifyError      the merged directory is not the model it should be
     └── RegistryError    the output directory cannot take, or does not have, a version
+        └── RegistryBusy another process is changing it; later it can
 """
 
 from __future__ import annotations
@@ -54,3 +55,7 @@ class VerifyError(AutoExportError):
 
 class RegistryError(AutoExportError):
     """An output directory, or a version in it, that is not as it must be."""
+
+
+class RegistryBusy(RegistryError):
+    """An output directory whose lock another process holds; the same call may succeed later."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +56,11 @@ class Trigger:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Trigger:
-        return cls(**{f.name: data.get(f.name) for f in dataclasses.fields(cls)})
+        """The trigger in `data`, which anybody may have written: what is of a wrong type is left out."""
+        texts = {f.name: data.get(f.name) for f in dataclasses.fields(cls) if f.name != "value"}
+        texts = {key: text if isinstance(text, str) else None for key, text in texts.items()}
+        value = data.get("value")
+        return cls(**texts, value=value if is_measured(value) else None)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class ExportRecord:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ExportRecord:
-        """Raises KeyError or TypeError where a required field is missing or of a wrong type."""
+        """Raises KeyError or TypeError where a required field is missing, or it or what it holds is of a wrong type."""
         _check_types(data)
         known = {f.name for f in dataclasses.fields(cls)}
         values = {k: v for k, v in data.items() if k in known}
@@ -138,3 +143,72 @@ def _check_types(data: Mapping[str, Any]) -> None:
     for key, kind in _FIELD_TYPES.items():
         if not isinstance(data[key], kind) or (kind is int and isinstance(data[key], bool)):
             raise TypeError(f"{key}: expected {kind}, found {type(data[key]).__name__}")
+    for key, (expected, holds) in _INNER.items():
+        found = data.get(key)
+        items = found.items() if isinstance(found, Mapping) else enumerate(found or ())
+        for name, item in items:
+            if not holds(item):
+                raise TypeError(f"{key}: expected {expected}, found {item!r:.80} at {name!r:.80}")
+    for key, value in (("source", data["source"].get("fingerprint")), *((k, data.get(k)) for k in _TEXTS)):
+        if not isinstance(value, str | None):
+            raise TypeError(f"{key}: expected a text or null, found {value!r:.80}")
+
+
+def as_number(value: Any) -> float | None:
+    """A metric as a float; None for what is no number, whatever it raises when it is asked."""
+    if isinstance(value, (str, bytes, bytearray, bool, complex)) or type(value).__name__ in ("bool", "bool_"):
+        return None
+    try:
+        return float(value)
+    except BaseException:  # noqa: BLE001 - a foreign object; only main threads are interrupted, and this is none
+        return None
+
+
+def is_measured(value: Any) -> bool:
+    """Whether it is a finite number."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer too large for a float
+        return False
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_trigger(value: Any) -> bool:
+    """Whether `Trigger.from_dict` can take it as somebody wrote it."""
+    # The value is judged where it is compared.
+    texts = ("reason", "name", "metric", "mode")
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("policy"), str)
+        and all(isinstance(value.get(key), str | None) for key in texts)
+        and isinstance(value.get("value"), int | float | str | None)
+    )
+
+
+def _is_file(value: Any) -> bool:
+    size = value.get("bytes", 0) if isinstance(value, Mapping) else None
+    whole = isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 1 << 63
+    return whole and all(isinstance(value.get(key, ""), str) for key in ("name", "sha256"))
+
+
+def _is_check(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not isinstance(value.get("status"), str):
+        return False
+    transposed = value.get("transposed", ())
+    return isinstance(transposed, (list, tuple)) and all(map(_is_text, transposed))
+
+
+_TEXTS = ("measured_on", "base_model")
+_INNER: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "triggers": ("objects with a policy", is_trigger),
+    "metrics": ("finite numbers or null", lambda value: value is None or is_measured(value)),
+    "architectures": ("texts", _is_text),
+    "files": ("objects with name, bytes and sha256", _is_file),
+    "verification": ("objects with a status", _is_check),
+    "timings_s": ("finite numbers", is_measured),
+    "versions": ("texts or null", lambda value: isinstance(value, str | None)),
+    "notes": ("texts", _is_text),
+}

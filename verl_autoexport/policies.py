@@ -10,17 +10,18 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import translate
 from functools import lru_cache
 from typing import Any, Protocol
 
 from verl_autoexport.config import ThresholdConfig, TriggerConfig
 from verl_autoexport.errors import ConfigError
-from verl_autoexport.events import EARLIER_WEIGHTS, THESE_WEIGHTS, Decision, Milestone, StepEvent, Trigger
+from verl_autoexport.events import EARLIER_WEIGHTS, THESE_WEIGHTS, Decision, Milestone, StepEvent, Trigger, as_number
 
-_STANDING = ("pending", "published")
+_STANDING = frozenset({"pending", "published"})
 _LISTED = 8
 
 
@@ -30,6 +31,82 @@ class RunStart:
 
     step: int
     time: float
+
+
+class History(Sequence[Milestone]):
+    """The milestones by step, with what the policies ask of them at hand: a run asks at every step."""
+
+    def __init__(self, milestones: Iterable[Milestone] = ()) -> None:
+        self._by_step = {m.step: m for m in milestones}
+        self._gather()
+
+    @classmethod
+    def of(cls, milestones: Sequence[Milestone]) -> History:
+        return milestones if isinstance(milestones, cls) else cls(milestones)
+
+    def __len__(self) -> int:
+        return len(self._by_step)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[Milestone]:
+        return (self._by_step[step] for step in sorted(self._by_step))
+
+    def get(self, step: int) -> Milestone | None:
+        return self._by_step.get(step)
+
+    def remember(self, milestone: Milestone) -> None:
+        """Takes it in, in the place of what was known of its step."""
+        before = self._by_step.get(milestone.step)
+        self._by_step[milestone.step] = milestone
+        if before is None:
+            self._add(milestone)
+        elif before != replace(milestone, status=before.status) or not {before.status, milestone.status} <= _STANDING:
+            self._gather()  # what no longer counts cannot be taken out of a maximum
+
+    def stands(self, step: int) -> bool:
+        """Whether this step is, or is going to be, there."""
+        return step in self._by_step and self._by_step[step].status in _STANDING
+
+    def last_step(self, policy: str) -> int:
+        return self._last.get(policy, 0)
+
+    def times(self, policy: str) -> list[float]:
+        """When it fired, in ascending order."""
+        return self._times.get(policy, [])
+
+    def fired(self, policy: str, name: str) -> bool:
+        return (policy, name) in self._fired
+
+    def best(self, name: str, metric: str, mode: str) -> tuple[float, int] | None:
+        """The best value so far and its step; a milestone that did not or will not appear does not count."""
+        return self._best.get((name, metric, mode))
+
+    def _gather(self) -> None:
+        self.last_standing: int | None = None
+        self._last: dict[str, int] = {}
+        self._times: dict[str, list[float]] = {}
+        self._fired: set[tuple[str, str | None]] = set()
+        self._best: dict[tuple[str | None, str | None, str | None], tuple[float, int]] = {}
+        for milestone in self._by_step.values():
+            self._add(milestone)
+
+    def _add(self, milestone: Milestone) -> None:
+        if milestone.status == "failed":
+            return
+        standing, step = milestone.status in _STANDING, milestone.step
+        if standing:
+            self.last_standing = max(step, self.last_standing or step)
+        for t in milestone.triggers:
+            self._last[t.policy] = max(step, self._last.get(t.policy, 0))
+            insort(self._times.setdefault(t.policy, []), milestone.time)
+            self._fired.add((t.policy, t.name))
+            if t.policy == "best" and standing and t.value is not None:
+                key, sign = (t.name, t.metric, t.mode), 1 if t.mode == "max" else -1
+                known = self._best.get(key)
+                if known is None or (sign * t.value, -step) > (sign * known[0], -known[1]):
+                    self._best[key] = t.value, step
 
 
 class Policy(Protocol):
@@ -46,7 +123,7 @@ class EveryNSteps:
     n: int
 
     def decide(self, event: StepEvent, history: Sequence[Milestone], start: RunStart) -> Trigger | None:
-        last = max((m.step for m, _ in _fired(history, "every_n_steps")), default=0)
+        last = History.of(history).last_step("every_n_steps")
         due = event.step // self.n * self.n
         if due <= last:
             return None
@@ -73,9 +150,9 @@ class EverySeconds:
     seconds: float
 
     def decide(self, event: StepEvent, history: Sequence[Milestone], start: RunStart) -> Trigger | None:
-        fired = [m.time for m, _ in _fired(history, "every_seconds")]
+        fired = History.of(history).times("every_seconds")
         # What lies in the future was noted before the clock was set back: one milestone too early, not none for hours.
-        known = [t for t in (fired or [start.time]) if t <= event.time]
+        known = fired[: bisect_right(fired, event.time)][-1:] if fired else [t for t in [start.time] if t <= event.time]
         passed = event.time - max(known, default=event.time - self.seconds)
         if passed < self.seconds:
             return None
@@ -122,22 +199,13 @@ class Best:
             return None
         sign = 1 if self.mode == "max" else -1
         reason = f"{metric} = {value:.6g} is the first value"
-        if best := self._standing(metric, history, sign):
+        if best := History.of(history).best(self.name, metric, self.mode):
             before, step = best
             if not sign * (value - before) > self.min_delta:
                 return None
             margin = f" by more than {self.min_delta:g}" if self.min_delta else ""
             reason = f"{metric} = {value:.6g} is better than {before:.6g} of step {step}{margin}"
         return Trigger("best", reason, self.name, metric, value, self.mode)
-
-    def _standing(self, metric: str, history: Sequence[Milestone], sign: int) -> tuple[float, int] | None:
-        """The best value so far and its step; a milestone that did not or will not appear does not count."""
-        values = [
-            (t.value, m.step)
-            for m, t in _fired(history, "best", self.name)
-            if m.status in _STANDING and t.value is not None and (t.metric, t.mode) == (metric, self.mode)
-        ]
-        return max(values, key=lambda v: (sign * v[0], -v[1]), default=None)
 
 
 @dataclass(frozen=True)
@@ -155,7 +223,7 @@ class Threshold:
         if metric is None or value is None:
             return None
         met = value > self.limit if self.mode == "above" else value < self.limit
-        if not met or (self.once and any(_fired(history, "threshold", self.name))):
+        if not met or (self.once and History.of(history).fired("threshold", self.name)):
             return None
         reason = f"{metric} = {value:.6g} is {self.mode} {self.limit:g}"
         return Trigger("threshold", reason, self.name, metric, value, self.mode)
@@ -196,14 +264,15 @@ def decide(
     """
     if event.step < 1:
         return None
-    standing = [m.step for m in history if m.status in _STANDING]
-    if event.step in standing:
+    history = History.of(history)
+    if history.stands(event.step):
         return None
     triggers = tuple(t for p in policies if (t := p.decide(event, history, start)))
     if not triggers:
         return None
     decision = Decision(event.step, event.time, triggers)
-    if decision.droppable and standing and event.step - max(standing) < min_steps_between:
+    last = history.last_standing
+    if decision.droppable and last is not None and event.step - last < min_steps_between:
         return None
     return decision
 
@@ -213,7 +282,7 @@ def resolve_metric(pattern: str, metrics: Iterable[str]) -> str | None:
     names = metrics if isinstance(metrics, Mapping) else set(metrics)
     if pattern in names:
         return pattern
-    matches = sorted(filter(_glob(pattern).match, names))
+    matches = sorted(n for n in names if isinstance(n, str) and _glob(pattern).match(n))
     if len(matches) > 1:
         raise ConfigError(f"metric {pattern!r} matches several: {_list(matches)}. Name one of them.")
     return matches[0] if matches else None
@@ -246,24 +315,14 @@ def measured_on(triggers: Iterable[Trigger]) -> str | None:
     return THESE_WEIGHTS if all(m.startswith("val-") for m in metrics) else EARLIER_WEIGHTS
 
 
-def _fired(history: Iterable[Milestone], policy: str, name: str | None = None) -> Iterator[tuple[Milestone, Trigger]]:
-    """The milestones, failed ones aside, that this policy asked for."""
-    for m in history:
-        if m.status != "failed":
-            yield from ((m, t) for t in m.triggers if t.policy == policy and name in (None, t.name))
-
-
 def _measure(pattern: str, metrics: Mapping[str, Any]) -> tuple[str | None, float | None]:
     """Name and value of a metric; no value if it is not a finite number, which is no measurement."""
     try:
         name = resolve_metric(pattern, metrics)
     except ConfigError:  # matched once at the first validation, several now: no measurement either
         return None, None
-    try:
-        value = float(metrics[name]) if name is not None else math.nan
-    except (TypeError, ValueError):
-        value = math.nan
-    return name, value if math.isfinite(value) else None
+    value = as_number(metrics[name]) if name is not None else None
+    return name, value if value is not None and math.isfinite(value) else None
 
 
 def _near(pattern: str, names: Iterable[str]) -> list[str]:

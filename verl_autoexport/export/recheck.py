@@ -106,15 +106,15 @@ def _hashes(directory: Path, record: ExportRecord | None) -> verify.Check:
     if record is None:
         return {"status": "skipped", "detail": "no export.json here"}
     for entry in record.files:
-        path = directory / entry["name"]
+        path = directory / entry.get("name", "")
         if not path.resolve().is_relative_to(directory.resolve()) or not path.is_file():
             raise VerifyError(f"{path}: listed in export.json, not there.")
         with path.open("rb") as f:
             digest = hashlib.sha256()
             while block := f.read(1 << 20):
                 digest.update(block)
-        if digest.hexdigest() != entry["sha256"]:
-            raise VerifyError(f"{path}: sha256 {entry['sha256']} expected, {digest.hexdigest()} found: it was changed.")
+        if digest.hexdigest() != (expected := entry.get("sha256")):
+            raise VerifyError(f"{path}: sha256 {expected} expected, {digest.hexdigest()} found: it was changed.")
     return {"status": "passed", "detail": f"{len(record.files)} files as export.json lists them"}
 
 

@@ -12,13 +12,13 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.events import Milestone, Trigger
+from verl_autoexport.events import Milestone, Trigger, is_measured
 from verl_autoexport.registry.files import fsync_dir, to_json
 
 NAME = ".journal.jsonl"
@@ -28,23 +28,33 @@ _LINE = re.compile(rb'(\{.*),"crc32":"([0-9a-f]{8})"\}')
 
 def append(path: Path, event: str, fields: dict[str, Any]) -> None:
     """Adds one durable line; the caller holds the registry's lock."""
-    if clash := {"event", "crc32"} & fields.keys():
-        raise RegistryError(f"{path}: a journal entry cannot have fields of its own called {sorted(clash)}")
-    body = to_json({"event": event, "time": time.time(), **fields}, path, separators=(",", ":"))[:-1]
-    line = body + b',"crc32":"%08x"}\n' % zlib.crc32(body)
+    append_all(path, [(event, fields)])
+
+
+def append_all(path: Path, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Adds durable lines in one write, of which a crash may leave the first ones; the caller holds the lock."""
+    lines = b"".join(_line(path, event, fields) for event, fields in entries)
     fresh = not path.exists()
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         size = os.fstat(fd).st_size
         if size and os.pread(fd, 1, size - 1) != b"\n":
-            line = b"\n" + line  # a torn last line must not swallow this one
-        if os.write(fd, line) != len(line):
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {event!r} was written only in part", str(path))
+            lines = b"\n" + lines  # a torn last line must not swallow this one
+        if os.write(fd, lines) != len(lines):
+            what = f"{entries[0][0]!r} was written only in part"
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {what}", str(path))
         os.fsync(fd)
     finally:
         os.close(fd)
     if fresh:
         fsync_dir(path.parent)
+
+
+def _line(path: Path, event: str, fields: dict[str, Any]) -> bytes:
+    if clash := {"event", "crc32"} & fields.keys():
+        raise RegistryError(f"{path}: a journal entry cannot have fields of its own called {sorted(clash)}")
+    body = to_json({"event": event, "time": time.time(), **fields}, path, separators=(",", ":"))[:-1]
+    return body + b',"crc32":"%08x"}\n' % zlib.crc32(body)
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -59,15 +69,20 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     for number, line in enumerate(raw.split(b"\n"), start=1):
         if not line:
             continue
-        entry = _parse(line)
+        entry = parse(line)
         if entry is None:
-            problems.append(f"{path}:{number}: damaged journal line skipped ({len(line)} bytes)")
+            problems.append(damage(path, number, line))
         else:
             entries.append(entry)
     return entries, problems
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def damage(path: Path, number: int, line: bytes) -> str:
+    return f"{path}:{number}: damaged journal line skipped ({len(line)} bytes)"
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The entry, None for a line that is not whole and sound."""
     found = _LINE.fullmatch(line)
     if found is None or int(found[2], 16) != zlib.crc32(found[1]):
         return None
@@ -114,7 +129,7 @@ def is_count(value: Any) -> bool:
 
 def _time(entry: dict[str, Any]) -> float:
     value = entry.get("time")
-    return float(value) if isinstance(value, (int, float)) else 0.0
+    return float(value) if is_measured(value) else 0.0
 
 
 def _triggers(entry: dict[str, Any]) -> tuple[Trigger, ...]:

@@ -94,7 +94,9 @@ def read(root: Path) -> Owner | None:
     try:
         data = read_json(root / NAME)
         owner = Owner(**{key: data.get(key) for key in Owner.__dataclass_fields__})
-        return owner if isinstance(owner.token, str) and isinstance(owner.pid, int) else None
+        texts = (owner.token, owner.host, owner.run, owner.since, owner.place or "", owner.born or "")
+        sound = all(isinstance(text, str) for text in texts)
+        return owner if sound and isinstance(owner.pid, int) and not isinstance(owner.pid, bool) else None
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
@@ -126,6 +128,17 @@ def living(root: Path, wait_s: float = WAIT_S, stale_s: float = STALE_S) -> Owne
             log.warning("verl_autoexport: %s is owned by %s; waiting up to %g s for it to end", root, owner, limit)
         time.sleep(_POLL_S)
     return None
+
+
+def may_live(root: Path) -> Owner | None:
+    """The run that owns `root`, unless it is known to be dead, silent for long, or this very process."""
+    owner = read(root)
+    if owner is None or (owner.pid == os.getpid() and owner.place == _place()):
+        return None
+    alive, beat = owner.alive(), _last_beat(root)
+    if alive is None:
+        alive = beat is not None and time.time() - beat / 1e9 < STALE_S
+    return owner if alive else None
 
 
 def refuse(root: Path, owner: Owner) -> RegistryError:

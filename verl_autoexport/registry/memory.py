@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from verl_autoexport.events import Milestone, Trigger
+from verl_autoexport.events import Milestone, Trigger, is_measured
 from verl_autoexport.registry import journal
 from verl_autoexport.registry.state import State, is_name, number_of
 from verl_autoexport.registry.versions import Version, created_at
@@ -42,8 +42,9 @@ def past(entries: Iterable[dict[str, Any]]) -> dict[str, Exported]:
             found = {name: e for name, e in found.items() if e.step <= resumed_at}
         elif entry["event"] == "removed" and is_name(name) and journal.is_count(step) and not entry.get("superseded"):
             triggers, created = entry.get("triggers"), entry.get("created")
-            triggers = tuple(t for t in triggers if isinstance(t, dict)) if isinstance(triggers, list) else ()
-            created = float(created) if isinstance(created, (int, float)) else 0.0
+            triggers = [t for t in triggers if isinstance(t, dict)] if isinstance(triggers, list) else []
+            triggers = tuple(Trigger.from_dict(t).to_dict() for t in triggers)
+            created = float(created) if is_measured(created) else 0.0
             found[name] = Exported(name, step, created, triggers, entry.get("fingerprint"))
     return found
 
@@ -84,5 +85,9 @@ class Memory:
         return max([*journal.replay(self.entries), *(e.step for e in past(self.entries).values()), *live], default=-1)
 
     def _fates(self) -> dict[int, journal.Fate]:
-        fates = journal.replay(self.entries)
-        return {s: f for s, f in fates.items() if f.entry.get("version") not in self.state.superseded}
+        gone = self.state.superseded.keys()
+        return {s: f for s, f in journal.replay(self.entries).items() if _version_of(f) not in gone}
+
+
+def _version_of(fate: journal.Fate) -> str | None:
+    return name if is_name(name := fate.entry.get("version")) else None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from verl_autoexport.events import is_measured
 from verl_autoexport.registry.files import fsync_dir, temp_path
 from verl_autoexport.registry.versions import NAME, Version
 
@@ -60,22 +60,34 @@ def measure(trigger: Mapping[str, Any]) -> tuple[Any, str]:
     return trigger.get("metric"), trigger["mode"]
 
 
-def is_measured(value: Any) -> bool:
-    """Whether it is a finite number."""
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer too large for a float
-        return False
-
-
 def links(root: Path) -> dict[str, str]:
-    """The symbolic links in `root` that lead to a version's name in it, whoever made them."""
-    found = {}
-    for name in sorted(os.listdir(root)):
-        folder, base = os.path.split(os.path.normpath(root / (_target(root / name) or "")))
-        if folder == str(root) and NAME.fullmatch(base):
-            found[name] = base
+    """The symbolic links below `root`, versions aside, that lead to a version or into it, whoever made them."""
+    here, found = os.stat(root), {}
+    for path in sorted(_symlinks(root)):
+        end = Path(os.path.realpath(path))
+        for folder in (end, *end.parents):
+            # The same directory may be reached by many paths: what counts is which directory it is.
+            if NAME.fullmatch(folder.name) and _is_same(folder.parent, here):
+                found[str(path.relative_to(root))] = folder.name
+                break
     return found
+
+
+def _symlinks(folder: Path) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                yield folder / entry.name
+            elif not entry.name.startswith(".") and not NAME.fullmatch(entry.name) and entry.is_dir():
+                with suppress(PermissionError, FileNotFoundError):
+                    yield from _symlinks(folder / entry.name)
+
+
+def _is_same(folder: Path, known: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(folder), known)
+    except OSError:
+        return False
 
 
 def _pointer(trigger: Mapping[str, Any]) -> str:

@@ -3,11 +3,12 @@
     journal `removed`        from here on it is no version, whatever else is still there
     registry.json            says so to readers, as long as the name is taken
     export.json unlinked     says so to whoever reads the directory itself
-    renamed to .trash/…      the name is free
-    journal `deleted`
+    renamed to .trash/…
     .trash/… deleted         the long part, without the lock
+    journal `deleted`        the name is free
 
-After a crash at any point `recover`, or the next removal, goes on from there.
+After a crash at any point `recover`, or the next removal, goes on from there. What lies in .trash with its record, and
+the journal does not know (because it was lost, say), is left to a person.
 """
 
 from __future__ import annotations
@@ -21,41 +22,58 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from verl_autoexport.registry import journal, retention
 from verl_autoexport.registry.files import fsync_dir, is_full
 from verl_autoexport.registry.memory import Exported
+from verl_autoexport.registry.notes import Notes
 from verl_autoexport.registry.retention import Keep, Verdict
-from verl_autoexport.registry.state import State, from_journal, load
+from verl_autoexport.registry.state import Facts, State, load
 from verl_autoexport.registry.versions import RECORD
 
 TRASH = ".trash"
 _TRIES = 20
+_PORTION = 32  # versions that are taken out of sight before the lock is given up for a moment
 
 
-def note_lost(state: State, entries: Iterable[dict[str, Any]]) -> list[str]:
+def note_lost(state: State, facts: Facts) -> list[str]:
     """Takes into `state` what only the journal knows to be removed; returns those names."""
-    lost = [name for name in from_journal(entries).removed if name not in state.removed]
+    known = set(state.removed)
+    lost = [name for name in facts.removed if name not in known]
     state.removed += lost
     return lost
 
 
-def condemn(root: Path, log: Path, state: State, verdicts: Sequence[Verdict]) -> None:
+def condemn(root: Path, notes: Notes, state: State, verdicts: Sequence[Verdict]) -> int:
     """Notes in the journal, and in `state`, that these are no versions any more; the caller holds the lock.
 
-    On a full disk fewer are noted, the others' turn comes when these are gone.
+    Returns how many: on a full disk fewer are noted, the others' turn comes when these are gone.
     """
-    for verdict in verdicts:
+    before = len(state.removed)
+    try:
+        notes.append_all([("removed", _fields(verdict)) for verdict in verdicts])
+    except OSError as e:
+        if not is_full(e):
+            raise
+        _condemn_some(root, notes, verdicts)
+    note_lost(state, notes.facts())
+    _save(root, state)
+    return len(state.removed) - before
+
+
+def _condemn_some(root: Path, notes: Notes, verdicts: Sequence[Verdict]) -> None:
+    """As many as there is room for; the first one in any case."""
+    noted = notes.facts().removed
+    begun = any(verdict.version.name in noted for verdict in verdicts)
+    for verdict in (v for v in verdicts if v.version.name not in noted):
         try:
-            _note(log, verdict)
+            notes.append("removed", _fields(verdict))
         except OSError as e:
             if not is_full(e):
                 raise
-            if verdict is not verdicts[0]:
-                break
-            _make_room(root, log, verdict)  # not even for one line is there any
-            _note(log, verdict)
-        state.removed.append(verdict.version.name)
-    _save(root, state)
+            if begun:
+                return
+            _make_room(root, notes, verdict)  # not even for one line is there any
+            notes.append("removed", _fields(verdict))
+        begun = True
 
 
 def _save(root: Path, state: State) -> None:
@@ -68,9 +86,9 @@ def _save(root: Path, state: State) -> None:
                 raise
 
 
-def _note(log: Path, verdict: Verdict) -> None:
+def _fields(verdict: Verdict) -> dict[str, Any]:
     version, exported = verdict.version, Exported.of(verdict.version)
-    fields = {
+    return {
         "step": version.step,
         "version": version.name,
         "reason": verdict.reason,
@@ -80,14 +98,14 @@ def _note(log: Path, verdict: Verdict) -> None:
         "created": exported.time,
         "fingerprint": exported.fingerprint,
     }
-    journal.append(log, "removed", fields)
 
 
-def _make_room(root: Path, log: Path, verdict: Verdict) -> None:
+def _make_room(root: Path, notes: Notes, verdict: Verdict) -> None:
     """The data first, for once; a crash in between loses only the reason, as long as the publication is on record."""
     name = verdict.version.name
-    if not any(e["event"] == "published" and e.get("version") == name for e in journal.read(log)[0]):
-        raise OSError(errno.ENOSPC, "no room to note what is removed", str(log))
+    if name not in notes.facts().published:
+        raise OSError(errno.ENOSPC, "no room to note what is removed", str(notes.path))
+    os.unlink(root / name / RECORD)
     (root / TRASH).mkdir(exist_ok=True)
     target = _in_trash(root, name)
     os.rename(root / name, target)
@@ -97,32 +115,54 @@ def _make_room(root: Path, log: Path, verdict: Verdict) -> None:
 def withdraw(root: Path, names: Iterable[str]) -> dict[Path, str]:
     """Takes the removed versions out of readers' sight; path -> reason where that failed. The caller holds the lock."""
     failed = {}
+    moved = False
     for path in filter(_is_there, (root / name for name in names)):
         try:
             with suppress(FileNotFoundError):
                 os.unlink(path / RECORD)
-                fsync_dir(path)
             # Where it cannot be renamed, it is deleted in its place: without a record it is no version.
             with suppress(OSError):
                 (root / TRASH).mkdir(exist_ok=True)
                 os.rename(path, _in_trash(root, path.name))
-                fsync_dir(root)
+                moved = True
         except OSError as e:
             failed[path] = _reason(e)
+    if moved:
+        fsync_dir(root / TRASH)
+        fsync_dir(root)
     return failed
+
+
+def trash(root: Path) -> list[Path]:
+    """What lies in `.trash`, by name."""
+    try:
+        return [root / TRASH / name for name in sorted(os.listdir(root / TRASH))]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def strays(root: Path, gone: Container[str]) -> dict[Path, str]:
+    """What in `.trash` is a whole version by its record, of which the journal does not say that it was removed."""
+    found = (p for p in trash(root) if _name_of(p) not in gone and os.path.lexists(p / RECORD))
+    why = f"the journal does not know that it was removed, and it holds {RECORD}: move it back to {root}, or delete it"
+    return dict.fromkeys(found, why)
 
 
 def delete(root: Path, names: Iterable[str], skip: Container[Path]) -> dict[Path, str]:
     """Deletes the data of removed versions, without the lock; path -> reason where that failed."""
     failed: dict[Path, str] = {}
-    in_trash = [root / TRASH / name for name in sorted(os.listdir(root / TRASH))] if (root / TRASH).is_dir() else []
     in_place = [root / name for name in names if _is_there(root / name)]
-    for path in (p for p in (*in_trash, *in_place) if p not in skip):
+    for path in (p for p in (*trash(root), *in_place) if p not in skip):
         try:
             _delete(path)
         except OSError as e:
             failed[path] = _reason(e)
     return failed
+
+
+def _name_of(path: Path) -> str:
+    """The version that a directory in `.trash` was."""
+    return path.name.rpartition("-")[0]
 
 
 def _in_trash(root: Path, name: str) -> Path:
@@ -147,17 +187,19 @@ def _delete(path: Path) -> None:
     raise OSError(f"it is still there after {_TRIES} attempts")
 
 
-def settle(root: Path, log: Path, state: State, failed: dict[Path, str]) -> list[str]:
+def settle(root: Path, notes: Notes, state: State, failed: dict[Path, str]) -> list[str]:
     """Notes what is gone and what could not be deleted; returns the names that are free. The caller holds the lock."""
-    entries = journal.read(log)[0]
-    free = [name for name in state.removed if not _is_there(root / name)]
-    for name in free:
-        journal.append(log, "deleted", {"version": name})
-    state.removed = [name for name in state.removed if name not in free]
-    said = {e.get("path"): e.get("reason") for e in entries if e["event"] == "delete_failed"}
+    lying = {_name_of(path) for path in trash(root)}
+    free = [name for name in state.removed if name not in lying and not _is_there(root / name)]
+    entries: list[tuple[str, dict[str, Any]]] = [("deleted", {"version": name}) for name in free]
+    said = notes.facts().failures
     for path, reason in failed.items():
         if said.get(shown := str(path.relative_to(root))) != reason:  # once, however often it is tried
-            journal.append(log, "delete_failed", {"path": shown, "reason": reason})
+            entries.append(("delete_failed", {"path": shown, "reason": reason}))
+    if entries:
+        notes.append_all(entries)
+    done = set(free)
+    state.removed = [name for name in state.removed if name not in done]
     _save(root, state)
     return free
 
@@ -167,35 +209,34 @@ def _reason(error: OSError) -> str:
     return f"{error.strerror or error}{where}"
 
 
-def go_on(root: Path, log: Path, locked: Callable[[], AbstractContextManager[None]]) -> tuple[list[str], list[str]]:
+def go_on(root: Path, notes: Notes, locked: Callable[[], AbstractContextManager[None]]) -> tuple[list[str], list[str]]:
     """Goes on with every removal that was begun; returns a line for each that is done, and that cannot be yet."""
-    with locked():
-        state = load(root)[0]
-        note_lost(state, journal.read(log)[0])
-        failed = withdraw(root, removed := state.removed)
-    failed |= delete(root, removed, skip=failed)  # may take long, so not under the lock
+    removed = _removed(root, notes)
+    failed: dict[Path, str] = {}
+    for begin in range(0, len(removed), _PORTION):  # others get the lock in between
+        with locked():
+            still = set(_removed(root, notes))
+            failed |= withdraw(root, (name for name in removed[begin : begin + _PORTION] if name in still))
+    stray = strays(root, notes.facts().gone)
+    failed |= delete(root, removed, skip=failed.keys() | stray.keys())  # may take long, so not under the lock
+    told = [f"{path}: left alone: {why}" for path, why in stray.items()]
     if not removed and not failed:
-        return [], []
+        return [], told
     with locked():
         state = load(root)[0]
-        note_lost(state, journal.read(log)[0])
-        free = settle(root, log, state, failed)
-    return (
-        [f"{root / name}: removed" for name in free],
-        [f"{path}: removed, but its data cannot be deleted yet: {reason}" for path, reason in failed.items()],
-    )
+        note_lost(state, notes.facts())
+        free = settle(root, notes, state, failed)
+    told += [f"{path}: removed, but its data cannot be deleted yet: {reason}" for path, reason in failed.items()]
+    return [f"{root / name}: removed" for name in free], told
 
 
-def note_policy(log: Path, keep: Keep) -> None:
+def _removed(root: Path, notes: Notes) -> list[str]:
+    state = load(root)[0]
+    note_lost(state, notes.facts())
+    return state.removed
+
+
+def note_policy(notes: Notes, keep: Keep) -> None:
     """Records the policy of a run, if it is another than before; the caller holds the lock."""
-    if (noted_policy(journal.read(log)[0]) or Keep()) != keep:
-        journal.append(log, "keep", keep.to_dict())
-
-
-def noted_policy(entries: Sequence[dict[str, Any]]) -> Keep | None:
-    """The policy that a run recorded last."""
-    for entry in reversed(entries):
-        if entry["event"] == "keep":
-            with suppress(ValueError):
-                return retention.from_dict(entry)
-    return None
+    if (notes.facts().keep or Keep()) != keep:
+        notes.append("keep", keep.to_dict())

@@ -1,11 +1,18 @@
-"""Requests for a milestone: one small file each, put there by a person, taken by the run."""
+"""Requests for a milestone: one small file each, put there by a person, taken by the run.
+
+.requests/*.json         waiting
+.requests.taken-X/       what one step took, in one rename: however many there are, training does not wait for them
+.requests.done-X/        exported, being deleted
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -13,34 +20,95 @@ from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry.files import write_json_atomic
 
 NAME = ".requests"
+_TAKEN, _DONE = ".taken-", ".done-"
 
 
 def put(folder: Path, note: str | None) -> Path:
     now = datetime.now(timezone.utc)
     path = folder / f"{now:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.json"
     asked_by = {"host": socket.gethostname(), "pid": os.getpid(), "created_at": now.isoformat(timespec="seconds")}
+    for last in (False, False, True):
+        try:
+            folder.mkdir(exist_ok=True)
+            write_json_atomic(path, {"schema_version": 1, "note": note, **asked_by})
+            return path
+        except OSError as e:
+            if last or not isinstance(e, FileNotFoundError):  # else the folder was taken at this very moment
+                raise RegistryError(f"{path}: the request cannot be written: {e}") from e
+    raise AssertionError("unreachable")
+
+
+def pending(folder: Path) -> list[Path]:
+    """The waiting requests, oldest first, with those that were taken and led to no export yet."""
+    found: list[Path] = []
+    for each in (*taken(folder), folder):
+        try:
+            found += [Path(each, n) for n in sorted(os.listdir(each)) if _is_request(n)]
+        except FileNotFoundError:
+            continue
+        except OSError as e:
+            raise RegistryError(f"{each}: requests cannot be listed: {e}") from e
+    return found
+
+
+def take(folder: Path) -> Path | None:
+    """Takes all waiting requests away, if there are any. Asked at every training step: it looks for the first one."""
     try:
-        folder.mkdir(exist_ok=True)
-        write_json_atomic(path, {"schema_version": 1, "note": note, **asked_by})
+        with os.scandir(folder) as entries:
+            if not any(_is_request(entry.name) for entry in entries):
+                return None
+        away = folder.with_name(f"{folder.name}{_TAKEN}{uuid.uuid4().hex[:8]}")
+        os.rename(folder, away)
+        with suppress(OSError):  # whoever asks next makes it too
+            folder.mkdir(exist_ok=True)
+        return away
+    except FileNotFoundError:
+        return None
     except OSError as e:
-        raise RegistryError(f"{path}: the request cannot be written: {e}") from e
-    return path
+        raise RegistryError(f"{folder}: requests cannot be taken: {e}") from e
 
 
-def pending(folder: str) -> list[Path]:
-    """The waiting requests, oldest first. Asked at every training step: one system call when there are none."""
+def taken(folder: Path) -> list[Path]:
+    """What was taken, and led to no export yet."""
+    return _folders(folder, _TAKEN)
+
+
+def finish(away: Path) -> Path:
+    """Marks what was taken as exported; returns what is left to delete."""
+    done = away.with_name(away.name.replace(_TAKEN, _DONE))
     try:
-        names = os.listdir(folder)
+        os.rename(away, done)
+    except OSError as e:
+        raise RegistryError(f"{away}: requests cannot be marked as exported: {e}") from e
+    return done
+
+
+def done(folder: Path) -> list[Path]:
+    """What was exported and is not deleted yet."""
+    return _folders(folder, _DONE)
+
+
+def delete(finished: Path) -> None:
+    shutil.rmtree(finished, ignore_errors=True)
+
+
+def _folders(folder: Path, mark: str) -> list[Path]:
+    try:
+        names = os.listdir(folder.parent)
     except FileNotFoundError:
         return []
     except OSError as e:
-        raise RegistryError(f"{folder}: requests cannot be listed: {e}") from e
-    return [Path(folder, n) for n in sorted(names) if n.endswith(".json")]
+        raise RegistryError(f"{folder.parent}: requests cannot be listed: {e}") from e
+    return [folder.parent / name for name in sorted(names) if name.startswith(f"{folder.name}{mark}")]
+
+
+def _is_request(name: str) -> bool:
+    return name.endswith(".json")
 
 
 def clear(folder: Path, paths: Iterable[Path]) -> None:
     for path in map(Path, paths):
-        if path.parent != folder:
+        if path.parent not in (folder, *taken(folder)):
             raise RegistryError(f"{path}: not a request of this registry; requests are files in {folder}")
         try:
             path.unlink(missing_ok=True)

@@ -7,10 +7,12 @@ no pointer moves because of what was removed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from verl_autoexport.events import is_measured
 from verl_autoexport.registry import pointers
 from verl_autoexport.registry.versions import Version
 
@@ -73,13 +75,16 @@ def judge(versions: Iterable[Version], keep: Keep, links: Mapping[str, str] | No
 
     What stays is judged again: what had to stay only because of a version that goes may go with it.
     """
-    first = _judge_once(versions, keep, links)
-    if not first.removed:
-        return first
-    rest = judge((v.version for v in first.verdicts if v.keep), keep, links)
-    later = {v.version.name: v for v in rest.verdicts}
-    verdicts = tuple(later.get(v.version.name, v) if v.keep else v for v in first.verdicts)
-    return Judgement(verdicts, (*first.removed, *rest.removed), rest.warnings)
+    final: dict[str, Verdict] = {}
+    removed: list[Verdict] = []
+    while True:
+        once = _judge_once(versions, keep, links)
+        final |= {v.version.name: v for v in once.verdicts}
+        removed += once.removed
+        if not once.removed:
+            verdicts = sorted(final.values(), key=lambda v: (v.version.number, v.version.step))
+            return Judgement(tuple(verdicts), tuple(removed), once.warnings)
+        versions = [v.version for v in once.verdicts if v.keep]
 
 
 def _judge_once(versions: Iterable[Version], keep: Keep, links: Mapping[str, str] | None) -> Judgement:
@@ -115,19 +120,40 @@ def nbytes(version: Version) -> int:
 
 def stored(versions: Iterable[Version]) -> int:
     """Bytes that these take together: of a file that records call linked there is one, as long as any has it."""
-    total, shared, own = 0, {}, set()
+    stock = _Stock()
     for version in versions:
-        total += nbytes(version)
+        stock.add(version)
+    return stock.total
+
+
+class _Stock:
+    """What versions take together, kept up to date as they come and go."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._names: Counter[tuple[str, int]] = Counter()  # of a shared file; files of its own are counted each
+        self._own: Counter[tuple[str, int]] = Counter()
+
+    def add(self, version: Version) -> None:
+        self._count(version, 1)
+
+    def remove(self, version: Version) -> None:
+        self._count(version, -1)
+
+    def _count(self, version: Version, sign: int) -> None:
+        self.total += sign * nbytes(version)
         for file in (f for f in version.record.files if isinstance(f, Mapping)):
-            key, size = file.get("sha256"), file.get("bytes")
-            if not isinstance(key, str) or not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+            digest, size = file.get("sha256"), file.get("bytes")
+            if not isinstance(digest, str) or not isinstance(size, int) or isinstance(size, bool) or size <= 0:
                 continue
-            if file.get("linked") is True:
-                total -= size
-                shared[key] = size
-            else:
-                own.add(key)
-    return total + sum(size for key, size in shared.items() if key not in own)
+            key, linked = (digest, size), file.get("linked") is True
+            self.total -= self._once(key) + sign * size * linked
+            (self._names if linked else self._own)[key] += sign
+            self.total += self._once(key)
+
+    def _once(self, key: tuple[str, int]) -> int:
+        """Bytes of a file that only links are left of."""
+        return key[1] if self._names[key] and not self._own[key] else 0
 
 
 def show_size(n: int) -> str:
@@ -188,7 +214,7 @@ def _ranked(versions: Sequence[Version]) -> Iterable[tuple[str, list[tuple[Versi
         claimed = {v.name: t["value"] for v, t in claims if pointers.measure(t) == (metric, mode)}
         values = [(v, claimed.get(v.name, _measured(v, metric))) for v in live]
         sign = -1 if mode == "max" else 1
-        measured = [(v, float(x)) for v, x in values if pointers.is_measured(x)]
+        measured = [(v, float(x)) for v, x in values if is_measured(x)]
         yield str(metric), sorted(measured, key=lambda found: (sign * found[1], *_age(found[0])))
 
 
@@ -201,20 +227,22 @@ def _cut(
 ) -> tuple[dict[str, str], list[str]]:
     """What has to go for `max_bytes`, with the reason: by worth, then the lowest step first; never what is held."""
     cut: dict[str, str] = {}
-    staying = [v for v in versions if v.name in held or v.name in value]
-    total = stored(staying)
-    if limit is None or total <= limit:
+    stock = _Stock()
+    for version in versions:
+        if version.name in held or version.name in value:
+            stock.add(version)
+    if limit is None or stock.total <= limit:
         return cut, []
     loose = [v for v in versions if v.name in value and v.name not in held]
     for version in sorted(loose, key=lambda v: (value[v.name], *_age(v))):
-        if total <= limit:
+        if stock.total <= limit:
             break
-        cut[version.name] = f"max_bytes={limit}: {show_size(total)} would stay, and of that it is the least valuable"
-        staying.remove(version)
-        total = stored(staying)
-    if total <= limit:
+        size = show_size(stock.total)
+        cut[version.name] = f"max_bytes={limit}: {size} would stay, and of that it is the least valuable"
+        stock.remove(version)
+    if stock.total <= limit:
         return cut, []
-    left = f"{sum(v.name in held for v in versions)} versions that are never removed hold {show_size(total)}"
+    left = f"{sum(v.name in held for v in versions)} versions that are never removed hold {show_size(stock.total)}"
     return cut, [f"max_bytes={limit} cannot be met: the {left}; unpin what need not stay, or raise the limit"]
 
 

@@ -6,14 +6,16 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import BaseFileLock, SoftFileLock
 
 NAME = ".staging"
 _SUFFIX = ".lock"
+LockOf = Callable[[Path], BaseFileLock]
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,16 @@ class Staging:
     """A directory to write a version into; `release` gives up the claim to it, whatever it then holds."""
 
     path: Path
-    lock: FileLock
+    lock: BaseFileLock
 
     @property
     def id(self) -> str:
         return self.path.name
 
     def release(self) -> None:
+        if isinstance(self.lock, SoftFileLock):  # the file is the lock
+            self.lock.release(force=True)
+            return
         # Unlinked while still held: nobody else ever creates a lock of this name.
         with suppress(OSError):
             os.unlink(self.lock.lock_file)
@@ -42,12 +47,12 @@ class Staging:
             self.release()
 
 
-def create(folder: Path, label: str) -> Staging:
+def create(folder: Path, label: str, lock: LockOf) -> Staging:
     """The caller holds the registry's lock, so that no `abandoned` runs between the lock and the directory."""
     folder.mkdir(exist_ok=True)
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", label).lstrip(".")[:100] or "export"
     path = folder / f"{label}-{uuid.uuid4().hex[:8]}"
-    staging = Staging(path, _lock(path))
+    staging = Staging(path, lock(path))
     staging.lock.acquire(timeout=0)
     try:
         path.mkdir()
@@ -57,7 +62,7 @@ def create(folder: Path, label: str) -> Staging:
     return staging
 
 
-def abandoned(folder: Path) -> list[Staging]:
+def abandoned(folder: Path, lock: LockOf) -> list[Staging]:
     """Takes over every staging directory whose writer is gone; the caller holds the registry's lock."""
     try:
         entries = list(os.scandir(folder))
@@ -67,15 +72,10 @@ def abandoned(folder: Path) -> list[Staging]:
     names |= {e.name.removesuffix(_SUFFIX) for e in entries if e.name.endswith(_SUFFIX)}
     found = []
     for name in sorted(names):
-        staging = Staging(folder / name, _lock(folder / name))
+        staging = Staging(folder / name, lock(folder / name))
         try:
             staging.lock.acquire(timeout=0)
         except OSError:  # held (a Timeout), or another user's: not ours to take
             continue
         found.append(staging)
     return found
-
-
-def _lock(path: Path) -> FileLock:
-    # Not thread-local: one thread may stage and another publish.
-    return FileLock(f"{path}{_SUFFIX}", thread_local=False)

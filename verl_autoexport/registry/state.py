@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import journal
 from verl_autoexport.registry.files import write_json_atomic
 from verl_autoexport.registry.pointers import POINTER
-from verl_autoexport.registry.versions import LIKE_A_NAME, NAME
+from verl_autoexport.registry.retention import Keep, from_dict
+from verl_autoexport.registry.versions import NAME
 from verl_autoexport.untrusted import read_json
 
 FILE = "registry.json"
 SCHEMA_VERSION = 1
+_LARGEST = 10**18
 
 
 @dataclass
@@ -49,44 +52,75 @@ def load(root: Path) -> tuple[State, str | None]:
     return from_journal(journal.read(root / journal.NAME)[0]), problem
 
 
-def from_journal(entries: Iterable[dict[str, Any]]) -> State:
-    """Everything but the pointers, which follow from the versions."""
-    state = State()
-    for entry in entries:
+class Facts:
+    """What journal entries come to, taken in one after the other. Names keep their order in `pins` and `removed`.
+
+    `gone`: whatever was ever noted as removed. `failures`: path -> why it could not be deleted, as last noted.
+    """
+
+    def __init__(self, entries: Iterable[dict[str, Any]] = ()) -> None:
+        self.next_version = 1
+        self.superseded: dict[str, dict[str, Any]] = {}
+        self.pins: dict[str, None] = {}
+        self.removed: dict[str, None] = {}
+        self.published: set[str] = set()
+        self.gone: set[str] = set()
+        self.failures: dict[str, Any] = {}
+        self.keep: Keep | None = None
+        for entry in entries:
+            self.take(entry)
+
+    def take(self, entry: dict[str, Any]) -> None:
         event, name = entry["event"], entry.get("version")
         if event == "superseded":
-            supersede(state, entry)
-        elif not is_name(name):
-            continue
-        elif event == "published":
-            state.next_version = max(state.next_version, number_of(name) + 1)
-        elif event == "removed" and name not in state.removed:
-            state.next_version = max(state.next_version, number_of(name) + 1)
-            state.removed.append(name)
-        elif event == "deleted" and name in state.removed:
-            state.removed.remove(name)
-        elif event == "pinned" and name not in state.pins:
-            state.pins.append(name)
-        elif event == "unpinned" and name in state.pins:
-            state.pins.remove(name)
-    return state
+            _supersede(self.superseded, entry)
+        elif event == "keep":
+            with suppress(ValueError):
+                self.keep = from_dict(entry)
+        elif event == "delete_failed" and isinstance(path := entry.get("path"), str):
+            self.failures[path] = entry.get("reason")
+        elif is_name(name) and event in ("published", "removed"):
+            self.next_version = max(self.next_version, number_of(name) + 1)
+            if event == "published":
+                self.published.add(name)
+            else:
+                self.gone.add(name)
+                self.removed.setdefault(name)
+        elif is_name(name) and event in ("deleted", "unpinned"):
+            (self.removed if event == "deleted" else self.pins).pop(name, None)
+        elif is_name(name) and event == "pinned":
+            self.pins.setdefault(name)
+
+    def state(self) -> State:
+        """Everything but the pointers, which follow from the versions."""
+        superseded = {name: dict(mark) for name, mark in self.superseded.items()}
+        return State(self.next_version, superseded, list(self.pins), removed=list(self.removed))
+
+
+def from_journal(entries: Iterable[dict[str, Any]]) -> State:
+    """Everything but the pointers, which follow from the versions."""
+    return Facts(entries).state()
 
 
 def supersede(state: State, entry: dict[str, Any]) -> None:
     """Applies a `superseded` journal entry; what was superseded before stays as it is."""
+    _supersede(state.superseded, entry)
+
+
+def _supersede(superseded: dict[str, dict[str, Any]], entry: dict[str, Any]) -> None:
     names, resumed_at = entry.get("versions"), entry.get("resumed_at")
     if not isinstance(names, list) or not journal.is_count(resumed_at):
         return
     for name in filter(is_name, names):
-        state.superseded.setdefault(name, {"resumed_at": resumed_at, "at": entry.get("at")})
+        superseded.setdefault(name, {"resumed_at": resumed_at, "at": entry.get("at")})
 
 
 def number_of(name: str) -> int:
-    return int(LIKE_A_NAME.fullmatch(name)[1])
+    return int(name[1 : name.index("-")])
 
 
 def is_name(name: Any) -> bool:
-    return isinstance(name, str) and NAME.fullmatch(name) is not None
+    return isinstance(name, str) and len(name) < 256 and NAME.fullmatch(name) is not None
 
 
 def _parse(path: Path) -> State:
@@ -97,7 +131,7 @@ def _parse(path: Path) -> State:
         raise RegistryError(f"{path}: schema_version {schema} is newer than {SCHEMA_VERSION}: upgrade verl_autoexport")
     next_version, superseded = data.get("next_version"), data.get("superseded")
     pins, pointers, removed = data.get("pins"), data.get("pointers"), data.get("removed", [])
-    if schema != SCHEMA_VERSION or not journal.is_count(next_version):
+    if schema != SCHEMA_VERSION or not journal.is_count(next_version) or next_version > _LARGEST:
         raise ValueError(f"schema_version {schema!r} or next_version {next_version!r} is not as it must be")
     if not isinstance(superseded, dict) or not all(map(is_name, superseded)):
         raise ValueError("superseded: expected an object keyed by version directories")

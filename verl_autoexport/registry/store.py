@@ -18,22 +18,22 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.events import ExportRecord, Milestone
-from verl_autoexport.registry import journal, lease, pointers, removal, requests, retention, staging
+from verl_autoexport.events import ExportRecord
+from verl_autoexport.registry import compaction, lease, pointers, removal, requests, retention, staging
 from verl_autoexport.registry import state as states
 from verl_autoexport.registry.files import fsync_dir, fsync_tree, is_temp, temp_path, write_json_atomic
 from verl_autoexport.registry.lease import Lease, Owner
-from verl_autoexport.registry.memory import Exported, Memory
+from verl_autoexport.registry.locking import RootLock
+from verl_autoexport.registry.reading import Reader
 from verl_autoexport.registry.retention import Judgement, Keep
 from verl_autoexport.registry.staging import Staging
 from verl_autoexport.registry.state import State
@@ -43,35 +43,34 @@ from verl_autoexport.registry.versions import (
     Version,
     names_like_versions,
     read_record,
-    scan,
     version_name,
 )
 
 __all__ = ["Registry", "Staging", "Version", "read_record", "write_json_atomic"]
 
 LOCK_TIMEOUT_S = 60
-_AT_ONCE = 8  # versions removed before the lock is given up for a moment
+_TRIES = 4  # to judge without the lock, before it is done with it
 
 log = logging.getLogger(__name__)
 
 
-class Registry:
+class Registry(Reader):
     """The versions in one output directory. Building it touches nothing; reading never writes or locks.
 
-    With `owner`, the token of a run's lease, every change is refused once another run has taken that over.
+    With `owner`, the token of a run's lease, every change is refused once another run has taken that over. What is
+    slow (reading records and the journal, deleting) is done before or after the lock is held.
     """
 
-    def __init__(self, root: Path | str, lock_timeout_s: float = LOCK_TIMEOUT_S, owner: str | None = None) -> None:
-        self.root = Path(os.path.abspath(root))
+    def __init__(self, root: Path | str, lock_timeout_s: float | None = None, owner: str | None = None) -> None:
+        super().__init__(root)
         self._staging = self.root / staging.NAME
         self._requests = self.root / requests.NAME
-        self._journal = self.root / journal.NAME
-        self._lock = FileLock(self.root / ".lock")
-        self._lock_timeout_s = lock_timeout_s
+        self._lock = RootLock(self.root)
+        self.lock_timeout_s = LOCK_TIMEOUT_S if lock_timeout_s is None else lock_timeout_s
         self._owner = owner
 
     @classmethod
-    def create(cls, root: Path | str, lock_timeout_s: float = LOCK_TIMEOUT_S, owner: str | None = None) -> Registry:
+    def create(cls, root: Path | str, lock_timeout_s: float | None = None, owner: str | None = None) -> Registry:
         """The registry in `root`, made if need be; RegistryError if it cannot be written to and locked."""
         registry = cls(root, lock_timeout_s, owner)
         try:
@@ -82,70 +81,14 @@ class Registry:
             probe.unlink(missing_ok=True)  # another process may be in `recover`
         except OSError as e:
             raise RegistryError(f"{registry.root}: cannot be the output directory, it is not writable: {e}") from e
-        with registry._locked():
+        with registry._locked(check=False):
             return registry
-
-    # -- reading ---------------------------------------------------------------------------
-
-    def versions(self) -> list[Version]:
-        """All published versions by number, superseded ones included."""
-        return self._versions(states.load(self.root)[0])
-
-    def invalid(self) -> list[tuple[Path, str]]:
-        """What has a version's name but is none, and why."""
-        found = scan(self.root)[1]
-        removed = states.load(self.root)[0].removed  # asked later: a removal notes itself before it begins
-        return [(path, why) for path, why in found if path.name not in removed and os.path.lexists(path)]
-
-    def pointers(self) -> dict[str, str]:
-        """What `latest`, `best`… mean: pointer -> directory name."""
-        return pointers.choose(self.versions())
-
-    def find(self, spec: str) -> Version:
-        """The version called `v0001-step2`, `v1`, `1`, `step2` (its newest), `latest`, `best` or `best-NAME`."""
-        self._check_root()
-        versions = self.versions()
-        found = pointers.matching(versions, spec)
-        if len(found) > 1:
-            names = ", ".join(v.name for v in found)
-            raise RegistryError(f"{self.root}: {spec!r} means several versions: {names}; give the full name")
-        if not found:
-            raise RegistryError(self._not_found(spec, versions))
-        return found[0]
-
-    def journal_entries(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """The journal's sound entries in order, and a message for every damaged line."""
-        return journal.read(self._journal)
-
-    def milestones(self, up_to_step: int | None = None) -> list[Milestone]:
-        """What the triggers must remember, by step: published, pending, failed and dropped milestones.
-
-        What a rollback cancelled is left out. A published version since removed or deleted stays in.
-        """
-        told = self._memory().milestones()
-        return [m for m in told if up_to_step is None or m.step <= up_to_step]
-
-    def exported(self) -> list[Exported]:
-        """What was published and no rollback cancelled, by number, removed versions included."""
-        return self._memory().exported()
-
-    def outcomes(self) -> list[dict[str, Any]]:
-        """The journal entries, with their triggers, of failed and dropped milestones not published since."""
-        return self._memory().outcomes()
-
-    def judge(self, keep: Keep) -> Judgement:
-        """What `prune` would remove, and why."""
-        return retention.judge(self.versions(), keep, pointers.links(self.root))
-
-    def noted_policy(self) -> Keep | None:
-        """The policy of the run that exports here, if one recorded it."""
-        return removal.noted_policy(self.journal_entries()[0])
 
     # -- writing ---------------------------------------------------------------------------
 
     def own(self, run: str) -> Lease:
         """Makes `run` the one that exports here, until this process ends; RegistryError names one that lives."""
-        taken = lease.take(self.root, run, self._locked)
+        taken = lease.take(self.root, run, partial(self._locked, check=False))
         self._owner = taken.token
         return taken
 
@@ -159,14 +102,22 @@ class Registry:
             raise lease.refuse(self.root, owner)
 
     def check_owner(self) -> None:
-        """Raises RegistryError once another run has taken over from the one that this registry belongs to."""
+        """Raises RegistryError once another run has taken over from the one that this registry belongs to.
+
+        Where locks do not work, also for whoever belongs to no run while there is one.
+        """
         if self._owner is not None:
             lease.check(self.root, self._owner)
+        elif self._lock.flaw is not None and (owner := lease.may_live(self.root)):
+            raise RegistryError(
+                f"{self.root}: {owner} exports here, and the locks of this file system do not work "
+                f"({self._lock.flaw}), so nothing else may write: wait until that run has ended."
+            )
 
     def stage(self, label: str) -> Staging:
         """A new directory to write a version into, ours until it is published, discarded or this process dies."""
         with self._locked():
-            return staging.create(self._staging, label)
+            return staging.create(self._staging, label, self._lock.beside)
 
     def discard(self, staged: Staging) -> None:
         """Deletes a staging directory and gives it up; nothing is left to do where it was published or discarded."""
@@ -188,6 +139,7 @@ class Registry:
             fsync_tree(staged.path)  # the long part, so not under the lock
         except OSError as e:
             raise RegistryError(f"{staged.path}: cannot be made durable: {e}") from e
+        self._look()
         with self._locked():
             begin()
             number = self._next_number(states.load(self.root)[0])
@@ -203,19 +155,21 @@ class Registry:
 
     def refresh_pointers(self) -> list[str]:
         """Makes the links and `registry.json` say what the versions give rise to; returns warnings."""
+        self._look()
         with self._locked():
             return self._settle(states.load(self.root)[0])[1]
 
     def supersede_after(self, step: int) -> list[Version]:
         """Notes that the run was resumed at `step`; returns the versions that a later, now abandoned, past had made."""
+        self.check_owner()
+        if self._memory().latest_step() <= step:
+            return []
         with self._locked():
-            known = self._memory()
-            if known.latest_step() <= step:
-                return []
-            state, gone = known.state, [v for v in known.versions if not v.superseded and v.step > step]
+            state = states.load(self.root)[0]
+            gone = [v for v in self._versions(state, fresh=False) if not v.superseded and v.step > step]
             at = datetime.now(timezone.utc).isoformat(timespec="seconds")
             entry = {"resumed_at": step, "versions": [v.name for v in gone], "at": at}
-            journal.append(self._journal, "superseded", entry)
+            self._notes.append("superseded", entry)
             states.supersede(state, entry)
             self._settle_logged(state)
             return [replace(v, superseded=True) for v in gone]
@@ -231,29 +185,54 @@ class Registry:
     def note_policy(self, keep: Keep) -> None:
         """Records the policy of a run, for whoever prunes by hand."""
         with self._locked():
-            removal.note_policy(self._journal, keep)
+            removal.note_policy(self._notes, keep)
 
     def prune(self, keep: Keep) -> tuple[Judgement, list[str]]:
         """Removes what `keep` does not keep, and tries again what could not be deleted before.
 
         Returns the judgement and a line for every directory that cannot be deleted yet; that stops nothing else.
         """
-        first, batch = None, True
-        while batch:
+        first = None
+        while True:
+            judgement, condemned = self._condemn(keep)
+            first = first or judgement
+            failed = removal.go_on(self.root, self._notes, self._locked)[1]
+            if condemned == len(judgement.removed):  # else the disk is full, and there is more room now
+                compaction.compact(self._notes, self._locked)
+                return first, failed
+
+    def _condemn(self, keep: Keep) -> tuple[Judgement, int]:
+        """Judges without the lock, and notes with it what is to go, unless something changed in between."""
+        for left in reversed(range(_TRIES)):
+            state = self._state()
+            versions, links = self._versions(state), pointers.links(self.root)
+            judgement, seen = retention.judge(versions, keep, links), self._evidence(versions, links)
             with self._locked():
-                state = states.load(self.root)[0]
-                removal.note_lost(state, self.journal_entries()[0])
+                state = self._state()
                 self._settle_logged(state)  # links first: none may lead to what goes
-                judgement = retention.judge(self._versions(state), keep, pointers.links(self.root))
-                first, batch = first or judgement, judgement.removed[:_AT_ONCE]
-                removal.condemn(self.root, self._journal, state, batch)
-            failed = removal.go_on(self.root, self._journal, self._locked)[1]
-        return first, failed
+                versions, links = self._versions(state, fresh=False), pointers.links(self.root)
+                if self._evidence(versions, links) != seen:
+                    if left:
+                        continue
+                    judgement = retention.judge(versions, keep, links)
+                if not judgement.removed:
+                    return judgement, 0
+                return judgement, removal.condemn(self.root, self._notes, state, judgement.removed)
+        raise AssertionError("unreachable")
+
+    @staticmethod
+    def _evidence(versions: list[Version], links: dict[str, str]) -> Any:
+        return [(v.name, v.superseded, v.pinned) for v in versions], links
 
     def journal(self, event: str, **fields: Any) -> None:
         """Adds a durable entry; `time` is now unless given. Asked, failed, dropped… need a `step`."""
-        with self._locked():
-            journal.append(self._journal, event, fields)
+        self.note([(event, fields)])
+
+    def note(self, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        """`journal`, for several at once and in order."""
+        if entries:
+            with self._locked():
+                self._notes.append_all(entries)
 
     def request(self, note: str | None = None) -> Path:
         """Asks the run that exports here for a milestone at its next step."""
@@ -268,11 +247,15 @@ class Registry:
 
     def recover(self) -> list[str]:
         """Repairs what a killed process left; returns a line for each thing done, or that needs a person."""
+        self._look()
         with self._locked():
-            abandoned = staging.abandoned(self._staging)
+            abandoned = staging.abandoned(self._staging, self._lock.beside)
             done = self._repair()
-        for lines in removal.go_on(self.root, self._journal, self._locked):
+        for lines in removal.go_on(self.root, self._notes, self._locked):
             done += lines
+        for finished in requests.done(self._requests):
+            requests.delete(finished)
+        compaction.compact(self._notes, self._locked)
         for staged in abandoned:  # deleting may take long, so not under the lock
             line = [f"{staged.path}: removed, its writer is gone"] if staged.path.is_dir() else []
             try:
@@ -285,42 +268,25 @@ class Registry:
     # -- inside ----------------------------------------------------------------------------
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, check: bool = True) -> Iterator[None]:
         self._check_root()
+        self._lock.acquire(self.lock_timeout_s)
         try:
-            self._lock.acquire(timeout=self._lock_timeout_s, poll_interval=0.01)
-        except Timeout:
-            held = f"{self._lock.lock_file}: held by another process for more than {self._lock_timeout_s:g} s"
-            raise RegistryError(f"{held}; find it (`fuser` names it) and end it if it hangs") from None
-        except OSError as e:
-            raise RegistryError(f"{self._lock.lock_file}: cannot be locked: {e}") from e
-        try:
-            self.check_owner()
+            if check:
+                self.check_owner()
             yield
         except OSError as e:
             raise RegistryError(f"{self.root}: cannot be changed: {e}; are there space and permission?") from e
         finally:
             self._lock.release()
 
-    def _check_root(self) -> None:
-        if not self.root.is_dir():
-            raise RegistryError(f"{self.root}: no such directory; expected the output_dir of a run")
-
     def _check_own(self, staged: Staging, there: bool = True) -> None:
         if staged.path.parent != self._staging or (there and not staged.path.is_dir()):
             raise RegistryError(f"{staged.path}: not a staging directory in {self._staging}")
 
-    def _versions(self, state: State) -> list[Version]:
-        return [
-            Version(record.version, record.step, path, record, path.name in state.superseded, path.name in state.pins)
-            for path, record in scan(self.root)[0]
-            if path.name not in state.removed
-        ]
-
     def _next_number(self, state: State) -> int:
         taken = [int(LIKE_A_NAME.fullmatch(name)[1]) for name in names_like_versions(self.root)]
-        noted = states.from_journal(self.journal_entries()[0]).next_version
-        return max(state.next_version, noted, 1 + max(taken, default=0))
+        return max(state.next_version, self._notes.facts().next_version, 1 + max(taken, default=0))
 
     def _rename(self, staged: Staging, record: ExportRecord) -> Version:
         target = self.root / version_name(record.version, record.step)
@@ -341,11 +307,11 @@ class Registry:
 
     def _note_published(self, version: Version) -> None:
         fields = {"step": version.step, "version": version.name, "triggers": version.record.triggers}
-        journal.append(self._journal, "published", fields)
+        self._notes.append("published", fields)
 
     def _settle(self, state: State) -> tuple[list[str], list[str]]:
         """Writes `state`, then the links; both follow from the versions. Returns changes and warnings."""
-        state.pointers = pointers.choose(self._versions(state))
+        state.pointers = pointers.choose(self._versions(state, fresh=False))
         if states.load(self.root) != (state, None):
             state.write(self.root)
         return pointers.link(self.root, state.pointers)
@@ -355,19 +321,16 @@ class Registry:
             log.warning("%s", warning)
 
     def _set_pin(self, version: Version | str, pinned: bool) -> Version:
+        found = self.find(version if isinstance(version, str) else version.name)
         with self._locked():
-            found = self.find(version if isinstance(version, str) else version.name)
-            state = states.load(self.root)[0]
-            if found.pinned != pinned:
-                journal.append(self._journal, "pinned" if pinned else "unpinned", {"version": found.name})
+            state = self._state()
+            if found.name in state.removed or not found.path.is_dir():
+                raise RegistryError(f"{found.path}: removed meanwhile")
+            if (found.name in state.pins) != pinned:
+                self._notes.append("pinned" if pinned else "unpinned", {"version": found.name})
                 (state.pins.append if pinned else state.pins.remove)(found.name)
                 state.write(self.root)
             return replace(found, pinned=pinned)
-
-    def _memory(self) -> Memory:
-        state = states.load(self.root)[0]
-        versions = self._versions(state)  # before the journal, which knows what is removed meanwhile
-        return Memory(state, self.journal_entries()[0], versions)
 
     def _repair(self) -> list[str]:
         done = []
@@ -375,26 +338,20 @@ class Registry:
             os.unlink(self.root / name)
             done.append(f"{self.root / name}: removed, left by a killed process")
         state, problem = states.load(self.root)
-        entries = self.journal_entries()[0]
-        for name, mark in states.from_journal(entries).superseded.items():
+        facts = self._notes.facts()
+        for name, mark in facts.state().superseded.items():
             if state.superseded.setdefault(name, mark) is mark and not problem:
                 done.append(f"{self.root / name}: marked superseded, as the journal says")
-        for name in removal.note_lost(state, entries):
+        for name in removal.note_lost(state, facts):
             if not problem and (self.root / name).exists():
                 done.append(f"{self.root / name}: was removed, as the journal says")
-        versions = self._versions(state)
-        noted = {entry.get("version") for entry in entries if entry["event"] == "published"}
-        for version in (v for v in versions if v.name not in noted):
+        versions = self._versions(state, fresh=False)
+        lost, known = [v for v in versions if v.name not in facts.published], self._notes.path.exists()
+        for version in lost:
             self._note_published(version)
             done.append(f"{version.path}: its publication was missing in the journal, and is there now")
-        if problem and (entries or versions):
+        if problem and (known or versions):
             done.append(f"{problem}; rebuilt from the versions and the journal")
         state.next_version = self._next_number(state)
         changed, warnings = self._settle(state)
         return done + changed + warnings
-
-    def _not_found(self, spec: str, versions: list[Version]) -> str:
-        for path, reason in self.invalid():
-            if path.name == spec:
-                return f"{path} is no valid version: {reason}"
-        return f"{self.root}: no version {spec!r:.200}; there is {pointers.listing(versions)}"

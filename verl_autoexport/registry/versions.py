@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.events import ExportRecord
@@ -68,16 +68,45 @@ def created_at(record: ExportRecord) -> float:
     return (time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp()
 
 
-def scan(root: Path) -> tuple[list[tuple[Path, ExportRecord]], list[tuple[Path, str]]]:
-    """The valid version directories by number, and those that only look like one, with the reason."""
-    valid, invalid = [], []
-    for name in names_like_versions(root):
-        path = root / name
-        try:
-            valid.append((path, _read_version(path)))
-        except RegistryError as e:
-            invalid.append((path, str(e)))
-    return sorted(valid, key=lambda found: (found[1].version, found[1].step)), invalid
+class Catalog:
+    """The directories that look like versions. A record is read once, since it never changes after publication."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._known: dict[str, tuple[Any, ExportRecord | str]] = {}
+
+    def scan(self, fresh: bool = True) -> tuple[list[tuple[Path, ExportRecord]], list[tuple[Path, str]]]:
+        """The valid ones by number, and those that only look like one, with the reason.
+
+        Without `fresh`, what was read before is believed: for whoever has the lock, and looked just before.
+        """
+        known: dict[str, tuple[Any, ExportRecord | str]] = {}
+        for name in names_like_versions(self.root):
+            seen = self._known.get(name)
+            if seen is None or fresh:
+                mark = _mark(self.root / name)
+                seen = seen if seen and mark is not None and seen[0] == mark else (mark, _look(self.root / name))
+            known[name] = seen
+        self._known = known
+        valid = [(self.root / name, found) for name, (_, found) in known.items() if isinstance(found, ExportRecord)]
+        invalid = [(self.root / name, found) for name, (_, found) in known.items() if isinstance(found, str)]
+        return sorted(valid, key=lambda found: (found[1].version, found[1].step)), invalid
+
+
+def _mark(path: Path) -> tuple[int, ...] | None:
+    """By what a record is known again; None where there is none, or it may not be a version's."""
+    try:
+        folder, info = os.lstat(path), os.stat(f"{path}/{RECORD}")
+    except OSError:
+        return None
+    return (folder.st_ino, folder.st_mode, info.st_ino, info.st_mtime_ns, info.st_ctime_ns, info.st_size)
+
+
+def _look(path: Path) -> ExportRecord | str:
+    try:
+        return _read_version(path)
+    except RegistryError as e:
+        return str(e)
 
 
 def names_like_versions(root: Path) -> list[str]:
@@ -108,10 +137,7 @@ def _read_version(path: Path) -> ExportRecord:
 def _check(record: ExportRecord) -> None:
     if record.version < 0 or record.step < 0:
         raise ValueError(f"version {record.version} and step {record.step} cannot be negative")
-    for trigger in record.triggers:
-        if not isinstance(trigger, Mapping) or not isinstance(trigger.get("policy"), str):
-            raise ValueError(f"triggers: expected objects with a policy, found {trigger!r}")
     try:
         created_at(record)
-    except ValueError as e:
+    except (ValueError, OverflowError) as e:
         raise ValueError(f"created_at: expected an ISO 8601 time: {e}") from None

@@ -22,6 +22,7 @@ from verl_autoexport.export.pipeline import VERIFYING, MergeRunner, export_to_re
 from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.registry.retention import Keep, show_size
 from verl_autoexport.registry.store import Registry
+from verl_autoexport.runtime.bookings import Bookings
 from verl_autoexport.runtime.bounded import Bounded, GivenUp, Watch, start
 from verl_autoexport.runtime.handover import Deliveries
 from verl_autoexport.runtime.nodes import Nodes, SpreadFiles
@@ -66,6 +67,7 @@ class ExportActor:
         self.registry = Registry.create(settings.output_dir, owner=owner)
         for line in self.registry.recover():
             logger.warning("verl_autoexport: recovered: %s", shown(line))
+        self.bookings = Bookings(self.registry)
         self.keep = Keep(**dataclasses.asdict(settings.keep))
         try:
             self.registry.note_policy(self.keep)
@@ -107,6 +109,10 @@ class ExportActor:
         False: let go of them. Until then it says so again, since a restarted actor knows nothing.
         """
         return self.deliveries.take(ident, rank, blocks[0] if blocks else str(reason))
+
+    def expect(self, ident: str) -> None:
+        """A snapshot whose export will be asked for, though not yet."""
+        self.deliveries.ask(ident)
 
     def forget(self, ident: str) -> None:
         """A snapshot that will not be exported."""
@@ -277,10 +283,12 @@ class ExportActor:
         self._journal("asked", request, time=request["time"], triggers=list(request["triggers"]))
 
     def _journal(self, event: str, request: Mapping[str, Any], **fields: Any) -> None:
+        """What cannot be written now (the disk is full, a lock is held) is written later."""
+        self.bookings.add(event, step=request["step"], **fields)
         try:
-            self.registry.journal(event, step=request["step"], **fields)
-        except (AutoExportError, OSError) as e:  # e.g. the full disk that made the export fail
-            logger.warning("verl_autoexport: step %s: %r could not be journaled: %s", request["step"], event, e)
+            self.bookings.write()
+        except (AutoExportError, OSError) as e:
+            logger.warning("verl_autoexport: step %s: %r is not in the journal yet: %s", request["step"], event, e)
 
 
 def start_actor(settings: AutoExportConfig, owner: str) -> Any:

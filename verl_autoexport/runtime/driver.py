@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from verl_autoexport.config import AutoExportConfig, may_be_val
-from verl_autoexport.errors import AutoExportError, SourceError
+from verl_autoexport.config import AutoExportConfig
+from verl_autoexport.errors import AutoExportError, RegistryBusy, RegistryError, SourceError
 from verl_autoexport.events import Decision, StepEvent, Trigger
-from verl_autoexport.policies import RunStart, build_policies, check_metrics, decide
+from verl_autoexport.policies import RunStart, build_policies, decide
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.actor import MAX_WAITING, start_actor
+from verl_autoexport.runtime.asked import Asked
 from verl_autoexport.runtime.bounded import Bounded, GivenUp
 from verl_autoexport.runtime.ledger import Ledger
 from verl_autoexport.runtime.live import Busy, LiveSource
+from verl_autoexport.runtime.metrics import check_logged, numbers
 from verl_autoexport.runtime.nodes import Nodes
-from verl_autoexport.runtime.request import RunInfo, make_request
+from verl_autoexport.runtime.request import RunInfo, check_request, make_request
 from verl_autoexport.sources import pins
 from verl_autoexport.sources.pins import Pin
 
 logger = logging.getLogger(__name__)
 _LOCK_S = 2.0  # training waits at most this long for another process at work in the output directory
+_AGAIN_S = 0.2
 
 
 class ExportFailed(AutoExportError):
@@ -45,8 +49,9 @@ class ExportDriver:
         self.settings = settings
         self.info = info
         self.calls = Bounded()
-        self.registry = Registry.create(settings.output_dir, _LOCK_S)
+        self.registry = Registry.create(settings.output_dir)
         self.lease = self.registry.own("/".join(str(info.run[k]) for k in ("project", "experiment") if k in info.run))
+        self.registry.lock_timeout_s = _LOCK_S
         self.policies = build_policies(settings.trigger)
         self.actor = start_actor(settings, self.lease.token)
         self.start = RunStart(0, time.time())
@@ -59,8 +64,8 @@ class ExportDriver:
         self.undecided: list[tuple[StepEvent, Pin | None]] = []  # the live source needs no pin
         self.held: tuple[StepEvent, Pin | None] | None = None
         self.beyond: list[Pin] = []
-        self.requests: Sequence[Path] = ()
-        self.past_cut = False
+        self.requests = Asked(self.registry.root)
+        self.trained = self.past_cut = False
         self.logged_step = 0
         self.metrics_checked = not settings.trigger.metrics
         self.pin_s = 0.0
@@ -98,6 +103,7 @@ class ExportDriver:
         for lost in [m for m in self.ledger.history if m.status == "pending" and m.step not in resumed]:
             self.ledger.note(lost.step, "failed", "interrupted, and its checkpoint was not kept")
             self.ledger.remember(Decision(lost.step, lost.time, lost.triggers), "failed")
+        self.ledger.send()
 
     def _pin_unseen(self, step: int) -> None:
         """The run before was killed: perhaps after verl had saved this step, and before anything here knew of it."""
@@ -136,9 +142,9 @@ class ExportDriver:
                 step,
             )
         self.pins[step] = pin
-        if step > self.start.step:
-            self._cut_past()  # before its validation, which the run may not survive
+        self.trained = self.trained or step > self.start.step
         self.pin_s = time.monotonic() - started
+        self._book()  # before its validation, which the run may not survive
 
     def logged(self, step: int, data: Mapping[str, Any]) -> None:
         """verl logs `step`: all its metrics exist, and the workers still hold its weights."""
@@ -147,18 +153,21 @@ class ExportDriver:
 
     def _logged(self, step: int, data: Mapping[str, Any]) -> None:
         if not self.metrics_checked:
-            self._check_metrics(step, data)
+            trained = step > self.start.step
+            self.metrics_checked = check_logged(self.settings.trigger, data, trained)
         self.logged_step = max(step, self.logged_step)
+        asked = self.requests.look if self.settings.trigger.on_request else bool
         copied = self.live is not None and step > self.start.step and step not in self.pins
         for saved in sorted(s for s in self.pins if s <= step):
             # An earlier one is the resumed step, which not every run logs again.
-            metrics, requested = (_numbers(data), self._requests()) if saved == step else ({}, ())
-            event = StepEvent(saved, metrics, time.time(), requested=bool(requested))
+            metrics, requested = (numbers(data), asked()) if saved == step else ({}, False)
+            event = StepEvent(saved, metrics, time.time(), requested=requested)
             self.undecided.append((event, self.pins.pop(saved)))
         if copied:
-            event = StepEvent(step, _numbers(data), time.time(), step == self.saved_step, bool(self._requests()))
+            event = StepEvent(step, numbers(data), time.time(), step == self.saved_step, asked())
             self.undecided.append((event, None))
         self._decide_all(hold_last=True)
+        self._book()
 
     def end(self, succeeded: bool) -> None:
         """`fit` is over. A pin that is left was never logged, since training failed: a resumed run decides it."""
@@ -180,10 +189,13 @@ class ExportDriver:
         wanted = self.settings.trigger.on_train_end and self.live is None and succeeded and trained
         if wanted and not self.ledger.asked(self.logged_step):
             self.ledger.note(self.logged_step, "failed", "on_train_end: verl saved no checkpoint of the final step")
+        self._book()
 
     def drain(self, timeout_s: float) -> str:
         """Wait at most `timeout_s` seconds for what is pending; returns the run's report in one line."""
-        self.ledger.wait(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        self._book_until(deadline)
+        self.ledger.wait(max(0.0, deadline - time.monotonic()))
         try:
             return self._bounded("the report", self._conclude)
         except GivenUp as e:
@@ -201,24 +213,45 @@ class ExportDriver:
         self.ledger.poll()
         line = self.ledger.report()
         self.ledger.journal("report", line=line)
+        try:
+            self.ledger.bookings.write()
+        except (AutoExportError, OSError) as e:
+            entries = len(self.ledger.bookings.waiting)
+            line += f"; not in the journal ({entries} entries, this line among them): {e}"
         if not self.ledger.open:  # else the actor goes on until this process ends
             self.lease.release()
         return line
 
-    def _check_metrics(self, step: int, data: Mapping[str, Any]) -> None:
-        """At the first log that has the metrics in question: the first validation, for others the first step after."""
-        validation = any(str(k).startswith("val-") for k in data)
-        trained = step > self.start.step
-        val = [may_be_val(metric) for _, metric in self.settings.trigger.metrics]
-        ready = validation if all(val) else trained and (validation or not any(val))
-        if ready:
-            check_metrics(self.settings.trigger, [str(k) for k in data])
-            self.metrics_checked = True
+    def _book(self) -> bool:
+        """Tell the registry and the actor what happened, only after what the workers hold is copied.
+
+        False: another process holds the lock, so it is told at the next event; raises RegistryError for anything else.
+        """
+        try:
+            if self.trained and not self.past_cut:
+                self._cut_past()  # no export of this past may be there before
+            self.ledger.send()
+            self.requests.settle({p.decision.step for p in self.ledger.unsent})
+            self.ledger.bookings.write()
+        except RegistryBusy as e:
+            if self.registry.lock_timeout_s:
+                logger.warning("verl_autoexport: booked later, nothing is lost: %s", e)
+            self.registry.lock_timeout_s = 0.0  # training has waited for it once
+            self.ledger.hold()
+            return False
+        self.registry.lock_timeout_s = _LOCK_S
+        return True
+
+    def _book_until(self, deadline: float) -> None:
+        """Wait for the registry's lock as long as something waits to be booked; says in the report why it could not."""
+        try:
+            while not self._bounded("booking", self._book) and time.monotonic() < deadline:
+                time.sleep(_AGAIN_S)
+        except (AutoExportError, OSError) as e:
+            self.ledger.problems.append(f"not all could be booked: {e}")
 
     def _cut_past(self) -> None:
         """From its first trained step on the run has a past of its own: what lies beyond the resumed step goes."""
-        if self.past_cut:
-            return
         for version in self.registry.supersede_after(self.start.step):
             logger.warning("verl_autoexport: %s superseded: resumed at step %s", version.path, self.start.step)
         for pin in self.beyond:
@@ -230,11 +263,10 @@ class ExportDriver:
         self.past_cut = True
 
     def _decide_all(self, hold_last: bool) -> None:
-        """Decide what is waiting for it; what an unreachable output directory prevents is tried again next time."""
+        """Decide what is waiting for it, without the output directory, which may be out of reach."""
         while self.undecided:
             event, pin = self.undecided[0]
-            if event.step > self.start.step:
-                self._cut_past()
+            self.trained = self.trained or event.step > self.start.step
             if hold_last and self.last_step is not None and event.step >= self.last_step:
                 if self.held is not None:  # it was not the last step after all
                     self._decide(*self.held)
@@ -270,7 +302,7 @@ class ExportDriver:
             return
         self.ledger.submit(decision, request)
         if event.requested:
-            self._clear_requests()
+            self.requests.taken_by(event.step)
 
     def _pin(self, checkpoint_dir: Path, step: int) -> Pin:
         make = pins.make_pin if self.nodes is None else self.nodes.pin
@@ -289,23 +321,35 @@ class ExportDriver:
         queue, refs = self.settings.queue, self.ledger.open
         surplus = len(refs) - MAX_WAITING if queue.overflow == "wait" else 0
         if copied and len(snapshots := self.ledger.snapshots) >= self.live.room:
-            refs, surplus = list(snapshots.values()), max(surplus, len(snapshots) + 1 - self.live.room)
+            refs = [ref for ref in snapshots.values() if ref is not None]
+            surplus = max(surplus, len(snapshots) + 1 - self.live.room)
         if surplus <= 0:
             return True
         if queue.overflow != "wait" and decision.droppable:
             return self._drop(decision, f"{len(refs)} snapshots are in flight (queue.inflight_bytes)")
         started = time.monotonic()
+        if copied and self.ledger.unsent:
+            refs = self._sent(started + queue.wait_timeout_s)
+        left = max(0.0, started + queue.wait_timeout_s - time.monotonic())
         with self.calls.excused():
-            done, _ = ray.wait(refs, num_returns=min(surplus, len(refs)), timeout=queue.wait_timeout_s)
+            done = ray.wait(refs, num_returns=min(surplus, len(refs)), timeout=left)[0] if refs else ()
         logger.warning("verl_autoexport: training waited %.1f s for exports", time.monotonic() - started)
         self.ledger.poll()
-        if len(done) < min(surplus, len(refs)) and (decision.droppable or copied):
+        if len(done) < (min(surplus, len(refs)) or 1) and (decision.droppable or copied):
             why = f"no export finished within queue.wait_timeout_s={queue.wait_timeout_s:g}"
             if decision.droppable:
                 return self._drop(decision, why)
             self.ledger.lost(decision, why)
             return False
         return True
+
+    def _sent(self, deadline: float) -> list[Any]:
+        """The refs of all snapshots, once the lock that keeps them from the actor is free; without them none ends."""
+        with suppress(RegistryError, OSError):  # it is said again when this step is booked
+            while not self._book() and time.monotonic() < deadline:
+                with self.calls.excused():
+                    time.sleep(_AGAIN_S)
+        return [ref for ref in self.ledger.snapshots.values() if ref is not None]
 
     def _drop(self, decision: Decision, why: str) -> bool:
         """Always False: there is no room. To coalesce, a live milestone stays due: a later step takes its place."""
@@ -344,44 +388,13 @@ class ExportDriver:
         # The run directory may have been moved since.
         request = {**(pin.request or {}), "pin": str(pin.path), "directory": str(pin.directory), "origin": pin.origin}
         if request.get("attempts", 0) >= pins.MAX_ATTEMPTS:
-            logger.warning(
-                "verl_autoexport: step %s has failed %s times and is not tried again. By hand: verl-autoexport export "
-                "%s --registry %s; to give it up: rm -r %s",
-                pin.step, request["attempts"], pin.path, self.settings.output_dir, pin.path,
-            )  # fmt: skip
+            logger.warning("verl_autoexport: %s", pins.given_up(pin, self.settings.output_dir))
             return
         try:
+            check_request(request, pin.step)
             decision = Decision(pin.step, request["time"], tuple(map(Trigger.from_dict, request["triggers"])))
-        except (KeyError, TypeError, AttributeError) as e:
-            self.ledger.note(pin.step, "failed", f"its request in {pin.path}, which is kept, cannot be read: {e!r}")
+        except ValueError as e:
+            self.ledger.note(pin.step, "failed", f"its request in {pin.path}, which is kept, cannot be read: {e}")
             return
         logger.warning("verl_autoexport: step %s was interrupted; exporting it now", pin.step)
         self.ledger.submit(decision, request)
-
-    def _requests(self) -> Sequence[Path]:
-        if not self.settings.trigger.on_request:
-            return ()
-        try:
-            self.requests = self.registry.pending_requests()
-        except (AutoExportError, OSError) as e:
-            logger.warning("verl_autoexport: %s", e)
-            return ()
-        return self.requests
-
-    def _clear_requests(self) -> None:
-        """Only those that were there when the step was judged."""
-        try:
-            self.registry.clear_requests(self.requests)
-        except (AutoExportError, OSError) as e:
-            logger.warning("verl_autoexport: %s", e)
-
-
-def _numbers(data: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics that are numbers, as floats (verl mixes float, np.float64, int and np.int32)."""
-    numbers = {}
-    for key, value in data.items():
-        try:
-            numbers[str(key)] = float(value)
-        except (TypeError, ValueError):
-            continue
-    return numbers

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_autoexport.config import load_config
 from verl_autoexport.errors import AutoExportError, ConfigError
+from verl_autoexport.events import is_measured
 from verl_autoexport.preflight import check_hook, check_run
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.untrusted import shown
@@ -54,7 +55,8 @@ class StartupGuard(Callback):
             return
         time.sleep(_LOGS_S)
         entries, _ = self.registry.journal_entries()
-        lines = [e["line"] for e in entries if e["event"] == "report" and e["time"] >= self.started]
+        reports = (e for e in entries if e["event"] == "report" and isinstance(e.get("line"), str))
+        lines = [e["line"] for e in reports if is_measured(at := e.get("time")) and at >= self.started]
         root = self.registry.root
         ended = f"verl_autoexport: the run ended before a report; `verl-autoexport ls {root}`"
         print(shown(lines[-1] if lines else ended))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from verl_autoexport.errors import AutoExportError
 from verl_autoexport.events import Decision, Milestone
+from verl_autoexport.policies import History
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.runtime.actor import Outcome
+from verl_autoexport.runtime.bookings import Bookings
 from verl_autoexport.untrusted import shown
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 @dataclass
 class _Pending:
     decision: Decision
-    ref: Any
+    request: Mapping[str, Any]
+    ref: Any = None  # once the actor is asked
     snapshot: str | None = None  # of the live source
     outcome: Outcome | None = None
 
@@ -29,35 +31,60 @@ class _Pending:
 class Ledger:
     """The milestones of a run: `history` is the triggers' memory, `pending` what this process submitted.
 
-    Nothing here raises for a journal that cannot be written: the output directory may be what is broken.
+    Only `write` touches the output directory; what is for the journal waits for it in `bookings`.
     """
 
     def __init__(self, registry: Registry, actor: Any) -> None:
         self.registry = registry
         self.actor = actor
-        self.history: list[Milestone] = []
+        self.bookings = Bookings(registry)
+        self._history = History()
         self.pending: list[_Pending] = []
         self.problems: list[str] = []
 
     @property
+    def history(self) -> History:
+        return self._history
+
+    @history.setter
+    def history(self, milestones: Iterable[Milestone]) -> None:
+        self._history = History(milestones)
+
+    @property
     def open(self) -> list[Any]:
-        """The refs of submitted exports that have no outcome yet, as far as `poll` has seen."""
-        return [p.ref for p in self.pending if p.outcome is None]
+        """The refs of the exports that the actor was asked for and has no outcome of yet, as far as `poll` has seen."""
+        return [p.ref for p in self.pending if p.outcome is None and p.ref is not None]
+
+    @property
+    def unsent(self) -> list[_Pending]:
+        """Chosen, and held, but the actor does not know of them."""
+        return [p for p in self.pending if p.ref is None and p.outcome is None]
 
     @property
     def snapshots(self) -> dict[str, Any]:
-        """Of those in `open`, the snapshots that they are made of, and their refs."""
+        """The snapshots that exports without an outcome are made of, and their refs; None as long as it is unsent."""
         return {p.snapshot: p.ref for p in self.pending if p.outcome is None and p.snapshot is not None}
 
     def submit(self, decision: Decision, request: Mapping[str, Any]) -> None:
         self.remember(decision, "pending")
         snapshot = request["live"]["id"] if request.get("live") else None
-        self.pending.append(_Pending(decision, self.actor.export.remote(request), snapshot))
+        self.pending.append(_Pending(decision, request, None, snapshot))
         logger.warning(
             "verl_autoexport: step %s is a milestone: %s",
             decision.step,
             ", ".join(shown(t.reason) for t in decision.triggers),
         )
+
+    def send(self) -> None:
+        """Ask the actor for what was chosen, in order."""
+        for pending in self.unsent:
+            pending.ref = self.actor.export.remote(pending.request)
+
+    def hold(self) -> None:
+        """Have the actor keep what workers hand over of snapshots that it is not asked for yet."""
+        for pending in self.unsent:
+            if pending.snapshot is not None:
+                self.actor.expect.remote(pending.snapshot)
 
     def poll(self) -> list[Outcome]:
         """Take in the outcomes that are there, without waiting; returns the new failures."""
@@ -67,8 +94,8 @@ class Ledger:
         return failures
 
     def take(self) -> list[Outcome]:
-        """`poll`, but touches no file."""
-        refs = {p.ref: p for p in self.pending if p.outcome is None}
+        """`poll`, but for no journal."""
+        refs = {p.ref: p for p in self.pending if p.outcome is None and p.ref is not None}
         failures = []
         for ref in ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else ():
             pending = refs[ref]
@@ -105,13 +132,11 @@ class Ledger:
         return f"verl_autoexport: {'; '.join(parts)}; in {self.registry.root}"
 
     def remember(self, decision: Decision, status: str) -> None:
-        self.history = [m for m in self.history if m.step != decision.step]
-        self.history.append(Milestone(decision.step, decision.time, decision.triggers, status))
-        self.history.sort(key=lambda m: m.step)
+        self.history.remember(Milestone(decision.step, decision.time, decision.triggers, status))
 
     def asked(self, step: int) -> bool:
         """Whether this step is exported, or is going to be."""
-        return any(m.step == step and m.status in ("pending", "published") for m in self.history)
+        return self.history.stands(step)
 
     def note(self, step: int, status: str, reason: str) -> None:
         """A milestone that never reached the actor."""
@@ -125,7 +150,4 @@ class Ledger:
         self.remember(decision, "failed")
 
     def journal(self, event: str, **fields: Any) -> None:
-        try:
-            self.registry.journal(event, **fields)
-        except (AutoExportError, OSError) as e:
-            logger.warning("verl_autoexport: %r could not be journaled: %s", event, e)
+        self.bookings.add(event, **fields)

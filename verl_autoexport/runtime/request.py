@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport.config import AutoExportConfig
-from verl_autoexport.events import Decision, StepEvent, Trigger
+from verl_autoexport.events import Decision, StepEvent, Trigger, is_measured, is_trigger
 from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.policies import measured_on
 from verl_autoexport.sources.pins import Pin
@@ -56,6 +56,31 @@ def make_request(
         "frozen": info.frozen,
         "homes": info.homes,
     }
+
+
+def check_request(request: Mapping[str, Any], step: int) -> None:
+    """Raises ValueError unless what a pin holds is a request for `step`, as `make_request` makes it."""
+    texts = ("pin", "directory", "fingerprint")
+    maybe = ("origin", "measured_on", "base_model", "lora_adapter", "external_lib")
+    triggers, metrics = request.get("triggers"), request.get("metrics")
+    names, homes = request.get("frozen"), request.get("homes") or ()
+    sound = {
+        "step": request.get("step") == step,
+        "time": is_measured(request.get("time")),
+        "stall_s": is_measured(request.get("stall_s")),
+        "triggers": isinstance(triggers, list) and triggers and all(map(is_trigger, triggers)),
+        "metrics": isinstance(metrics, dict) and all(v is None or is_measured(v) for v in metrics.values()),
+        "run": isinstance(request.get("run"), dict),
+        "trust_remote_code": isinstance(request.get("trust_remote_code"), bool),
+        "spread": isinstance(request.get("spread", False), bool),
+        "frozen": names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names)),
+        "homes": isinstance(homes, list | tuple) and all(isinstance(n, str) for n in homes),
+    }
+    sound |= {key: isinstance(request.get(key), str) for key in texts}
+    sound |= {key: isinstance(request.get(key), str | None) for key in maybe}
+    for key, good in sound.items():
+        if not good:
+            raise ValueError(f"{key}: not what a request holds: {request.get(key)!r:.80}")
 
 
 def make_spec(request: Mapping[str, Any], settings: AutoExportConfig) -> ExportSpec:

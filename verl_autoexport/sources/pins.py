@@ -127,6 +127,14 @@ def is_last_copy(path: Path) -> bool:
         return path.exists()
 
 
+def given_up(pin: Pin, output_dir: Path) -> str:
+    """What a person may do about a step that is not tried again."""
+    return (
+        f"step {pin.step} has failed {MAX_ATTEMPTS} times and is not tried again. By hand: verl-autoexport export "
+        f"{pin.path} --registry {output_dir}; to give it up: rm -r {pin.path}"
+    )
+
+
 def release(path: Path) -> None:
     """Drop the links; the checkpoint's own files are verl's and stay as they are."""
     shutil.rmtree(path, ignore_errors=True)

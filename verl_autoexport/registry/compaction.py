@@ -1,0 +1,110 @@
+"""Shortening a journal that has grown: lines that later ones made void go, whatever is damaged or unknown stays.
+
+The new file is made beside the old one without the lock, and takes its place under it, with what was added meanwhile.
+A crash leaves the old journal or the new one, both whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, suppress
+from typing import Any
+
+from verl_autoexport.errors import RegistryError
+from verl_autoexport.registry import journal
+from verl_autoexport.registry.files import fsync_dir, temp_path
+from verl_autoexport.registry.memory import past
+from verl_autoexport.registry.notes import WORTH, Notes
+from verl_autoexport.registry.state import Facts, is_name
+
+_REPORTS = 100  # the last ones, which tell of the last runs
+_PER_STEP = frozenset({"asked", *journal.OUTCOMES})
+
+log = logging.getLogger(__name__)
+
+
+def compact(notes: Notes, locked: Callable[[], AbstractContextManager[None]]) -> bool:
+    """Whether it was worth it, and is done. What goes wrong is logged, and changes nothing."""
+    if notes.lines < notes.worth_a_look:
+        return False
+    path, temp = notes.path, temp_path(notes.path)
+    try:
+        raw = path.read_bytes()
+        raw = raw[: raw.rfind(b"\n") + 1]
+        lines = [line for line in raw.split(b"\n") if line]
+        entries = [journal.parse(line) for line in lines]
+        kept = keep(entries)
+        notes.worth_a_look = max(2 * len(kept), len(kept) + WORTH)
+        if len(lines) - len(kept) < max(WORTH, len(lines) // 2) or not _same(entries, kept):
+            return False
+        inode = os.stat(path).st_ino
+        with open(temp, "xb") as file:
+            file.write(b"".join(lines[index] + b"\n" for index in kept))
+            file.flush()
+            os.fsync(file.fileno())
+            with locked():
+                with open(path, "rb") as now:
+                    head = os.fstat(now.fileno())
+                    if head.st_ino != inode or now.read(len(raw)) != raw:
+                        return False  # another process was faster
+                    file.write(now.read())
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temp, path)
+                fsync_dir(path.parent)
+        return True
+    except (OSError, RegistryError) as e:
+        log.warning("%s: stays as long as it is: %s", path, e)
+        return False
+    finally:
+        with suppress(OSError):
+            temp.unlink()
+
+
+def keep(entries: list[dict[str, Any] | None]) -> list[int]:
+    """The indices of what is not void, in order; None is a damaged line."""
+    kept, decided, settled, floor, reports = [], set(), set(), None, 0
+    for index in range(len(entries) - 1, -1, -1):  # the last word on something makes the earlier ones void
+        entry = entries[index]
+        event = entry["event"] if entry else None
+        if event == "superseded" and journal.is_count(at := entry.get("resumed_at")):
+            floor = at if floor is None else min(at, floor)
+        void = False
+        if event in _PER_STEP and journal.is_count(step := entry.get("step")):
+            cancelled = floor is not None and step > floor
+            last = step not in settled and (event == "asked" or step not in decided)
+            void = (cancelled or not last) and event != "published"
+            if event == "asked":
+                settled.add(step)
+            else:
+                decided.add(step)
+        elif (key := _last_only(event, entry)) is not None:
+            void = key in decided
+            decided.add(key)
+        elif event == "report":
+            reports += 1
+            void = reports > _REPORTS
+        if not void:
+            kept.append(index)
+    return kept[::-1]
+
+
+def _last_only(event: str | None, entry: dict[str, Any] | None) -> tuple[str, str] | None:
+    """What an entry speaks of, where only the last one of it counts."""
+    if event in ("pinned", "unpinned") and is_name(name := entry.get("version")):
+        return "pin", name
+    if event == "delete_failed" and isinstance(path := entry.get("path"), str):
+        return event, path
+    return None
+
+
+def _same(entries: list[dict[str, Any] | None], kept: Iterable[int]) -> bool:
+    """Whether nothing that is ever asked of the journal is answered otherwise."""
+    before = [e for e in entries if e is not None]
+    after = [e for i in kept if (e := entries[i]) is not None]
+    same = vars(Facts(before)) == vars(Facts(after)) and past(before) == past(after)
+    if not (same := same and journal.replay(before) == journal.replay(after)):
+        log.warning("the journal is not shortened: it would say something else")
+    return same

@@ -1,0 +1,116 @@
+"""What an output directory tells: nothing here writes or locks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from verl_autoexport.errors import RegistryError
+from verl_autoexport.events import Milestone
+from verl_autoexport.registry import journal, pointers, removal, retention
+from verl_autoexport.registry import state as states
+from verl_autoexport.registry.memory import Exported, Memory
+from verl_autoexport.registry.notes import Notes
+from verl_autoexport.registry.retention import Judgement, Keep
+from verl_autoexport.registry.state import State
+from verl_autoexport.registry.versions import Catalog, Version
+
+
+class Reader:
+    """The reading half of `Registry`. Records and journal lines that were read before are not read again."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(os.path.abspath(root))
+        self._notes = Notes(self.root / journal.NAME)
+        self._catalog = Catalog(self.root)
+
+    def versions(self) -> list[Version]:
+        """All published versions by number, superseded ones included."""
+        return self._versions(states.load(self.root)[0])
+
+    def invalid(self) -> list[tuple[Path, str]]:
+        """What has a version's name but is none, and why."""
+        found = self._catalog.scan()[1]
+        removed = {*states.load(self.root)[0].removed}  # asked later: a removal notes itself before it begins
+        return [(path, why) for path, why in found if path.name not in removed and os.path.lexists(path)]
+
+    def pointers(self) -> dict[str, str]:
+        """What `latest`, `best`… mean: pointer -> directory name."""
+        return pointers.choose(self.versions())
+
+    def find(self, spec: str) -> Version:
+        """The version called `v0001-step2`, `v1`, `1`, `step2` (its newest), `latest`, `best` or `best-NAME`."""
+        self._check_root()
+        versions = self.versions()
+        found = pointers.matching(versions, spec)
+        if len(found) > 1:
+            names = ", ".join(v.name for v in found)
+            raise RegistryError(f"{self.root}: {spec!r} means several versions: {names}; give the full name")
+        if not found:
+            raise RegistryError(self._not_found(spec, versions))
+        return found[0]
+
+    def journal_entries(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """The journal's sound entries in order, and a message for every damaged line."""
+        return self._notes.read()
+
+    def milestones(self, up_to_step: int | None = None) -> list[Milestone]:
+        """What the triggers must remember, by step: published, pending, failed and dropped milestones.
+
+        What a rollback cancelled is left out. A published version since removed or deleted stays in.
+        """
+        told = self._memory().milestones()
+        return [m for m in told if up_to_step is None or m.step <= up_to_step]
+
+    def exported(self) -> list[Exported]:
+        """What was published and no rollback cancelled, by number, removed versions included."""
+        return self._memory().exported()
+
+    def outcomes(self) -> list[dict[str, Any]]:
+        """The journal entries, with their triggers, of failed and dropped milestones not published since."""
+        return self._memory().outcomes()
+
+    def judge(self, keep: Keep) -> Judgement:
+        """What `prune` would remove, and why."""
+        return retention.judge(self.versions(), keep, pointers.links(self.root))
+
+    def noted_policy(self) -> Keep | None:
+        """The policy of the run that exports here, if one recorded it."""
+        return self._notes.facts().keep
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _check_root(self) -> None:
+        if not self.root.is_dir():
+            raise RegistryError(f"{self.root}: no such directory; expected the output_dir of a run")
+
+    def _look(self) -> None:
+        """Reads, before the lock is taken, what is then only asked for what is new."""
+        self._catalog.scan()
+        self._notes.facts()
+
+    def _state(self) -> State:
+        state = states.load(self.root)[0]
+        removal.note_lost(state, self._notes.facts())
+        return state
+
+    def _versions(self, state: State, fresh: bool = True) -> list[Version]:
+        """Without `fresh` as `Catalog.scan` says: for whoever has the lock."""
+        removed, pins = {*state.removed}, {*state.pins}
+        return [
+            Version(record.version, record.step, path, record, (name := path.name) in state.superseded, name in pins)
+            for path, record in self._catalog.scan(fresh)[0]
+            if path.name not in removed
+        ]
+
+    def _memory(self) -> Memory:
+        state = states.load(self.root)[0]
+        versions = self._versions(state)  # before the journal, which knows what is removed meanwhile
+        return Memory(state, self.journal_entries()[0], versions)
+
+    def _not_found(self, spec: str, versions: list[Version]) -> str:
+        for path, reason in self.invalid():
+            if path.name == spec:
+                return f"{path} is no valid version: {reason}"
+        return f"{self.root}: no version {spec!r:.200}; there is {pointers.listing(versions)}"
