@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 from runs import CHAIN, METRIC, ROOT, Run, assert_equal_weights, improvements, kill_actor, reasons
@@ -206,13 +206,46 @@ def test_a_base_model_that_exports_could_not_match_stops_the_run_before_its_firs
     assets = ROOT / "examples/cpu_grpo/make_assets.py"
     subprocess.run([sys.executable, str(assets), str(tmp_path / "assets")], check=True)
     weights = tmp_path / "assets/model/model.safetensors"
-    save_file(load_file(weights) | {"model.stray.weight": torch.ones(2)}, weights, {"format": "pt"})
+    state = load_file(weights)
+    del state["model.norm.weight"]  # transformers would train with a new one
+    save_file(state, weights, {"format": "pt"})
     run = Run(tmp_path).train()
     assert run.code != 0
     assert "PlanError" in run.log
-    assert "missing: model.stray.weight" in run.log
+    assert "not in the base: model.norm.weight" in run.log
+    assert "autoexport.weights.base_check" in run.log
     assert not (tmp_path / "metrics.jsonl").exists(), "no step was logged, not even step 0"
     assert run.versions() == []
+
+
+@pytest.mark.full
+def test_the_tokenizer_of_the_instruct_model_on_the_base_model(tmp_path):
+    """It ends where the run's tokenizer does, not where the base's does, whichever source it is from."""
+    assets = ROOT / "examples/cpu_grpo/make_assets.py"
+    subprocess.run([sys.executable, str(assets), str(tmp_path / "assets")], check=True)
+    base = tmp_path / "assets/model"
+    instruct = AutoTokenizer.from_pretrained(base)
+    assert instruct.eos_token == "<|im_end|>"
+    instruct.save_pretrained(tmp_path / "instruct")
+    instruct.eos_token = "<|endoftext|>"
+    instruct.save_pretrained(base)
+    for name in ("config.json", "generation_config.json"):
+        data = json.loads((base / name).read_text()) | {"eos_token_id": instruct.eos_token_id}
+        (base / name).write_text(json.dumps(data))
+    run = Run(tmp_path).train(
+        f"actor_rollout_ref.model.tokenizer_path={tmp_path / 'instruct'}",
+        "autoexport.trigger.every_n_steps=1", "trainer.total_training_steps=2", "autoexport.queue.overflow=wait",
+    )  # fmt: skip
+    assert run.code == 0, run.log[-3000:]
+    versions = run.versions()
+    assert [v["source"]["kind"] for v in versions] == ["live", "checkpoint"]
+    for version in versions:
+        tokenizer = AutoTokenizer.from_pretrained(version["dir"])
+        assert tokenizer.eos_token == "<|im_end|>"
+        assert AutoConfig.from_pretrained(version["dir"]).eos_token_id == tokenizer.eos_token_id
+        generation = GenerationConfig.from_pretrained(version["dir"])
+        assert generation.eos_token_id == [tokenizer.eos_token_id, instruct.eos_token_id]
+        assert version["verification"]["assets"]["status"] == "passed"
 
 
 @pytest.mark.full
@@ -254,7 +287,8 @@ def test_a_killed_actor_and_a_disk_that_is_full_at_the_second_milestone(tmp_path
         assert {1, 5, 6} <= published
         for version in run.versions():
             assert_equal_weights(run, version)
-        assert list((run.out / "checkpoints" / ".autoexport").iterdir()) == []
+        held = {int(p.name.split("_")[1].split("-")[0]) for p in (run.out / "checkpoints/.autoexport").iterdir()}
+        assert held == failed, "what failed for want of space is kept for the next start"
         assert list((run.exports / ".staging").iterdir()) == []
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
