@@ -30,14 +30,15 @@ def compact(notes: Notes, locked: Callable[[], AbstractContextManager[None]]) ->
     if notes.lines < notes.worth_a_look:
         return False
     path, temp = notes.path, temp_path(notes.path)
+    if not _is_worth(notes, len(keep(notes.read()[0])), notes.lines):
+        return False
     try:
         raw = path.read_bytes()
         raw = raw[: raw.rfind(b"\n") + 1]
         lines = [line for line in raw.split(b"\n") if line]
         entries = [journal.parse(line) for line in lines]
         kept = keep(entries)
-        notes.worth_a_look = max(2 * len(kept), len(kept) + WORTH)
-        if len(lines) - len(kept) < max(WORTH, len(lines) // 2) or not _same(entries, kept):
+        if not _is_worth(notes, len(kept), len(lines)) or not _same(entries, kept):
             return False
         inode = os.stat(path).st_ino
         with open(temp, "xb") as file:
@@ -61,6 +62,11 @@ def compact(notes: Notes, locked: Callable[[], AbstractContextManager[None]]) ->
     finally:
         with suppress(OSError):
             temp.unlink()
+
+
+def _is_worth(notes: Notes, kept: int, lines: int) -> bool:
+    notes.worth_a_look = max(2 * kept, kept + WORTH)
+    return lines >= notes.worth_a_look
 
 
 def keep(entries: list[dict[str, Any] | None]) -> list[int]:
