@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from test_registry import publish
 from verl_autoexport.cli import main
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import lease
+from verl_autoexport.registry.locking import flaw_of
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
 
@@ -172,3 +175,105 @@ def test_a_damaged_record_stops_nobody(damage, registry, root):
     (root / lease.NAME).write_text(damage)
     registry.own("p/first")
     assert lease.read(root).run == "p/first"
+
+
+# -- file systems whose locks do not work -----------------------------------------------------
+
+RUN = """
+import sys
+from verl_autoexport.registry.store import Registry
+registry = Registry.create(sys.argv[1])
+registry.lock_timeout_s = 5
+lease = registry.own(sys.argv[2])
+print("owner", flush=True)
+for line in sys.stdin:
+    registry.journal("x")
+    print("done", flush=True)
+"""
+MANY = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_registry import Registry, publish
+registry = Registry(sys.argv[1])
+for step in range(8):
+    publish(registry, step)
+"""
+FLAWS = {
+    "no lock daemon": errno.ENOLCK,
+    "no such call": errno.ENOSYS,
+    "not supported": errno.EOPNOTSUPP,
+    "both": "both",
+}
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory) -> Path:
+    if not (compiler := shutil.which("gcc") or shutil.which("cc")):
+        pytest.skip("no C compiler here")
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
+    source = Path(__file__).parent / "support/faults.c"
+    subprocess.run([compiler, "-w", "-O1", "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True)
+    return library
+
+
+@pytest.fixture(params=FLAWS.values(), ids=FLAWS)
+def flawed(request, shim) -> dict[str, str]:
+    """The environment of a process for which locks do not work."""
+    return os.environ | {"LD_PRELOAD": str(shim), "FAULT_FLOCK": str(request.param)}
+
+
+def command(root: Path, *args: str, **options) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "verl_autoexport", args[0], str(root), *args[1:]]
+    return subprocess.run(words, capture_output=True, text=True, **options)
+
+
+def test_locks_that_work_are_told_from_those_that_do_not(tmp_path):
+    assert flaw_of(tmp_path / ".lock") is None
+    with Registry.create(tmp_path)._locked():
+        assert flaw_of(tmp_path / ".lock") is None, "somebody else has it"
+
+
+def test_without_locks_the_owner_alone_writes(flawed, registry, root):
+    for step in (1, 2):
+        publish(registry, step)
+    run = subprocess.Popen(
+        [sys.executable, "-c", RUN, root, "p/first"], env=flawed, text=True, bufsize=1,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert run.stdout.readline() == "owner\n"
+        for words in (("prune", "--last", "1"), ("pin", "1"), ("unpin", "1")):
+            done = command(root, *words, env=flawed)
+            assert done.returncode == 1, done
+            assert "p/first (process" in done.stderr
+            assert "locks of this file system do not work" in done.stderr
+        assert command(root, "ls", env=flawed).returncode == 0
+        assert command(root, "request", env=flawed).returncode == 0
+        run.stdin.write("go on\n")
+        assert run.stdout.readline() == "done\n"
+    finally:
+        run.kill()
+        told = run.communicate()[1]
+    assert "locks do not work on this file system" in told
+    done = command(root, "prune", "--last", "1", env=flawed)
+    assert done.returncode == 0, "what a killed owner leaves stops nobody"
+    assert "locks do not work on this file system" in done.stderr
+    assert [v.step for v in registry.versions()] == [2]
+
+
+def test_without_locks_writers_still_take_turns(flawed, registry, root):
+    writers = [
+        subprocess.Popen([sys.executable, "-c", MANY, root, Path(__file__).parent], env=flawed) for _ in range(3)
+    ]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert [v.number for v in registry.versions()] == list(range(1, 25))
+    assert registry.journal_entries()[1] == []
+
+
+def test_without_locks_a_killed_holder_is_followed(flawed, registry, root):
+    code = "import os, sys; from verl_autoexport.registry.store import Registry; r = Registry(sys.argv[1])\n"
+    code += "with r._locked(): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, root], env=flawed).returncode == -9
+    code = "import sys; from verl_autoexport.registry.store import Registry\nRegistry(sys.argv[1], 20).journal('x')"
+    assert subprocess.run([sys.executable, "-c", code, root], env=flawed).returncode == 0
+    assert [e["event"] for e in registry.journal_entries()[0]] == ["x"]

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from verl_autoexport.cli import main
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.events import ExportRecord, Milestone, Trigger
-from verl_autoexport.registry import journal, pointers, state
+from verl_autoexport.registry import journal, pointers, requests, state
 from verl_autoexport.registry.files import is_temp
+from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry, read_record, write_json_atomic
 from verl_autoexport.untrusted import read_json
 
@@ -774,3 +776,104 @@ def test_reading_needs_no_heavy_package():
 def test_pure_parts():
     assert pointers.choose([]) == {}
     assert journal.replay([{"event": "failed", "step": True}, {"event": "superseded"}, {"event": "asked"}]) == {}
+
+
+# -- damage -----------------------------------------------------------------------------------
+
+DAMAGE = [
+    {"files": [None]}, {"files": [{"name": 5}]}, {"files": [{"name": "a", "bytes": "1"}]}, {"files": [{"sha256": []}]},
+    {"files": [{"name": "a", "bytes": 10**30}]}, {"triggers": [None]}, {"triggers": [{"policy": "best", "name": []}]},
+    {"triggers": [{"policy": "best", "metric": {}}]}, {"triggers": [{"policy": 1}]}, {"source": {"fingerprint": {}}},
+    {"verification": {"load": None}}, {"verification": {"load": {"status": []}}}, {"metrics": {"a": "x"}},
+    {"verification": {"contract": {"status": "passed", "transposed": 3}}}, {"metrics": {"a": 10**400}},
+    {"metrics": {"a": float("nan")}}, {"timings_s": {"a": None}}, {"timings_s": {"a": float("inf")}}, {"notes": [1]},
+    {"architectures": [None]}, {"versions": {"torch": 2}}, {"base_model": []}, {"measured_on": 1}, {"run": None},
+    {"created_at": "yesterday"}, {"num_parameters": "1"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: json.dumps(damage)[:60])
+def test_a_damaged_record_stops_nothing_and_is_never_removed(registry, root, damage, capsys):
+    for step in (2, 4, 6):
+        publish(registry, step, best(0.5))
+    rewrite(root / "v0001-step2/export.json", **damage)
+    registry = Registry(root)
+    assert [(p.name, next(iter(damage)) in why) for p, why in registry.invalid()] == [("v0001-step2", True)]
+    assert registry.recover() == [f"{root / 'best'}: now points to v0002-step4"]
+    assert publish(registry, 8).number == 4
+    for command in (
+        ["ls"], ["ls", "--json"], ["show", "2"], ["pin", "2"], ["unpin", "2"], ["request"],
+        ["prune", "--last", "1", "--best", "1", "--max-bytes", "1GB"],
+    ):  # fmt: skip
+        assert main([command[0], str(root), *command[1:]]) == 0, capsys.readouterr().err
+    assert main(["show", str(root), "v0001-step2"]) == 1
+    assert "no valid version" in capsys.readouterr().err
+    registry.prune(Keep(max_bytes=1))
+    assert (root / "v0001-step2/export.json").exists()
+    assert [m.step for m in registry.milestones()] == [2, 4, 6, 8], "the journal remembers"
+
+
+def test_wrong_inner_types_in_the_journal_stop_nothing(registry, root, capsys):
+    publish(registry, 2, best(0.5))
+    for event, fields in (
+        ("published", {"step": 3, "version": ["x"]}), ("removed", {"step": 3, "version": {}}), ("report", {}),
+        ("asked", {"step": 4, "time": 10**400, "triggers": [{"policy": [], "name": {}, "value": "x"}, None]}),
+        ("asked", {"step": 5, "time": "x", "triggers": "y"}), ("failed", {"step": [], "reason": {}}),
+        ("failed", {"step": 6, "reason": {}, "version": []}), ("delete_failed", {"path": [], "reason": 1}),
+        ("superseded", {"resumed_at": "x", "versions": [1]}), ("superseded", {"resumed_at": 9, "versions": [[], 3]}),
+        ("pinned", {"version": 3}), ("keep", {"last": [], "best": {}}),
+        ("deleted", {"version": f"v{'9' * 5000}-step1"}),
+        ("removed", {"step": 7, "version": "v0007-step7", "created": 10**400, "triggers": [{"name": []}]}),
+    ):  # fmt: skip
+        registry.journal(event, **fields)
+    registry = Registry(root)
+    assert registry.recover() == [f"{root / 'v0007-step7'}: removed"]
+    assert publish(registry, 8).number == 8
+    assert {2, 3, 4, 5, 6, 7, 8} == {m.step for m in registry.milestones()}
+    for command in ("ls", "request"):
+        assert main([command, str(root)]) == 0, capsys.readouterr().err
+    assert registry.prune(Keep(last=1))[1] == []
+    assert registry.supersede_after(1) != []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"next_version": 10**30}, {"pins": [None]}, {"pins": {}}, {"superseded": {"v0001-step2": None}},
+        {"superseded": {"v0001-step2": {"resumed_at": 1.5}}}, {"pointers": {"latest": []}}, {"removed": [["x"]]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_inner_types_in_registry_json_rebuild_it(registry, root, damage):
+    publish(registry, 2)
+    rewrite(root / "registry.json", **damage)
+    assert names(Registry(root)) == ["v0001-step2"]
+    assert "rebuilt" in Registry(root).recover()[0]
+    assert publish(registry, 4).number == 2
+
+
+def test_requests_are_taken_in_one_go(registry, root):
+    assert requests.take(root / ".requests") is None
+    asked = registry.request()
+    taken = requests.take(root / ".requests")
+    assert [p.name for p in registry.pending_requests()] == [asked.name], "taken, not lost"
+    later = registry.request()
+    assert len(registry.pending_requests()) == 2
+    finished = requests.finish(taken)
+    assert registry.pending_requests() == [later]
+    registry.recover()
+    assert not finished.exists()
+
+
+def test_requests_and_a_run_that_takes_them_never_miss_each_other(registry, root):
+    """Processes ask all along while this one takes: each request is found once."""
+    askers = [child(root, "[registry.request() for i in range(100)]") for _ in range(2)]
+    found: list[str] = []
+    while alive := any(asker.poll() is None for asker in askers):
+        if taken := requests.take(root / ".requests"):
+            found += [n for n in os.listdir(taken) if n.endswith(".json")]
+    found += [p.name for p in (root / ".requests").iterdir() if p.suffix == ".json"] if not alive else []
+    for asker in askers:
+        asker.stdout.close()
+    assert [asker.returncode for asker in askers] == [0, 0]
+    assert len(set(found)) == len(found) == 200

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -21,8 +22,10 @@ from hypothesis import strategies as st
 from test_registry import EVERY, best, child, every_crash, links, names, publish, record, rewrite
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.registry import pointers, removal, state
+from verl_autoexport.registry import compaction, journal, notes, pointers, removal, retention, state, versions
+from verl_autoexport.registry.files import is_temp
 from verl_autoexport.registry.retention import Keep, judge, nbytes, show_size
+from verl_autoexport.registry.state import Facts
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.registry.versions import Version, version_name
 from verl_autoexport.untrusted import read_json
@@ -362,6 +365,173 @@ def test_links_of_others_hold_a_version(registry, root, tmp_path):
     reasons = {v.version.step: v.reason for v in registry.prune(Keep(last=1))[0].verdicts}
     assert [v.step for v in registry.versions()] == [1, 2, 5]
     assert (reasons[1], reasons[2]) == ("served links to it", "absolute links to it")
+
+
+def test_whatever_a_link_leads_to_in_the_end_stays(registry, root, tmp_path):
+    for step in range(1, 10):
+        publish(registry, step)
+    (tmp_path / "alias").symlink_to(root)
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (root / "serving").mkdir()
+    for name, target in {
+        "by-alias": tmp_path / "alias/v0001-step1",
+        "dots": tmp_path / "deep/er/../../exports/v0002-step2/.",
+        "a-file": "v0003-step3/sub/model.safetensors",
+        "a-folder": root / "v0004-step4/sub",
+        "chain": "by-dots",
+        "by-dots": "../exports/v0005-step5",
+        "serving/now": "../v0006-step6",
+        "loop": "loop",
+        "nowhere": "v0099-step99",
+    }.items():  # fmt: skip
+        (root / name).symlink_to(target)
+    for through in (root, tmp_path / "alias"):
+        Registry(through).prune(Keep(last=1))
+        assert [v.step for v in registry.versions()] == [1, 2, 3, 4, 5, 6, 9]
+    (root / "chain").unlink()
+    (root / "by-dots").unlink()
+    registry.prune(Keep(last=1))
+    assert [v.step for v in registry.versions()] == [1, 2, 3, 4, 6, 9], "only while the link stands"
+
+
+def test_a_link_made_while_it_is_judged_is_respected(registry, root, monkeypatch):
+    for step in range(1, 6):
+        publish(registry, step)
+    judged, judge = [], retention.judge
+
+    def slow(*args):
+        judged.append(judge(*args))
+        if len(judged) == 1:
+            (root / "served").symlink_to("v0001-step1")
+            registry.pin("step2")
+        return judged[-1]
+
+    monkeypatch.setattr(retention, "judge", slow)
+    registry.prune(Keep(last=1))
+    assert [v.step for v in registry.versions()] == [1, 2, 5]
+
+
+def test_what_lies_in_the_trash_and_the_journal_does_not_know_is_left_and_told(registry, root):
+    fill(registry)
+    (root / "v0003-step3").rename(root / ".trash/v0003-step3-0123abcd")
+    (root / ".trash/v0004-step4-0123abcd").mkdir()  # without a record
+    for name in (".journal.jsonl", "registry.json"):
+        (root / name).unlink()
+    told = registry.recover()
+    assert any("v0003-step3-0123abcd: left alone: the journal does not know" in line for line in told)
+    assert os.listdir(root / ".trash") == ["v0003-step3-0123abcd"]
+    assert "left alone" in registry.prune(Keep(last=1))[1][0]
+    (root / ".trash/v0003-step3-0123abcd").rename(root / "v0003-step3")
+    assert registry.find("step3").number == 3
+    assert registry.recover() != []
+    assert registry.prune(Keep(last=1))[1] == []
+    assert not any((root / ".trash").iterdir())
+
+
+def test_a_deletion_is_noted_only_when_the_data_is_gone(registry, root, immovable):
+    fill(registry)
+    immovable(root / "v0003-step3/sub/model.safetensors")
+    registry.prune(Keep(last=1))
+    assert ("deleted", "v0003-step3") not in removals(registry)
+    assert state.load(root)[0].removed == ["v0003-step3"]
+    release(root, "v0003-step3")
+    registry.recover()
+    assert ("deleted", "v0003-step3") in removals(registry)
+
+
+# -- long lives -----------------------------------------------------------------------------
+
+
+def test_records_and_journal_are_read_once_however_much_is_removed(registry, root, monkeypatch):
+    for step in range(1, 81):
+        publish(registry, step)
+    registry, reads = Registry(root), Counter()
+
+    def counted(module, name: str) -> None:
+        call = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: (reads.update([name]), call(*args))[1])
+
+    counted(versions, "read_record")
+    counted(journal, "parse")
+    before = len(registry.journal_entries()[0])
+    judged = registry.prune(Keep(last=1))[0]
+    assert len(judged.removed) == 79
+    assert reads["read_record"] == 80
+    assert len(registry.journal_entries()[0]) == before + 2 * 79
+    assert reads["parse"] == before + 2 * 79
+
+
+def test_a_shortened_journal_says_the_same(registry, root, monkeypatch):
+    fill(registry)
+    for _ in range(8):
+        for step in range(1, 30):
+            registry.note([("asked", {"step": step, "triggers": []}), ("failed", {"step": step, "reason": "x"})])
+            registry.note([("report", {"line": "r"}), ("delete_failed", {"path": "p", "reason": "y"})])
+        registry.pin("step2")
+        registry.unpin("step2")
+        registry.note_policy(Keep(last=step))
+        registry.supersede_after(20)
+    with (root / ".journal.jsonl").open("ab") as file:
+        file.write(b"damaged\n")
+    before = memory(registry), Facts(registry.journal_entries()[0]), registry.noted_policy()
+    monkeypatch.setattr(notes, "WORTH", 10)
+    monkeypatch.setattr(compaction, "WORTH", 10)
+    registry = Registry(root)
+    lines = len(registry.journal_entries()[0])
+    registry._notes.worth_a_look = 0
+    assert compaction.compact(registry._notes, registry._locked)
+    entries, problems = registry.journal_entries()
+    assert len(entries) < lines / 2
+    assert len(problems) == 1, "damaged lines stay and are told"
+    for reader in (registry, Registry(root)):
+        facts = Facts(reader.journal_entries()[0])
+        assert memory(reader) == before[0]
+        assert vars(facts) == vars(before[1])
+        assert reader.noted_policy() == before[2]
+    assert not compaction.compact(registry._notes, registry._locked), "once is enough"
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_crash_at_any_moment_of_shortening_the_journal(tmp_path, registry, root, monkeypatch):
+    fill(registry)
+    for _ in range(40):
+        registry.note([("asked", {"step": 2, "triggers": []}), ("failed", {"step": 2, "reason": "x"})])
+    monkeypatch.setattr(compaction, "WORTH", 10)
+    before = memory(registry)
+
+    def shorten(registry: Registry) -> None:
+        registry._look()
+        registry._notes.worth_a_look = 0
+        compaction.compact(registry._notes, registry._locked)
+        registry.journal("x")
+        registry.journal("y")
+        registry.journal("z")
+
+    sizes = set()
+    for copy in every_crash(tmp_path, root, shorten):
+        registry = Registry(copy)
+        assert memory(registry) == before
+        sizes.add(len(registry.journal_entries()[0]) > 80)
+        registry.recover()
+        assert not [p for p in copy.iterdir() if is_temp(p.name)]
+    assert sizes == {True, False}
+
+
+def test_what_is_added_while_the_journal_is_shortened_stays(registry, root, monkeypatch):
+    for _ in range(40):
+        registry.journal("failed", step=2, reason="x")
+    monkeypatch.setattr(compaction, "WORTH", 10)
+    registry._look()
+    registry._notes.worth_a_look = 0
+
+    @contextmanager
+    def late():
+        Registry(root).journal("failed", step=3, reason="late")
+        with registry._locked():
+            yield
+
+    assert compaction.compact(registry._notes, late)
+    assert [o["step"] for o in registry.outcomes()] == [2, 3]
 
 
 def test_a_link_that_cannot_be_moved_holds_its_version(registry, root, monkeypatch):

@@ -166,6 +166,8 @@ def as_number(value: Any) -> float | None:
 
 def is_measured(value: Any) -> bool:
     """Whether it is a finite number."""
+    if type(value) is float:
+        return math.isfinite(value)
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer too large for a float

@@ -8,7 +8,9 @@
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
@@ -93,3 +95,13 @@ OPEN(open, , , AT_FDCWD)
 OPEN(open64, , , AT_FDCWD)
 OPEN(openat, int d COMMA, d COMMA, d)
 OPEN(openat64, int d COMMA, d COMMA, d)
+
+/* Locks that do not work, for the whole process: FAULT_FLOCK is an error number, or "both": two holders at once. */
+int flock(int fd, int op) {
+    REAL(flock);
+    const char *how = getenv("FAULT_FLOCK");
+    if (!how) return real(fd, op);
+    if (!strcmp(how, "both")) return 0;
+    errno = atoi(how);
+    return -1;
+}

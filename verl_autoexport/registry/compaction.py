@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
@@ -30,14 +30,15 @@ def compact(notes: Notes, locked: Callable[[], AbstractContextManager[None]]) ->
     if notes.lines < notes.worth_a_look:
         return False
     path, temp = notes.path, temp_path(notes.path)
+    if not _is_worth(notes, len(keep(notes.read()[0])), notes.lines):
+        return False
     try:
         raw = path.read_bytes()
         raw = raw[: raw.rfind(b"\n") + 1]
         lines = [line for line in raw.split(b"\n") if line]
         entries = [journal.parse(line) for line in lines]
         kept = keep(entries)
-        notes.worth_a_look = max(2 * len(kept), len(kept) + WORTH)
-        if len(lines) - len(kept) < max(WORTH, len(lines) // 2) or not _same(entries, kept):
+        if not _is_worth(notes, len(kept), len(lines)) or not _same(entries, kept):
             return False
         inode = os.stat(path).st_ino
         with open(temp, "xb") as file:
@@ -63,32 +64,48 @@ def compact(notes: Notes, locked: Callable[[], AbstractContextManager[None]]) ->
             temp.unlink()
 
 
-def keep(entries: list[dict[str, Any] | None]) -> list[int]:
+def _is_worth(notes: Notes, kept: int, lines: int) -> bool:
+    notes.worth_a_look = max(2 * kept, kept + WORTH)
+    return lines >= notes.worth_a_look
+
+
+def keep(entries: Sequence[dict[str, Any] | None]) -> list[int]:
     """The indices of what is not void, in order; None is a damaged line."""
-    kept, decided, settled, floor, reports = [], set(), set(), None, 0
+    kept, seen, reports, standing = [], set(), 0, _standing(entries)
     for index in range(len(entries) - 1, -1, -1):  # the last word on something makes the earlier ones void
         entry = entries[index]
-        event = entry["event"] if entry else None
-        if event == "superseded" and journal.is_count(at := entry.get("resumed_at")):
-            floor = at if floor is None else min(at, floor)
-        void = False
-        if event in _PER_STEP and journal.is_count(step := entry.get("step")):
-            cancelled = floor is not None and step > floor
-            last = step not in settled and (event == "asked" or step not in decided)
-            void = (cancelled or not last) and event != "published"
-            if event == "asked":
-                settled.add(step)
-            else:
-                decided.add(step)
+        event, void = entry["event"] if entry else None, False
+        if event in _PER_STEP and journal.is_count(entry.get("step")):
+            void = index not in standing
         elif (key := _last_only(event, entry)) is not None:
-            void = key in decided
-            decided.add(key)
+            void = key in seen
+            seen.add(key)
         elif event == "report":
             reports += 1
             void = reports > _REPORTS
         if not void:
             kept.append(index)
     return kept[::-1]
+
+
+def _standing(entries: Iterable[dict[str, Any] | None]) -> set[int]:
+    """Of what is said of steps, the first and the last line that `replay` goes by, and every publication."""
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    published = set()
+    for index, entry in enumerate(entries):
+        event = entry["event"] if entry else None
+        if event == "superseded" and journal.is_count(at := entry.get("resumed_at")):
+            first = {step: i for step, i in first.items() if step <= at}
+            last = {step: i for step, i in last.items() if step <= at}
+        elif event in _PER_STEP and journal.is_count(step := entry.get("step")):
+            if event == "asked":
+                first[step] = index
+            else:
+                first.setdefault(step, index)
+            last[step] = index
+            published |= {index} if event == "published" else set()
+    return {*first.values(), *last.values(), *published}
 
 
 def _last_only(event: str | None, entry: dict[str, Any] | None) -> tuple[str, str] | None:

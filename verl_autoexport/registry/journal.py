@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import time
 import zlib
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,6 @@ from verl_autoexport.registry.files import fsync_dir, to_json
 
 NAME = ".journal.jsonl"
 OUTCOMES = ("published", "failed", "dropped")
-_LINE = re.compile(rb'(\{.*),"crc32":"([0-9a-f]{8})"\}')
 
 
 def append(path: Path, event: str, fields: dict[str, Any]) -> None:
@@ -33,7 +31,11 @@ def append(path: Path, event: str, fields: dict[str, Any]) -> None:
 
 def append_all(path: Path, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
     """Adds durable lines in one write, of which a crash may leave the first ones; the caller holds the lock."""
-    lines = b"".join(_line(path, event, fields) for event, fields in entries)
+    append_lines(path, encode(path, entries))
+
+
+def append_lines(path: Path, lines: bytes) -> None:
+    """`append_all`, for entries that `encode` made ready before the lock was taken."""
     fresh = not path.exists()
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -41,8 +43,7 @@ def append_all(path: Path, entries: Sequence[tuple[str, dict[str, Any]]]) -> Non
         if size and os.pread(fd, 1, size - 1) != b"\n":
             lines = b"\n" + lines  # a torn last line must not swallow this one
         if os.write(fd, lines) != len(lines):
-            what = f"{entries[0][0]!r} was written only in part"
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {what}", str(path))
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: written only in part", str(path))
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -50,11 +51,23 @@ def append_all(path: Path, entries: Sequence[tuple[str, dict[str, Any]]]) -> Non
         fsync_dir(path.parent)
 
 
+def encode(path: Path, entries: Sequence[tuple[str, dict[str, Any]]]) -> bytes:
+    """The lines of these entries; `path` is for messages."""
+    return b"".join(_line(path, event, fields) for event, fields in entries)
+
+
 def _line(path: Path, event: str, fields: dict[str, Any]) -> bytes:
     if clash := {"event", "crc32"} & fields.keys():
         raise RegistryError(f"{path}: a journal entry cannot have fields of its own called {sorted(clash)}")
     body = to_json({"event": event, "time": time.time(), **fields}, path, separators=(",", ":"))[:-1]
-    return body + b',"crc32":"%08x"}\n' % zlib.crc32(body)
+    return body + _end(body) + b"\n"
+
+
+def _end(body: bytes) -> bytes:
+    return b',"crc32":"%08x"}' % zlib.crc32(body)
+
+
+_END = len(_end(b""))
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -83,11 +96,11 @@ def damage(path: Path, number: int, line: bytes) -> str:
 
 def parse(line: bytes) -> dict[str, Any] | None:
     """The entry, None for a line that is not whole and sound."""
-    found = _LINE.fullmatch(line)
-    if found is None or int(found[2], 16) != zlib.crc32(found[1]):
+    body, end = line[:-_END], line[-_END:]
+    if end != _end(body):
         return None
     try:
-        entry = json.loads(found[1] + b"}")
+        entry = json.loads(f"{body.decode()}}}")
     except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) and isinstance(entry.get("event"), str) else None

@@ -27,12 +27,12 @@ class Reader:
 
     def versions(self) -> list[Version]:
         """All published versions by number, superseded ones included."""
-        return self._versions(states.load(self.root)[0])
+        return self._versions(self._load()[0])
 
     def invalid(self) -> list[tuple[Path, str]]:
         """What has a version's name but is none, and why."""
         found = self._catalog.scan()[1]
-        removed = {*states.load(self.root)[0].removed}  # asked later: a removal notes itself before it begins
+        removed = {*self._load()[0].removed}  # asked later: a removal notes itself before it begins
         return [(path, why) for path, why in found if path.name not in removed and os.path.lexists(path)]
 
     def pointers(self) -> dict[str, str]:
@@ -90,8 +90,11 @@ class Reader:
         self._catalog.scan()
         self._notes.facts()
 
+    def _load(self) -> tuple[State, str | None]:
+        return states.load(self.root, self._notes.facts)
+
     def _state(self) -> State:
-        state = states.load(self.root)[0]
+        state = self._load()[0]
         removal.note_lost(state, self._notes.facts())
         return state
 
@@ -105,7 +108,7 @@ class Reader:
         ]
 
     def _memory(self) -> Memory:
-        state = states.load(self.root)[0]
+        state = self._load()[0]
         versions = self._versions(state)  # before the journal, which knows what is removed meanwhile
         return Memory(state, self.journal_entries()[0], versions)
 

@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
+from verl_autoexport.registry import journal
 from verl_autoexport.registry.files import fsync_dir, is_full
 from verl_autoexport.registry.memory import Exported
 from verl_autoexport.registry.notes import Notes
@@ -42,20 +43,25 @@ def note_lost(state: State, facts: Facts) -> list[str]:
     return lost
 
 
-def condemn(root: Path, notes: Notes, state: State, verdicts: Sequence[Verdict]) -> int:
+def sentence(notes: Notes, verdicts: Sequence[Verdict]) -> bytes:
+    """What `condemn` adds to the journal, made ready before the lock is taken."""
+    return journal.encode(notes.path, [("removed", _fields(verdict)) for verdict in verdicts])
+
+
+def condemn(root: Path, notes: Notes, state: State, verdicts: Sequence[Verdict], lines: bytes) -> int:
     """Notes in the journal, and in `state`, that these are no versions any more; the caller holds the lock.
 
     Returns how many: on a full disk fewer are noted, the others' turn comes when these are gone.
     """
     before = len(state.removed)
     try:
-        notes.append_all([("removed", _fields(verdict)) for verdict in verdicts])
+        journal.append_lines(notes.path, lines)
     except OSError as e:
         if not is_full(e):
             raise
         _condemn_some(root, notes, verdicts)
     note_lost(state, notes.facts())
-    _save(root, state)
+    _save(root, notes, state)
     return len(state.removed) - before
 
 
@@ -76,9 +82,9 @@ def _condemn_some(root: Path, notes: Notes, verdicts: Sequence[Verdict]) -> None
         begun = True
 
 
-def _save(root: Path, state: State) -> None:
+def _save(root: Path, notes: Notes, state: State) -> None:
     """Tells readers, where there is something new; a full disk stops nothing, since the journal knows it already."""
-    if load(root) != (state, None):
+    if load(root, notes.facts) != (state, None):
         try:
             state.write(root)
         except OSError as e:
@@ -115,7 +121,6 @@ def _make_room(root: Path, notes: Notes, verdict: Verdict) -> None:
 def withdraw(root: Path, names: Iterable[str]) -> dict[Path, str]:
     """Takes the removed versions out of readers' sight; path -> reason where that failed. The caller holds the lock."""
     failed = {}
-    moved = False
     for path in filter(_is_there, (root / name for name in names)):
         try:
             with suppress(FileNotFoundError):
@@ -124,12 +129,8 @@ def withdraw(root: Path, names: Iterable[str]) -> dict[Path, str]:
             with suppress(OSError):
                 (root / TRASH).mkdir(exist_ok=True)
                 os.rename(path, _in_trash(root, path.name))
-                moved = True
         except OSError as e:
             failed[path] = _reason(e)
-    if moved:
-        fsync_dir(root / TRASH)
-        fsync_dir(root)
     return failed
 
 
@@ -200,7 +201,7 @@ def settle(root: Path, notes: Notes, state: State, failed: dict[Path, str]) -> l
         notes.append_all(entries)
     done = set(free)
     state.removed = [name for name in state.removed if name not in done]
-    _save(root, state)
+    _save(root, notes, state)
     return free
 
 
@@ -211,29 +212,29 @@ def _reason(error: OSError) -> str:
 
 def go_on(root: Path, notes: Notes, locked: Callable[[], AbstractContextManager[None]]) -> tuple[list[str], list[str]]:
     """Goes on with every removal that was begun; returns a line for each that is done, and that cannot be yet."""
-    removed = _removed(root, notes)
+    state = load(root, notes.facts)[0]
+    note_lost(state, notes.facts())
+    removed = state.removed
     failed: dict[Path, str] = {}
     for begin in range(0, len(removed), _PORTION):  # others get the lock in between
         with locked():
-            still = set(_removed(root, notes))
-            failed |= withdraw(root, (name for name in removed[begin : begin + _PORTION] if name in still))
+            facts = notes.facts()
+            done = facts.gone.difference(facts.removed)
+            failed |= withdraw(root, (name for name in removed[begin : begin + _PORTION] if name not in done))
+    if removed and (root / TRASH).is_dir():  # no data goes before it is certain that nobody sees it any more
+        fsync_dir(root / TRASH)
+        fsync_dir(root)
     stray = strays(root, notes.facts().gone)
     failed |= delete(root, removed, skip=failed.keys() | stray.keys())  # may take long, so not under the lock
     told = [f"{path}: left alone: {why}" for path, why in stray.items()]
     if not removed and not failed:
         return [], told
     with locked():
-        state = load(root)[0]
+        state = load(root, notes.facts)[0]
         note_lost(state, notes.facts())
         free = settle(root, notes, state, failed)
     told += [f"{path}: removed, but its data cannot be deleted yet: {reason}" for path, reason in failed.items()]
     return [f"{root / name}: removed" for name in free], told
-
-
-def _removed(root: Path, notes: Notes) -> list[str]:
-    state = load(root)[0]
-    note_lost(state, notes.facts())
-    return state.removed
 
 
 def note_policy(notes: Notes, keep: Keep) -> None:

@@ -17,25 +17,34 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.registry.files import write_json_atomic
+from verl_autoexport.registry.files import fsync_dir, temp_path, write_json_atomic
 
 NAME = ".requests"
 _TAKEN, _DONE = ".taken-", ".done-"
+_TRIES = 100
 
 
 def put(folder: Path, note: str | None) -> Path:
     now = datetime.now(timezone.utc)
     path = folder / f"{now:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.json"
     asked_by = {"host": socket.gethostname(), "pid": os.getpid(), "created_at": now.isoformat(timespec="seconds")}
-    for last in (False, False, True):
-        try:
-            folder.mkdir(exist_ok=True)
-            write_json_atomic(path, {"schema_version": 1, "note": note, **asked_by})
-            return path
-        except OSError as e:
-            if last or not isinstance(e, FileNotFoundError):  # else the folder was taken at this very moment
-                raise RegistryError(f"{path}: the request cannot be written: {e}") from e
-    raise AssertionError("unreachable")
+    # Beside the folder, which the run may take at any moment.
+    temp = folder.parent / temp_path(path).name
+    try:
+        write_json_atomic(temp, {"schema_version": 1, "note": note, **asked_by})
+        for left in reversed(range(_TRIES)):
+            try:
+                folder.mkdir(exist_ok=True)
+                os.replace(temp, path)
+                break
+            except FileNotFoundError:
+                if not left:
+                    raise
+        with suppress(FileNotFoundError):
+            fsync_dir(folder)
+    except OSError as e:
+        raise RegistryError(f"{path}: the request cannot be written: {e}") from e
+    return path
 
 
 def pending(folder: Path) -> list[Path]:

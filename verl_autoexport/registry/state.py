@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,8 +38,11 @@ class State:
         write_json_atomic(root / FILE, {"schema_version": SCHEMA_VERSION, **asdict(self)})
 
 
-def load(root: Path) -> tuple[State, str | None]:
-    """What `registry.json` says; if it is lost or damaged, what the journal says, and why it was asked."""
+def load(root: Path, facts: Callable[[], Facts] | None = None) -> tuple[State, str | None]:
+    """What `registry.json` says; if it is lost or damaged, what the journal says, and why it was asked.
+
+    `facts` are those of the journal, for whoever has read it.
+    """
     path = root / FILE
     try:
         return _parse(path), None
@@ -49,7 +52,7 @@ def load(root: Path) -> tuple[State, str | None]:
         problem = f"{path}: unreadable: {e}"
     except OSError as e:
         raise RegistryError(f"{path}: cannot be read: {e}") from e
-    return from_journal(journal.read(root / journal.NAME)[0]), problem
+    return (facts() if facts else Facts(journal.read(root / journal.NAME)[0])).state(), problem
 
 
 class Facts:

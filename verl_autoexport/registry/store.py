@@ -142,7 +142,7 @@ class Registry(Reader):
         self._look()
         with self._locked():
             begin()
-            number = self._next_number(states.load(self.root)[0])
+            number = self._next_number(self._load()[0])
             timings = {**record.timings_s, "publish": round(time.monotonic() - started, 4)}
             version = self._rename(staged, replace(record, version=number, timings_s=timings))
             try:
@@ -157,7 +157,7 @@ class Registry(Reader):
         """Makes the links and `registry.json` say what the versions give rise to; returns warnings."""
         self._look()
         with self._locked():
-            return self._settle(states.load(self.root)[0])[1]
+            return self._settle(self._load()[0])[1]
 
     def supersede_after(self, step: int) -> list[Version]:
         """Notes that the run was resumed at `step`; returns the versions that a later, now abandoned, past had made."""
@@ -165,7 +165,7 @@ class Registry(Reader):
         if self._memory().latest_step() <= step:
             return []
         with self._locked():
-            state = states.load(self.root)[0]
+            state = self._load()[0]
             gone = [v for v in self._versions(state, fresh=False) if not v.superseded and v.step > step]
             at = datetime.now(timezone.utc).isoformat(timespec="seconds")
             entry = {"resumed_at": step, "versions": [v.name for v in gone], "at": at}
@@ -207,6 +207,7 @@ class Registry(Reader):
             state = self._state()
             versions, links = self._versions(state), pointers.links(self.root)
             judgement, seen = retention.judge(versions, keep, links), self._evidence(versions, links)
+            lines = removal.sentence(self._notes, judgement.removed)
             with self._locked():
                 state = self._state()
                 self._settle_logged(state)  # links first: none may lead to what goes
@@ -215,9 +216,10 @@ class Registry(Reader):
                     if left:
                         continue
                     judgement = retention.judge(versions, keep, links)
+                    lines = removal.sentence(self._notes, judgement.removed)
                 if not judgement.removed:
                     return judgement, 0
-                return judgement, removal.condemn(self.root, self._notes, state, judgement.removed)
+                return judgement, removal.condemn(self.root, self._notes, state, judgement.removed, lines)
         raise AssertionError("unreachable")
 
     @staticmethod
@@ -255,7 +257,6 @@ class Registry(Reader):
             done += lines
         for finished in requests.done(self._requests):
             requests.delete(finished)
-        compaction.compact(self._notes, self._locked)
         for staged in abandoned:  # deleting may take long, so not under the lock
             line = [f"{staged.path}: removed, its writer is gone"] if staged.path.is_dir() else []
             try:
@@ -301,7 +302,7 @@ class Registry(Reader):
         fsync_dir(self.root)
         fsync_dir(self._staging)
         self._note_published(version)
-        state = states.load(self.root)[0]
+        state = self._load()[0]
         state.next_version = version.number + 1
         self._settle_logged(state)
 
@@ -312,7 +313,7 @@ class Registry(Reader):
     def _settle(self, state: State) -> tuple[list[str], list[str]]:
         """Writes `state`, then the links; both follow from the versions. Returns changes and warnings."""
         state.pointers = pointers.choose(self._versions(state, fresh=False))
-        if states.load(self.root) != (state, None):
+        if self._load() != (state, None):
             state.write(self.root)
         return pointers.link(self.root, state.pointers)
 
@@ -337,7 +338,7 @@ class Registry(Reader):
         for name in filter(is_temp, sorted(os.listdir(self.root))):
             os.unlink(self.root / name)
             done.append(f"{self.root / name}: removed, left by a killed process")
-        state, problem = states.load(self.root)
+        state, problem = self._load()
         facts = self._notes.facts()
         for name, mark in facts.state().superseded.items():
             if state.superseded.setdefault(name, mark) is mark and not problem:

@@ -73,23 +73,24 @@ class Catalog:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._known: dict[str, tuple[Any, ExportRecord | str]] = {}
+        self._known: dict[str, tuple[Path, Any, ExportRecord | str]] = {}
 
     def scan(self, fresh: bool = True) -> tuple[list[tuple[Path, ExportRecord]], list[tuple[Path, str]]]:
         """The valid ones by number, and those that only look like one, with the reason.
 
         Without `fresh`, what was read before is believed: for whoever has the lock, and looked just before.
         """
-        known: dict[str, tuple[Any, ExportRecord | str]] = {}
+        known: dict[str, tuple[Path, Any, ExportRecord | str]] = {}
         for name in names_like_versions(self.root):
             seen = self._known.get(name)
             if seen is None or fresh:
-                mark = _mark(self.root / name)
-                seen = seen if seen and mark is not None and seen[0] == mark else (mark, _look(self.root / name))
+                path = seen[0] if seen else self.root / name
+                mark = _mark(path)
+                seen = seen if seen and mark is not None and seen[1] == mark else (path, mark, _look(path))
             known[name] = seen
         self._known = known
-        valid = [(self.root / name, found) for name, (_, found) in known.items() if isinstance(found, ExportRecord)]
-        invalid = [(self.root / name, found) for name, (_, found) in known.items() if isinstance(found, str)]
+        valid = [(path, found) for path, _, found in known.values() if isinstance(found, ExportRecord)]
+        invalid = [(path, found) for path, _, found in known.values() if isinstance(found, str)]
         return sorted(valid, key=lambda found: (found[1].version, found[1].step)), invalid
 
 
