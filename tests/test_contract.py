@@ -446,6 +446,8 @@ def test_transformers_are_those_that_verl_allows() -> None:
 
 
 PRIVATE = {  # name → where it must be, and the module here that uses it
+    "_auto_class": ("transformers:PreTrainedModel", "export/own_code.py"),
+    "_exit": ("os", "signals.py"),  # documented, in spite of its name
     "_from_config": ("transformers:PreTrainedModel", "export/naming.py"),
     "_get_dtype_plan": ("transformers:PreTrainedModel", "export/naming.py"),
     "_keys_to_ignore_on_save": ("transformers:PreTrainedModel", "export/naming.py"),
@@ -467,7 +469,8 @@ IMPORTED = {
         "rename_source_key",
         "revert_weight_conversion",
     },
-    "transformers.dynamic_module_utils": {"custom_object_save", "get_class_from_dynamic_module"},
+    "transformers.dynamic_module_utils": {"get_class_from_dynamic_module"},
+    "transformers.processing_utils": {"ProcessorMixin"},
     "torch.utils._python_dispatch": {"TorchDispatchMode"},
     "torch.utils._pytree": {"tree_leaves"},
 }

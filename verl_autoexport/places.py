@@ -71,7 +71,7 @@ def _what(path: Path) -> str:
         return ""
     if (path / RECORD).is_file() and any((path / name).is_file() for name in _MODEL):
         return "an exported model"
-    if has_shards(path) or any(has_shards(path / role) for role in ROLES):
+    if has_shards(path) or (STEP.fullmatch(path.name) and any(has_shards(path / role) for role in ROLES)):
         return "a checkpoint"
     return _RUN if any(map(STEP.fullmatch, os.listdir(path))) else ""
 

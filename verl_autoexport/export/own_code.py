@@ -90,7 +90,7 @@ def save(model: Any, folder: Path) -> Mapping[str, Any] | None:
             target = folder / file.relative_to(path.parent)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(file.read_bytes())
-        if auto_class := getattr(cls, "_auto_class", None):
+        if auto_class := cls._auto_class:
             auto_map[auto_class] = f"{path.stem}.{cls.__name__}"
     return localized(auto_map, folder)
 
