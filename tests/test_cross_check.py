@@ -88,7 +88,11 @@ def test_a_config_of_another_model_fails_the_check(key, value, checkpoint, tmp_p
     where[key] = value
     file.write_text(json.dumps(config))
     with pytest.raises(VerifyError, match=f"logits failed: .*{'rope_parameters' if key == 'rope_theta' else key}"):
-        check_loading(tmp_path / "out", 10**6, source=Source(checkpoint("even") / "actor", checkpoint("even") / "actor/huggingface"))
+        check_loading(
+            tmp_path / "out",
+            10**6,
+            source=Source(checkpoint("even") / "actor", checkpoint("even") / "actor/huggingface"),
+        )
 
 
 def test_a_truncated_shard_fails_the_check(own_checkpoint, tmp_path):

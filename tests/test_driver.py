@@ -448,6 +448,7 @@ def test_a_hold_with_wrong_inner_types_stops_nothing(run):
     ray.kill(run.driver.actor)
     (pin,) = find_pins(run.root)
     pins.choose(pin, dict(pin.request) | {"time": "x", "triggers": [None]})
+    shutil.rmtree(run.root / "global_step_1")
     run.start(1, at_steps=[1, 2], on_train_end=False)
     run.step(2)
     assert "cannot be read: time: not what a request holds: 'x'" in run.finish(False)

@@ -189,17 +189,18 @@ def test_record(checkpoint, tmp_path):
 def test_files_beside_the_config_are_copied(own_checkpoint, tmp_path):
     made = own_checkpoint("even")
     model_dir = made / "actor/huggingface"
-    extra = {"tokenizer.json": "{}", "chat_template.jinja": "{{ messages }}", "code/modeling.py": "X = 1"}
+    extra = {"tokenizer.json": "{}", "chat_template.jinja": "{{ messages }}", "more/data.txt": "of the run"}
     for name, text in extra.items():
         (model_dir / name).parent.mkdir(exist_ok=True)
         (model_dir / name).write_text(text)
     for name in ("model.safetensors", "pytorch_model.bin"):
         (model_dir / name).write_text("stale weights")
+    (model_dir / "_fsdp_init.py").write_text("code that no auto_map leads to")
     (tmp_path / "secret").write_text("not ours to publish")
     (model_dir / "link.txt").symlink_to(tmp_path / "secret")
     record = export(made, tmp_path / "out")
     assert {name: (tmp_path / "out" / name).read_text() for name in extra} == extra
-    assert not list(tmp_path.glob("out/*.bin")) + list(tmp_path.glob("out/link.txt"))
+    assert not [p for kind in ("*.bin", "link.txt", "*.py") for p in tmp_path.glob(f"out/{kind}")]
     assert (tmp_path / "out/model.safetensors").read_bytes() != b"stale weights"
     assert not any("tokenizer" in note for note in record.notes)
     assert {f["name"] for f in record.files} > extra.keys()

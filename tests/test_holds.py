@@ -144,3 +144,21 @@ def test_what_is_half_made_is_removed_and_what_cannot_be_read_is_not(run, caplog
     assert not half.exists()
     assert list(pin.path.glob("*.pt"))
     assert f"rm -r {pin.path}" in caplog.text
+
+
+def test_only_the_newest_failed_steps_are_held(source, tmp_path, caplog):
+    """A run whose exports all fail must not fill the disk that it trains on."""
+    root = tmp_path / "run"
+    settings = load_config({"output_dir": str(root / "exports"), "verify": {"load": False}})
+    root.mkdir()
+    actor = ExportActor(settings, runner=LocalRunner(1))
+    for step in range(1, pins.MAX_KEPT + 3):
+        checkpoint = Path(shutil.copytree(source, root / f"global_step_{step}"))
+        (checkpoint / "actor/huggingface/config.json").unlink()
+        pin = pins.make_pin(checkpoint, step, "actor")
+        pins.choose(pin, request_for(pin))
+        shutil.rmtree(checkpoint)
+        (pin,) = (p for p in pins.find_pins(root) if p.step == step)
+        assert actor.export(pin.request)["status"] == "failed"
+    assert [p.step for p in pins.find_pins(root)] == [3, 4, 5]
+    assert "step 1 is given up" in caplog.text

@@ -149,6 +149,11 @@ class ExportActor:
             "verl_autoexport: step %s has failed %s time(s) and is kept in %s, its last copy; %s",
             request["step"], attempts, request["pin"], then,
         )  # fmt: skip
+        waiting = {job.request["pin"] for job in self.waiting}
+        for old in pins.too_many(Path(request["pin"]).parent.parent):
+            if str(old.path) not in waiting:
+                logger.warning("verl_autoexport: step %s is given up: %s later ones failed", old.step, pins.MAX_KEPT)
+                self._release({"pin": str(old.path), "spread": old.spread})
 
     def _taken_over(self) -> bool:
         try:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 FOLDER = ".autoexport"
 MAX_ATTEMPTS = 3
 """Failed exports of a chosen step after which no start of the run tries again."""
+MAX_KEPT = 3
+"""Steps whose exports have failed and that are held all the same."""
 _INFO = "pin.json"
 EXTRA = ("fsdp_config.json", "lora_train_meta.json", "adapter_config.json")
 """Small files beside the shards that tell how to read them."""
@@ -116,6 +118,15 @@ def count_attempt(path: Path) -> int:
     attempts = int((pin.request or {}).get("attempts", 0)) + 1
     choose(pin, {**(pin.request or {}), "attempts": attempts})
     return attempts
+
+
+def too_many(checkpoints: Path) -> list[Pin]:
+    """Of the steps whose exports failed those beyond the newest `MAX_KEPT`: kept, they would fill training's disk."""
+    failed = []
+    for path in (checkpoints / FOLDER).glob("step_*"):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # being made, or for a person to look at
+            failed += [pin] if ((pin := _read(path)).request or {}).get("attempts") else []
+    return sorted(failed, key=lambda pin: pin.step)[:-MAX_KEPT]
 
 
 def is_last_copy(path: Path) -> bool:
