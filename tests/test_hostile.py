@@ -415,7 +415,7 @@ def test_json_bombs_give_one_clear_error_each(kind, own_checkpoint, tmp_path):
 
 def refused_after(plant: Callable[[Path], Path], path: Path, made: Path, where: Path) -> str:
     plant(path)
-    return refused(made, where, PlanError)
+    return refused(made, where, AutoExportError)
 
 
 def replaced(path: Path) -> Path:
