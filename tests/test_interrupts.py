@@ -129,7 +129,8 @@ def listed(source, tmp_path_factory) -> Path:
     assert (done.stdout, done.stderr) == ("", "")
     (version,) = Registry(root).versions()
     assert {k: v["status"] for k, v in version.record.verification.items()} == {
-        "structure": "passed", "contract": "skipped", "assets": "skipped", "load": "passed", "generate": "passed", "logits": "passed",
+        "structure": "passed", "contract": "skipped", "assets": "skipped", "load": "passed", "generate": "passed",
+        "logits": "passed",
     }  # fmt: skip
     return root
 

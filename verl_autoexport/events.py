@@ -144,11 +144,11 @@ def _check_types(data: Mapping[str, Any]) -> None:
         if not isinstance(data[key], kind) or (kind is int and isinstance(data[key], bool)):
             raise TypeError(f"{key}: expected {kind}, found {type(data[key]).__name__}")
     for key, (expected, holds) in _INNER.items():
-        found = data.get(key)
-        items = found.items() if isinstance(found, Mapping) else enumerate(found or ())
-        for name, item in items:
-            if not holds(item):
-                raise TypeError(f"{key}: expected {expected}, found {item!r:.80} at {name!r:.80}")
+        found = data.get(key) or ()
+        items = found.values() if isinstance(found, Mapping) else found
+        if not all(map(holds, items)):
+            wrong = next(item for item in items if not holds(item))
+            raise TypeError(f"{key}: expected {expected}, found {wrong!r:.80}")
     for key, value in (("source", data["source"].get("fingerprint")), *((k, data.get(k)) for k in _TEXTS)):
         if not isinstance(value, str | None):
             raise TypeError(f"{key}: expected a text or null, found {value!r:.80}")
