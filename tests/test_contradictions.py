@@ -68,7 +68,9 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], Any, str]] = {
     ),
     "no architecture": ({"architectures": []}, None, "`architectures` is missing"),
     "an unknown architecture": ({"architectures": ["NoSuchModel"]}, None, "architecture NoSuchModel is unknown"),
-    "another architecture": ({"architectures": ["MistralForCausalLM"]}, None, "whose model_type is 'mistral', but"),
+    "an architecture of another kind": (
+        {"architectures": ["WhisperForConditionalGeneration"]}, None, "whose model_type is 'whisper', but",
+    ),
     "code that is not there": (
         {"architectures": ["Own"], "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, None,
         "auto_map leads to modeling_own.Own, which is not beside it",
@@ -85,6 +87,16 @@ def test_refused_with_the_key_before_anything_is_written(case, run, tmp_path):
     with pytest.raises(PlanError, match=message):
         export_checkpoint(run, tmp_path / "out", verify=False)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_architecture_of_another_model_type_is_set_right(base, run, tmp_path):
+    """Transformers loads by `model_type`, engines by `architectures`."""
+    edit(run, architectures=["MistralForCausalLM"])
+    record = export_checkpoint(run, tmp_path / "out", base_model=str(base))
+    assert record.architectures == ("Qwen2ForCausalLM",)
+    assert read_json(tmp_path / "out/config.json")["architectures"] == ["Qwen2ForCausalLM"]
+    assert any("Qwen2ForCausalLM instead of MistralForCausalLM" in note for note in record.notes)
+    assert record.verification["logits"]["status"] == "passed"
 
 
 def test_code_that_transformers_has_itself_is_left_out(base, run, tmp_path):

@@ -33,6 +33,12 @@ OWN_DTYPES = ("source", "base")
 _COUNTS = re.compile(r"layers?$|blocks?$|depths?$|experts$|num_labels$|stages$")
 _MOST = 100_000
 """Layers, experts and the like in a model; each becomes an object."""
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForTokenClassification",
+    "AutoModelForSequenceClassification", "AutoModel",
+)  # fmt: skip
+_KIND = re.compile(r"For[A-Z]\w*$|Model$|$")
+"""The end of a class's name, which says what it is for."""
 _TRUST = " Its code is in the checkpoint: set trust_remote_code (`--trust-remote-code`) if you trust it."
 
 
@@ -84,27 +90,38 @@ def model_class(config: PretrainedConfig, directory: Path, trust_remote_code: bo
             raise PlanError(f"{directory / 'config.json'}: its code {remote} cannot be loaded: {e}") from e
     cls = getattr(transformers, name, None)
     if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-        _check_class(cls, config, directory)
-        return cls
+        return _of_the_config(cls, config, directory)
     hint = _TRUST if remote else ""
     raise PlanError(
         f"{directory / 'config.json'}: architecture {name} is unknown to transformers {transformers.__version__}.{hint}"
     )
 
 
-def _check_class(cls: type[PreTrainedModel], config: PretrainedConfig, directory: Path) -> None:
-    """Engines go by `architectures`, transformers by `model_type`: both must mean the same model."""
-    wanted = cls.config_class
-    if wanted is not None and not isinstance(config, wanted) and wanted.model_type != config.model_type:
-        raise PlanError(
-            f"{directory / 'config.json'}: architectures names {cls.__name__}, whose model_type is "
-            f"{wanted.model_type!r}, but model_type is {config.model_type!r}: correct the one that is wrong."
-        )
+def _of_the_config(cls: type[PreTrainedModel], config: PretrainedConfig, directory: Path) -> type[PreTrainedModel]:
+    """`cls`, or the class of its kind that `model_type` means: transformers loads that, engines `architectures`."""
+    import transformers
+
+    known = cls.config_class
+    if known is None or isinstance(config, known) or known.model_type == config.model_type:
+        return cls
+    for auto in _AUTO_CLASSES:
+        found = getattr(transformers, auto)._model_mapping.get(type(config), None)
+        if isinstance(found, type) and _KIND.search(found.__name__)[0] == _KIND.search(cls.__name__)[0]:
+            return found
+    raise PlanError(
+        f"{directory / 'config.json'}: architectures names {cls.__name__}, whose model_type is {known.model_type!r}, "
+        f"but model_type is {config.model_type!r}: correct the one that is wrong."
+    )
 
 
 def architecture(config: PretrainedConfig) -> str:
-    """`architectures[0]` without the prefix that FSDP2 puts before a wrapped class's name."""
-    return str(config.architectures[0]).removeprefix("FSDP")
+    """The name of the model's class."""
+    return first_architecture(config.architectures)
+
+
+def first_architecture(names: Sequence[Any]) -> str:
+    """The first name in `architectures`, without the prefix that FSDP2 puts before a wrapped class's name."""
+    return str(names[0]).removeprefix("FSDP")
 
 
 def build_skeleton(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import PlanError
-from verl_autoexport.export import own_code
+from verl_autoexport.export import naming, own_code
 from verl_autoexport.export.asset_facts import WEIGHTS
 from verl_autoexport.export.base import base_directory
 from verl_autoexport.export.spec import ExportSpec
@@ -46,6 +46,7 @@ def settled(spec: ExportSpec, manifest: ShardManifest) -> Iterator[tuple[ExportS
     with tempfile.TemporaryDirectory(prefix="verl-autoexport-") as folder:
         changed = _without_quantization(config, manifest, spec, notes)
         changed, code = _with_code(changed, spec, notes)
+        changed = _with_architecture(changed, spec, notes)
         if changed != config or code:
             directory = Path(folder) / "huggingface"
             weights = shutil.ignore_patterns(*(f"*{suffix}" for suffix in WEIGHTS))
@@ -104,9 +105,24 @@ def _with_code(
     )
 
 
+def _with_architecture(config: dict[str, Any], spec: ExportSpec, notes: list[str]) -> dict[str, Any]:
+    """The class that `model_type` means, where `architectures` names one of another type."""
+    if config.get("auto_map") or not _known_to_transformers(config):
+        return config
+    try:
+        right = naming.model_class(naming.load_config(spec.model_dir), spec.model_dir).__name__
+    except PlanError:  # whoever plans says so
+        return config
+    said = naming.first_architecture(config["architectures"])
+    if right == said:
+        return config
+    notes.append(f"architectures is {right} instead of {said}: model_type is {config['model_type']!r}")
+    return config | {"architectures": [right]}
+
+
 def _known_to_transformers(config: Mapping[str, Any]) -> bool:
     import transformers
 
     names = config.get("architectures")
-    first = str(names[0]).removeprefix("FSDP") if isinstance(names, list) and names else ""
+    first = naming.first_architecture(names) if isinstance(names, list) and names else ""
     return first[:1].isupper() and hasattr(transformers, first)
