@@ -147,6 +147,16 @@ def test_a_tokenizer_that_cannot_be_loaded_is_copied_as_it_is(tmp_path):
     assert check(tmp_path / "out", reference)["status"] == "failed"  # the processor's files are no JSON
 
 
+def test_a_template_alone_is_the_runs_too(tmp_path):
+    base = with_config(make_tokenizer(tmp_path / "base"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/chat_template.jinja").write_text("of the run")
+    put(tmp_path / "run", tmp_path / "out", base)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "of the run"
+    put(tmp_path / "run", tmp_path / "without")
+    assert (tmp_path / "without/chat_template.jinja").read_text() == "of the run"
+
+
 def test_no_link_of_the_runs_is_followed(tmp_path):
     make_tokenizer(tmp_path / "run")
     (tmp_path / "secret").write_text("elsewhere")

@@ -13,6 +13,7 @@ import torch
 import transformers
 from conftest import STEP
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from sharding import QWEN2, QWEN3_MOE, make_checkpoints
 from test_export import assert_same_model, export, oracle, tensors
 
@@ -390,6 +391,15 @@ def test_lora_only_without_its_base(base, made, tmp_path):
 
 def test_lora_only_with_another_base(made, tmp_path):
     assert_refused(made["only"], tmp_path, "expected", "found nothing", base_model=str(made["conv1d"] / "base"))
+
+
+def test_lora_only_with_a_quantized_base(own, tmp_path):
+    """Its numbers mean nothing without their scales."""
+    made = own("only")
+    path, name = made / "base/model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    state = load_file(path)
+    save_file(state | {name: state[name].to(torch.float8_e4m3fn)}, path, {"format": "pt"})
+    assert_refused(made, tmp_path, f"{name} is float8_e4m3fn", "quantized base", base_model=str(made / "base"))
 
 
 def test_lora_only_with_a_truncated_base(own, tmp_path):

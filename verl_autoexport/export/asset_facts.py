@@ -27,6 +27,7 @@ _PROBE = "Hello, world!\n  def f(x):\treturn 12345 * 0.5  # Größe, 漢字か�
 _SETTINGS = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_input_names")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf")
 """How the names of files of weights end, which are no assets."""
+_LARGE = 128 << 20  # bytes; weights in some other format, which no tokenizer reads
 _REMEMBERED = 8
 Facts = Mapping[str, Any]
 _known: dict[tuple[str, bool], Facts] = {}
@@ -53,7 +54,12 @@ def tokenizer_facts(directory: Path, trust_remote_code: bool = False) -> Facts:
     if key not in _known:
         while len(_known) >= _REMEMBERED:
             _known.pop(next(iter(_known)), None)
-        _known[key] = _tokenizer_facts(directory, trust_remote_code)
+        try:
+            _known[key] = _tokenizer_facts(directory, trust_remote_code)
+        except (Unreadable, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # code of its own, or a panic of the tokenizers library
+            raise Unreadable(f"{directory}: its tokenizer cannot be used: {_brief(e)}") from e
     return _known[key]
 
 
@@ -62,7 +68,8 @@ def _content(directory: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted((*directory.iterdir(), *directory.glob("additional_chat_templates/*"))):
         if path.is_file() and not path.name.endswith(WEIGHTS):
-            content = path.read_bytes()
+            info = path.stat()
+            content = path.read_bytes() if info.st_size < _LARGE else f"{info.st_size} {info.st_mtime_ns}".encode()
             digest.update(f"{path.name}\0{len(content)}\0".encode("utf-8", "surrogateescape") + content)
     return digest.hexdigest()
 
@@ -92,7 +99,10 @@ def processor_facts(directory: Path, trust_remote_code: bool = False) -> Facts:
     from transformers import AutoProcessor
 
     found = _load(AutoProcessor, directory, trust_remote_code)
-    settings = json.loads(json.dumps(found.to_dict(), default=str)) if hasattr(found, "to_dict") else {}
+    try:
+        settings = json.loads(json.dumps(found.to_dict(), default=str)) if hasattr(found, "to_dict") else {}
+    except Exception as e:  # code of its own
+        raise Unreadable(f"{directory}: its processor cannot be used: {_brief(e)}") from e
     return {"class": type(found).__name__, "settings": {k: v for k, v in settings.items() if k != "chat_template"}}
 
 

@@ -215,13 +215,11 @@ class _Work:
     def write_templates(self) -> None:
         """The run's templates; in the base's spelling, and in that of `chat_template.jinja`."""
         run, base = self.facts(self.run), self.facts(self.base)
-        if self.tokenizer == self.base or (run is None and not self.own(_TEMPLATE)):
-            self.processor_template = self.base if self.processor == self.base else self.processor
-            _copy(self.base, self.target, self.theirs(_TEMPLATE) if self.base else [])
-            return
-        if run is None:  # what cannot be loaded is copied as it is
-            self.processor_template = self.run if self.processor == self.run else None
-            _copy(self.run, self.target, self.own(_TEMPLATE))
+        if run is None:  # no tokenizer, or none that can be loaded here: then the files are copied as they are
+            own, theirs = self.own(_TEMPLATE), self.theirs(_TEMPLATE)
+            side = self.run if own or self.tokenizer == self.run else self.base
+            _copy(side, self.target, own if side == self.run else theirs)
+            self.processor_template = side if self.processor is not None else None
             return
         wanted, unchanged = run["chat template"], base is not None and run["chat template"] == base["chat template"]
         legacy = any(p.name == older_form.LEGACY_TEMPLATE for p in self.theirs(_TEMPLATE))
@@ -234,7 +232,8 @@ class _Work:
         shown = wanted
         if self.processor == self.run or unchanged:
             self.processor_template = self.processor
-            shown = asset_facts.processor_template(self.processor)
+            with suppress(Unreadable):
+                shown = asset_facts.processor_template(self.processor)
         older_form.set_processor_template(self.target, shown, legacy or shown != wanted)
 
     def write_generation_config(self) -> list[str]:

@@ -318,6 +318,11 @@ def _of_base(disk: ShardManifest, output: Output, directory: Path) -> TensorEntr
             f"{directory}: {output.name}: expected {list(output.shape)}, found {found}: not the base of this run, or "
             "resized in it, or its files have another layout than transformers writes. Save whole checkpoints."
         )
+    if output.dtype in FLOATING and entry.dtype not in FLOATING:
+        raise PlanError(
+            f"{directory}: {output.name} is {entry.dtype}: LoRA cannot be fused into a quantized base. Name a "
+            "dequantized copy (--base-model), save whole checkpoints, or export the adapter alone (lora: adapter)."
+        )
     return entry
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from verl_autoexport.errors import PlanError
+from verl_autoexport.errors import PlanError, SourceError
 from verl_autoexport.export import naming, own_code
 from verl_autoexport.export.asset_facts import WEIGHTS
 from verl_autoexport.export.base import base_directory
@@ -48,16 +48,23 @@ def settled(spec: ExportSpec, manifest: ShardManifest) -> Iterator[tuple[ExportS
         changed, code = _with_code(changed, spec, notes)
         changed = _with_architecture(changed, spec, notes)
         if changed != config or code:
-            directory = Path(folder) / "huggingface"
-            weights = shutil.ignore_patterns(*(f"*{suffix}" for suffix in WEIGHTS))
-            shutil.copytree(spec.model_dir, directory, symlinks=True, ignore=weights)
-            for path in code:
-                target = directory / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(code[path], target)
-            (directory / _CONFIG).write_text(json.dumps(changed, indent=2), encoding="utf-8")
-            spec = replace(spec, saved=directory)
+            spec = replace(spec, saved=_copied(spec.model_dir, Path(folder) / "huggingface", changed, code))
         yield spec, notes
+
+
+def _copied(saved: Path, directory: Path, config: Mapping[str, Any], code: Mapping[Path, Path]) -> Path:
+    """A copy of what the run saved, weights left out, with this configuration and code."""
+    weights = shutil.ignore_patterns(*(f"*{suffix}" for suffix in WEIGHTS))
+    try:
+        shutil.copytree(saved, directory, symlinks=True, ignore=weights)
+        for path in code:
+            target = directory / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(code[path], target)
+        (directory / _CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    except OSError as e:
+        raise SourceError(f"{saved}: cannot be copied to {directory}: {e}") from e
+    return directory
 
 
 def _without_quantization(
