@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.published import (
+    END,
     SMALL,
     START,
     STOP,
@@ -319,3 +320,47 @@ def test_settings_of_generation_never_block_a_publication(tmp_path):
     for settings in SETTINGS:
         write_json(tmp_path / "out/generation_config.json", settings)
         assert generate(load_model(tmp_path / "out", False))["status"] == "passed", settings
+
+
+def test_a_template_inside_the_tokenizers_settings_alone(tmp_path):
+    """As many models of images have it; transformers 5 saves the processor's in a file of its own."""
+    base = processor_base(tmp_path / "base")
+    (base / "chat_template.json").unlink()
+    processor = AutoProcessor.from_pretrained(base)
+    files = with_config(save(processor, tmp_path / "run"), {"model_type": "llava"})
+    _, reference = put(files, tmp_path / "out", base)
+    assert check(tmp_path / "out", reference)["status"] == "passed"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATE
+    old = with_config(make_tokenizer(tmp_path / "old"), {"model_type": "llava"})
+    write_json(old / "preprocessor_config.json", IMAGE)
+    write_json(old / "processor_config.json", PROCESSOR)
+    _, reference = put(old, tmp_path / "alone")
+    assert check(tmp_path / "alone", reference)["status"] == "passed"
+
+
+def test_a_tokenizer_without_ids_for_the_probe(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    files = with_config(make_tokenizer(tmp_path / "run", kind="PreTrainedTokenizerFast"))
+    Tokenizer(models.WordLevel({"a": 0, END: 256, START: 257, STOP: 258}, unk_token="[UNK]")).save(
+        str(files / "tokenizer.json")
+    )
+    _, reference = put(files, tmp_path / "out")
+    assert check(tmp_path / "out", reference)["status"] == "passed"
+
+
+def test_code_of_a_tokenizer_that_the_base_fills_in(tmp_path):
+    base = with_config(make_tokenizer(tmp_path / "base", auto_map={"AutoTokenizer": ["tok_own.Own", None]}))
+    (base / "tok_own.py").write_text("from .more import x\nclass Own: pass\n")
+    (base / "more.py").write_text("x = 1\n")
+    (tmp_path / "run").mkdir()
+    notes, _ = put(tmp_path / "run", tmp_path / "out", base)
+    assert {"tok_own.py", "more.py"} <= names(tmp_path / "out")
+    assert any("more.py" in note for note in notes)
+
+
+def test_large_files_of_another_kind_are_not_read(tmp_path):
+    base = with_config(make_tokenizer(tmp_path / "base"))
+    with (base / "tf_model.h5").open("wb") as file:
+        file.truncate(1 << 40)
+    assert tokenizer_facts(base)["class"] == "Qwen2Tokenizer"

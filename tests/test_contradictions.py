@@ -47,6 +47,16 @@ def test_quantization_of_weights_that_are_plain_is_left_out(key, verify, base, r
     assert read_json(saved(run) / "config.json")[key] == QUANTIZED, "the checkpoint is not ours to change"
 
 
+def test_no_link_is_written_through(base, run, tmp_path):
+    config, kept = saved(run) / "config.json", run / "actor/kept.json"
+    write_json(kept, read_json(config) | {"quantization_config": QUANTIZED})
+    config.unlink()
+    config.symlink_to("../kept.json")
+    export_checkpoint(run, tmp_path / "out", base_model=str(base), verify=False)
+    assert "quantization_config" in read_json(kept)
+    assert "quantization_config" not in read_json(tmp_path / "out/config.json")
+
+
 def test_quantized_weights_are_refused_with_advice(run, tmp_path):
     edit(run, quantization_config=QUANTIZED)
     name = "model.layers.0.mlp.up_proj.weight"

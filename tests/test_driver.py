@@ -381,13 +381,20 @@ class Panic(BaseException):
     """As some native extensions raise it."""
 
 
+class Shifty:
+    @property
+    def __class__(self) -> type:
+        raise RuntimeError("odd")
+
+
 ODD = [
+    Shifty(),
     10**400, Odd(RuntimeError), Odd(Panic), torch.empty(1, device="meta"), torch.zeros(3), np.zeros(4), 1j, True, "0.5",
     None, {}, np.array("x"), np.bool_(True),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("odd", ODD, ids=lambda odd: type(odd).__name__)
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: str(type(odd)))
 def test_an_odd_metric_loses_nothing_but_itself(odd):
     logged = {"odd": odd, Odd(ValueError): 1.0, 7: 2, "a": np.float32(0.5), "b": torch.tensor(3), "nan": float("nan")}
     found = numbers(logged)
@@ -454,6 +461,29 @@ def test_a_hold_with_wrong_inner_types_stops_nothing(run):
     assert "cannot be read: time: not what a request holds: 'x'" in run.finish(False)
     assert run.live()[2] == {"at_steps"}
     assert [p.path for p in find_pins(run.root)] == [pin.path], "it may be the last copy"
+
+
+@pytest.mark.parametrize("odd", [{"attempts": "1"}, {"attempts": None}, {"live": 5}, {"live": {"a": 1}}])
+def test_a_hold_of_odd_content_does_not_stop_the_start_of_training(odd, run):
+    run.save_pin = pins.make_pin(run.saved(1), 1, "actor")
+    pins.choose(run.save_pin, {"step": 1, **odd})
+    run.start(1, at_steps=[2], on_train_end=False)
+    run.step(2)
+    assert "step 1 failed: its request" in run.finish(False)
+    assert run.live()[2] == {"at_steps"}
+
+
+def test_the_same_bytes_saved_again_after_a_rollback_keep_their_hold(run):
+    run.start(at_steps=[6], on_train_end=False, queue={"drain_timeout_s": 0})
+    run.save(6)
+    ray.kill(run.driver.actor)
+    run.driver.logged(6, {})
+    run.start(4, at_steps=[6], on_train_end=False)
+    run.driver.logged(5, {})
+    run.save(6)
+    run.driver.logged(6, {})
+    shutil.rmtree(run.root / "global_step_6")
+    assert "1 published" in run.finish(False)
 
 
 def test_requests_in_holds_are_checked():

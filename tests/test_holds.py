@@ -162,3 +162,31 @@ def test_only_the_newest_failed_steps_are_held(source, tmp_path, caplog):
         assert actor.export(pin.request)["status"] == "failed"
     assert [p.step for p in pins.find_pins(root)] == [3, 4, 5]
     assert "step 1 is given up" in caplog.text
+
+
+class Leaves:
+    """A runner in whose process something calls `sys.exit`, once."""
+
+    def __init__(self) -> None:
+        self.left = False
+
+    def run(self, jobs: Any, progress: Any) -> Any:
+        if not self.left:
+            self.left = True
+            raise SystemExit("a library has had enough")
+        return LocalRunner(1).run(jobs, progress)
+
+
+def test_what_ends_a_process_ends_one_export_only(source, tmp_path):
+    root = tmp_path / "run"
+    settings = load_config({"output_dir": str(root / "exports"), "verify": {"load": False}})
+    root.mkdir()
+    actor, outcomes = ExportActor(settings, runner=Leaves()), []
+    for step in (1, 2):
+        checkpoint = Path(shutil.copytree(source, root / f"global_step_{step}"))
+        pin = pins.make_pin(checkpoint, step, "actor")
+        pins.choose(pin, request_for(pin))
+        (pin,) = (p for p in pins.find_pins(root) if p.step == step)
+        outcomes.append(actor.export(pin.request))
+    assert [o["status"] for o in outcomes] == ["failed", "published"]
+    assert "a library has had enough" in outcomes[0]["reason"]

@@ -20,7 +20,7 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = "verl_autoexport"
 PLUGIN = REPOSITORY / "hydra_plugins" / "autoexport_searchpath" / "__init__.py"
-MAX_MODULE = 400  # lines
+MAX_MODULE = 420  # lines
 MAX_FUNCTION = 40  # lines, docstring not counted
 
 # room -> the rooms that it may import besides itself. Imports go one way:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,12 +23,14 @@ from test_bad_input import edit, rank_file
 from test_export import assert_same_model, tensors
 from torch.distributed.tensor import DTensor
 
+from verl_autoexport import export_checkpoint
 from verl_autoexport.errors import SourceError
 from verl_autoexport.export import writer
 from verl_autoexport.export.pipeline import LocalRunner, Silent, export_to_directory
 from verl_autoexport.export.reader import equal_values
 from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.runtime.node_files import NodeFiles
+from verl_autoexport.sources import fsdp_files
 from verl_autoexport.sources.crc32 import Run, Sums, combine, join
 from verl_autoexport.sources.fsdp_files import FsdpFiles
 from verl_autoexport.sources.records import Record, difference, mark, read_records
@@ -437,3 +440,33 @@ def test_it_ends_when_nobody_waits(checkpoint):
     assert difference(path, wrong, ()) is not None
     ended.set()
     assert difference(path, wrong, (), lambda: not ended.is_set()) is None
+
+
+def test_names_of_one_save_and_checksums_of_another(own_checkpoint, monkeypatch, tmp_path):
+    """The file is another one just while its names and shapes are read."""
+    made = own_checkpoint("even")
+    path = made / "actor/model_world_size_2_rank_0.pt"
+    times, first = path.stat(), path.read_bytes()
+    state = torch.load(path, weights_only=False)
+    a, b = (f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1))
+    state[a], state[b] = state[b], state[a]
+    torch.save(state, tmp_path / "other.pt")
+    second, read = (tmp_path / "other.pt").read_bytes(), fsdp_files.read_rank_file
+
+    def put(content: bytes) -> None:
+        with path.open("r+b") as file:
+            file.write(content)
+            file.truncate(len(content))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    def swapped(file: Path, rank: int, *args: Any) -> Any:
+        put(second) if rank == 0 else None
+        try:
+            return read(file, rank, *args)
+        finally:
+            put(first) if rank == 0 else None
+
+    monkeypatch.setattr(fsdp_files, "read_rank_file", swapped)
+    with pytest.raises(SourceError, match=r"rank_0\.pt \(rank 0\): the file changed while being exported"):
+        export_checkpoint(made, tmp_path / "out", verify=False)
+    assert not (tmp_path / "out").exists()

@@ -156,9 +156,9 @@ def _check_types(data: Mapping[str, Any]) -> None:
 
 def as_number(value: Any) -> float | None:
     """A metric as a float; None for what is no number, whatever it raises when it is asked."""
-    if isinstance(value, (str, bytes, bytearray, bool, complex)) or type(value).__name__ in ("bool", "bool_"):
-        return None
     try:
+        if isinstance(value, (str, bytes, bytearray, bool, complex)) or type(value).__name__ in ("bool", "bool_"):
+            return None
         return float(value)
     except BaseException:  # noqa: BLE001 - a foreign object; only main threads are interrupted, and this is none
         return None
@@ -199,8 +199,8 @@ def _is_file(value: Any) -> bool:
 def _is_check(value: Any) -> bool:
     if not isinstance(value, Mapping) or not isinstance(value.get("status"), str):
         return False
-    transposed = value.get("transposed", ())
-    return isinstance(transposed, (list, tuple)) and all(map(_is_text, transposed))
+    lists = (value.get("transposed", ()), value.get("carried", ()))
+    return all(isinstance(names, (list, tuple)) and all(map(_is_text, names)) for names in lists)
 
 
 _TEXTS = ("measured_on", "base_model")

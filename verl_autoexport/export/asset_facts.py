@@ -14,7 +14,9 @@ from typing import Any
 
 from verl_autoexport.untrusted import read_json
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json",
+)  # fmt: skip
 """Any of them makes a tokenizer; patterns of names."""
 PROCESSOR_FILES = ("processor_config.json", "*preprocessor_config.json", "*image_processor_config.json")
 PARTS = {
@@ -89,8 +91,8 @@ def _tokenizer_facts(directory: Path, trust_remote_code: bool) -> Facts:
         "special ids": {key: tokenizer.convert_tokens_to_ids(value) for key, value in special.items()},
         "added tokens": {id_: _token(token) for id_, token in sorted(tokenizer.added_tokens_decoder.items())},
         **{key: getattr(tokenizer, key, None) for key in _SETTINGS},
-        "ids of a probe": [tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False)],
-        "chat template": tokenizer.chat_template,
+        "ids of a probe": [_encoded(tokenizer, text, special) for special in (True, False)],
+        "chat template": _one(tokenizer.chat_template),
     }
 
 
@@ -125,7 +127,7 @@ def processor_template(directory: Path) -> Any:
     from transformers.processing_utils import ProcessorMixin
 
     try:
-        return ProcessorMixin.get_processor_dict(str(directory), local_files_only=True)[0].get("chat_template")
+        return _one(ProcessorMixin.get_processor_dict(str(directory), local_files_only=True)[0].get("chat_template"))
     except Exception as e:
         raise Unreadable(f"{directory}: its chat template cannot be read: {_brief(e)}") from e
 
@@ -157,6 +159,19 @@ def _said(directory: Path) -> dict[str, Any]:
     return {
         part: {k: v for k, v in (said or {}).items() if k != "processor_class"} for part, said in found.items()
     } | rest
+
+
+def _encoded(tokenizer: Any, text: str, special: bool) -> list[Any]:
+    """The ids of a text; the error where it has none, such as that of a word in a vocabulary without unknown ones."""
+    try:
+        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    except Exception as e:  # noqa: BLE001 - of the tokenizers library, or a tokenizer's own code
+        return [_brief(e)]
+
+
+def _one(template: Any) -> Any:
+    """Templates by name, of which there is only the default, are one template."""
+    return template["default"] if isinstance(template, Mapping) and template.keys() == {"default"} else template
 
 
 def _token(token: Any) -> dict[str, Any]:

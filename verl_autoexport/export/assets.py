@@ -105,7 +105,7 @@ def model_files(module: Any, tokenizer: Any) -> dict[str, bytes]:
             config.auto_map = auto_map
         config.save_pretrained(beside)
         if module.can_generate() and config.name_or_path:
-            with suppress(OSError, ValueError):  # it has none
+            with suppress(Exception):  # it has none, or one that transformers refuses: the base's file fills in
                 GenerationConfig.from_pretrained(config.name_or_path).save_pretrained(beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
@@ -123,7 +123,7 @@ def write_assets(
     """
     work = _Work(run, base, target, trust_remote_code)
     _copy(run, target, work.own(None))
-    notes = [*work.write_code(), *work.write_tokenizer(), *work.write_processor()]
+    notes = [*work.write_code(), *work.write_tokenizer(), *work.write_processor(), *work.add_code()]
     work.write_templates()
     if generates:
         notes += work.write_generation_config()
@@ -174,6 +174,14 @@ class _Work:
         _copy(self.run, self.target, [p for p in own if p not in needed])  # such as a tokenizer's of another model
         return ["code: the base model's; the run saved none that is whole"]
 
+    def add_code(self) -> list[str]:
+        """The code of a tokenizer or processor that the base has filled in."""
+        lost = [m for m in _auto_maps(self.target) if own_code.broken(m, self.target)] if self.base else []
+        needed = [p.relative_to(self.base) for p in own_code.files(lost, self.base)] if lost else []
+        needed = [p for p in needed if not (self.target / p).exists()]
+        _copy(self.base, self.target, needed)
+        return [f"code of the base model's own: {', '.join(map(str, needed))}"] if needed else []
+
     def write_tokenizer(self) -> list[str]:
         own, theirs = asset_facts.has_tokenizer(self.run), self.base and asset_facts.has_tokenizer(self.base)
         if not own and not theirs:
@@ -186,7 +194,10 @@ class _Work:
         facts = self.facts(self.run)
         if theirs and facts is not None and _same(facts, self.facts(self.base)):
             _copy(self.base, self.target, self.theirs(_TOKENIZER))
-            return []
+            if _same(facts, self.facts(self.target)):  # beside an adapter there is no config.json to tell its class
+                return []
+            for path in self.theirs(_TOKENIZER):
+                (self.target / path).unlink()
         _copy(self.run, self.target, self.own(_TOKENIZER))
         if facts is None:
             return []
@@ -231,9 +242,10 @@ class _Work:
             return
         shown = wanted
         if self.processor == self.run or unchanged:
-            self.processor_template = self.processor
             with suppress(Unreadable):
-                shown = asset_facts.processor_template(self.processor)
+                its = asset_facts.processor_template(self.processor)
+                if its is not None or not (self.target / older_form.TEMPLATE).exists():
+                    self.processor_template, shown = self.processor, its
         older_form.set_processor_template(self.target, shown, legacy or shown != wanted)
 
     def write_generation_config(self) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def find_base(path: str | None) -> tuple[BaseModel | None, str]:
         if cached and (lost := [f.name for f in files if not f.is_file()]):
             return None, f"the base model {path} is in the Hugging Face cache without {brief(lost)}: {_WITHOUT}"
         config = read_json(directory / "config.json")
-        if "quantization_config" in config:
+        if config.get("quantization_config"):
             return None, f"the base model {directory} is quantized; its tensors are not those of training"
         held = model_files(directory)
     except (SourceError, VerifyError, TypeError) as e:
@@ -101,8 +102,9 @@ def base_directory(base_model: str | None) -> Path | None:
     """Where the base model is on this machine, also if it is named by its id on the hub; None if it is not."""
     if not base_model:
         return None
-    if (path := Path(base_model).expanduser()).is_dir():
-        return path.absolute()
+    with suppress(RuntimeError):  # `~nobody`
+        if (path := Path(base_model).expanduser()).is_dir():
+            return path.absolute()
     from huggingface_hub import snapshot_download
 
     try:

@@ -44,7 +44,7 @@ def write_base_config(
     path = target / _CONFIG_NAME
     before = path.read_text(encoding="utf-8")
     wanted = plain(config.to_dict()) | {"architectures": [architecture]}
-    known = plain(naming.load_config(base.directory, trust_remote_code).to_dict())
+    known = plain(naming.load_config(base.directory, trust_remote_code, named=False).to_dict())
     changed = overlay(base.config, known, wanted, _aliases(config), _is_old(base.config))
     if dtype is not None:
         set_dtype(changed, dtype)

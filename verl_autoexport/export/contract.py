@@ -145,6 +145,8 @@ def check_start(
     if isinstance(found, Contract):
         check_dtype(dtype, found.base, found.reason)
         return found
+    if not found.config.get("architectures"):
+        return Contract(reason=f"{found.directory / 'config.json'} names no architecture; exports are compared")
     skeleton = naming.build_skeleton(
         found.directory, "source", trust_remote_code=trust_remote_code, external_lib=external_lib
     )
@@ -294,7 +296,7 @@ def _excuses(skeleton: Any, head: Head | None, base: BaseModel, trust_remote_cod
     loading, name = naming.Loading(skeleton), type(skeleton).__name__
     tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
     unsaved = set(skeleton._keys_to_ignore_on_save or ())
-    base_config = naming.load_config(base.directory, trust_remote_code)
+    base_config = naming.load_config(base.directory, trust_remote_code, named=False)
     own_head = frozenset() if tied or not _ties(base_config) else _output_embeddings(skeleton)
 
     @cache

@@ -49,10 +49,12 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _processors(directory: Path, wanted: Path, trust_remote_code: bool) -> tuple[Any, Any]:
-    """What is to be compared of both; where the wanted one cannot be loaded here, the settings in the files."""
+def _processors(directory: Path, wanted: Path, trust_remote_code: bool, in_files: bool) -> tuple[Any, Any]:
+    """What is to be compared of both: where the wanted one, or its tokenizer, cannot be loaded here, their files."""
     from verl_autoexport.export import asset_facts
 
+    if in_files:
+        return asset_facts.processor_files(directory), asset_facts.processor_files(wanted)
     try:
         expected = asset_facts.processor_facts(wanted, trust_remote_code)
     except asset_facts.Unreadable:
@@ -97,7 +99,7 @@ def check_assets(directory: Path, wanted: dict[str, str | None], trust_remote_co
             differ += asset_facts.differences(asset_facts.tokenizer_facts(directory, trust_remote_code), expected)
             equal.append(f"{expected['class']} of {len(expected['ids of a probe'][0])} probe tokens")
         if processor:
-            found, settings = _processors(directory, processor, trust_remote_code)
+            found, settings = _processors(directory, processor, trust_remote_code, bool(unread))
             differ += asset_facts.differences(found, settings)
             shown = asset_facts.processor_template(template) if template else expected.get("chat template")
             if template or tokenizer:

@@ -42,7 +42,7 @@ _KIND = re.compile(r"For[A-Z]\w*$|Model$|$")
 _TRUST = " Its code is in the checkpoint: set trust_remote_code (`--trust-remote-code`) if you trust it."
 
 
-def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_config(directory: Path, trust_remote_code: bool = False, named: bool = True) -> PretrainedConfig:
     """The model's config from `directory/config.json`; raises PlanError naming the file."""
     from transformers import AutoConfig
 
@@ -57,7 +57,7 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
         raise PlanError(f"{directory / 'config.json'}: transformers cannot read it: {detail}{hint}") from e
     if not isinstance(getattr(config, "auto_map", None) or {}, Mapping):
         raise PlanError(f"{directory / 'config.json'}: auto_map={config.auto_map!r:.100}: expected an object.")
-    if not config.architectures:
+    if named and not config.architectures:
         raise PlanError(f"{directory / 'config.json'}: `architectures` is missing; expected the model class's name.")
     return config
 

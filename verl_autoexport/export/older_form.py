@@ -14,7 +14,7 @@ from verl_autoexport.untrusted import is_plain_name, read_json
 
 LEGACY_TEMPLATE = "chat_template.json"
 """A processor's template before `chat_template.jinja`; where it is, transformers 5 takes it first."""
-_TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _TOKENIZER, _PROCESSOR = "tokenizer_config.json", "processor_config.json"
 _CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}
 _OF_THE_SAVE = ("is_local", "local_files_only")
@@ -68,6 +68,7 @@ def write_processor(directory: Path) -> None:
 def set_template(directory: Path, template: Any, base: Path | None, unchanged: bool) -> None:
     """Make `template` (a text, texts by name, None) the tokenizer's; `unchanged`: the base's files of it are there."""
     path = directory / _TOKENIZER
+    template = template if isinstance(template, str | Mapping) else None
     config, theirs = _read(path), _read(base / _TOKENIZER) if base else {}
     before = dict(config)
     inside = "chat_template" in config or "chat_template" in theirs
@@ -78,13 +79,13 @@ def set_template(directory: Path, template: Any, base: Path | None, unchanged: b
         config.pop("chat_template", None)
     if config != before:
         _write(path, config)
-    if unchanged and (inside or (directory / _TEMPLATE).exists()):
+    if unchanged and (inside or (directory / TEMPLATE).exists()):
         return
     texts = template if isinstance(template, Mapping) else {} if template is None else {"default": template}
     for name, text in texts.items():
         if not is_plain_name(name):
             raise PlanError(f"{directory}: a chat template named {name!r:.100}, which is no name of a file.")
-        target = directory / (_TEMPLATE if name == "default" else f"{_TEMPLATES}/{name}.jinja")
+        target = directory / (TEMPLATE if name == "default" else f"{_TEMPLATES}/{name}.jinja")
         target.parent.mkdir(exist_ok=True)
         target.write_text(text, encoding="utf-8")
 
@@ -98,7 +99,7 @@ def set_processor_template(directory: Path, template: Any, legacy: bool) -> None
     path = directory / LEGACY_TEMPLATE
     if not isinstance(template, str) or (directory / _TEMPLATES).is_dir():
         path.unlink(missing_ok=True)  # the two are not read together
-    elif legacy and _read(path).get("chat_template") != template:
+    elif (legacy or not (directory / TEMPLATE).exists()) and _read(path).get("chat_template") != template:
         _write(path, {"chat_template": template})
 
 

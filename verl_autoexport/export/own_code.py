@@ -35,7 +35,10 @@ def is_good(reference: str, directory: Path) -> bool:
     """Whether its file is in `directory` and defines the class."""
     module, _, name = reference.rpartition("--")[2].rpartition(".")
     path = directory / f"{module.replace('.', '/')}.py"
-    return path.is_file() and name in _defined(_parse(path))
+    try:
+        return path.is_relative_to(directory) and path.is_file() and name in _defined(_parse(path))
+    except (OSError, ValueError):  # no name of a file
+        return False
 
 
 def broken(auto_map: Any, directory: Path) -> list[str]:

@@ -357,11 +357,14 @@ def export_checkpoint(
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"workers {workers!r}: expected a whole number from 1 on.")
-    if lora_config is not None:
-        by_hand.check_lora_config(Path(lora_config))
-    spec = checkpoint_spec(
-        Path(checkpoint), dtype=dtype, max_shard_size=max_shard_size, base_model=base_model, lora=lora,
-        memory_budget=memory_budget, verify=verify, trust_remote_code=trust_remote_code, lora_config=lora_config,
-        base_check=base_check, carry_unread=carry_unread,
-    )  # fmt: skip
-    return export_to_directory(spec, Path(output), LocalRunner(workers))
+    try:
+        if lora_config is not None:
+            by_hand.check_lora_config(Path(lora_config))
+        spec = checkpoint_spec(
+            Path(checkpoint), dtype=dtype, max_shard_size=max_shard_size, base_model=base_model, lora=lora,
+            memory_budget=memory_budget, verify=verify, trust_remote_code=trust_remote_code, lora_config=lora_config,
+            base_check=base_check, carry_unread=carry_unread,
+        )  # fmt: skip
+        return export_to_directory(spec, Path(output), LocalRunner(workers))
+    except (OSError, ValueError) as e:  # paths that are too long, not to be read, or none
+        raise ConfigError(f"{checkpoint} cannot be exported to {output}: {e}") from e

@@ -17,6 +17,7 @@ from verl_autoexport.export.model import ADAPTER_FOLDER
 from verl_autoexport.export.peft_config import CONFIG_NAME, read_settings
 from verl_autoexport.export.plan import SAFETENSORS_DTYPE
 from verl_autoexport.registry.store import read_record
+from verl_autoexport.sources.base import ITEMSIZE
 from verl_autoexport.sources.checkpoints import absence
 from verl_autoexport.sources.fetched import check_fetched
 from verl_autoexport.sources.safetensors_files import INDEX_NAME
@@ -97,7 +98,7 @@ def _adapter_structure(directory: Path) -> verify.Check:
 def _run(check: Callable[[], verify.Check]) -> verify.Check:
     try:
         return check()
-    except AutoExportError as e:
+    except (AutoExportError, OSError, ValueError) as e:  # names in a record may be none of files
         return {"status": "failed", "detail": str(e)}
 
 
@@ -134,7 +135,9 @@ def _structure(
     if len(files) > 1:
         _check_index(directory, found)
     skeleton = naming.build_skeleton(
-        directory, record.dtype if record else "source", trust_remote_code=trust_remote_code
+        directory,
+        record.dtype if record and record.dtype in ITEMSIZE else "source",
+        trust_remote_code=trust_remote_code,
     )
     carried = _listed(record, "carried")
     outputs = naming.class_outputs(skeleton)

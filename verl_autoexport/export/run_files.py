@@ -54,9 +54,12 @@ def settled(spec: ExportSpec, manifest: ShardManifest) -> Iterator[tuple[ExportS
 
 def _copied(saved: Path, directory: Path, config: Mapping[str, Any], code: Mapping[Path, Path]) -> Path:
     """A copy of what the run saved, weights left out, with this configuration and code."""
-    weights = shutil.ignore_patterns(*(f"*{suffix}" for suffix in WEIGHTS))
+
+    def ignored(folder: str, names: list[str]) -> set[str]:  # what is written here must not go through a link
+        return {name for name in names if name.endswith(WEIGHTS) or Path(folder, name).is_symlink()}
+
     try:
-        shutil.copytree(saved, directory, symlinks=True, ignore=weights)
+        shutil.copytree(saved, directory, ignore=ignored)
         for path in code:
             target = directory / path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +76,7 @@ def _without_quantization(
     """The weights that were trained are plain numbers: an engine told otherwise would misread them."""
     nested = {key: node for key, node in config.items() if isinstance(node, dict) and key.endswith("_config")}
     found = [key for node in (config, *nested.values()) for key in _QUANTIZED if node.get(key)]
-    if not found:
+    if not found or spec.lora == "adapter":
         return dict(config)
     for name, tensor in manifest.tensors.items():
         if tensor.dtype.startswith(("float8", "int8", "uint8")) or name.endswith(_QUANTIZED_NAMES):

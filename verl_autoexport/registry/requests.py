@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,19 +18,20 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.registry.files import fsync_dir, temp_path, write_json_atomic
+from verl_autoexport.registry.files import fsync_dir, write_json_atomic
 
 NAME = ".requests"
 _TAKEN, _DONE = ".taken-", ".done-"
 _TRIES = 100
+_ABANDONED_S = 60.0  # nobody writes a request for so long
 
 
 def put(folder: Path, note: str | None) -> Path:
     now = datetime.now(timezone.utc)
     path = folder / f"{now:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.json"
     asked_by = {"host": socket.gethostname(), "pid": os.getpid(), "created_at": now.isoformat(timespec="seconds")}
-    # Beside the folder, which the run may take at any moment.
-    temp = folder.parent / temp_path(path).name
+    # Beside the folder, which the run may take at any moment; by a name that no `recover` beside this takes away.
+    temp = folder.parent / f".request-{uuid.uuid4().hex[:8]}.new"
     try:
         write_json_atomic(temp, {"schema_version": 1, "note": note, **asked_by})
         for left in reversed(range(_TRIES)):
@@ -45,6 +47,15 @@ def put(folder: Path, note: str | None) -> Path:
     except OSError as e:
         raise RegistryError(f"{path}: the request cannot be written: {e}") from e
     return path
+
+
+def abandoned(root: Path) -> list[Path]:
+    """What is left of requests whose writers were killed."""
+    found = []
+    for path in root.glob(".request-*.new"):
+        with suppress(FileNotFoundError):  # it has become a request
+            found += [path] if time.time() - path.stat().st_mtime > _ABANDONED_S else []
+    return found
 
 
 def pending(folder: Path) -> list[Path]:

@@ -335,9 +335,10 @@ class Registry(Reader):
 
     def _repair(self) -> list[str]:
         done = []
-        for name in filter(is_temp, sorted(os.listdir(self.root))):
-            os.unlink(self.root / name)
-            done.append(f"{self.root / name}: removed, left by a killed process")
+        left = [self.root / name for name in filter(is_temp, sorted(os.listdir(self.root)))]
+        for path in (*left, *requests.abandoned(self.root)):
+            path.unlink(missing_ok=True)  # what a process without the lock removes itself, such as a probe
+            done.append(f"{path}: removed, left by a killed process")
         state, problem = self._load()
         facts = self._notes.facts()
         for name, mark in facts.state().superseded.items():

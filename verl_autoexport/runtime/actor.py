@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_autoexport.config import AutoExportConfig
-from verl_autoexport.errors import AutoExportError
+from verl_autoexport.errors import AutoExportError, RegistryBusy
 from verl_autoexport.events import Trigger
 from verl_autoexport.export.pipeline import VERIFYING, MergeRunner, export_to_registry
 from verl_autoexport.export.spec import ExportSpec
@@ -32,6 +32,7 @@ from verl_autoexport.sources import pins
 from verl_autoexport.untrusted import shown
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 MAX_WAITING = 2
 """Exports that may wait behind the one that runs before `queue.overflow` applies."""
 _THREADS = 64  # calls of `export` that Ray lets in at a time; each only waits
@@ -53,6 +54,15 @@ class _Job:
         return all(Trigger.from_dict(t).droppable for t in self.request["triggers"])
 
 
+def _patiently(call: Callable[[], _T]) -> _T:
+    """What `call` returns, as soon as no other process holds the registry's lock."""
+    while True:
+        try:
+            return call()
+        except RegistryBusy as e:
+            logger.warning("verl_autoexport: %s; exports wait for it", e)
+
+
 class ExportActor:
     """`export` returns when its export has an outcome; it never raises for a failed one.
 
@@ -64,9 +74,14 @@ class ExportActor:
     def __init__(self, settings: AutoExportConfig, owner: str | None = None, runner: MergeRunner | None = None) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         self.settings = settings
-        self.registry = Registry.create(settings.output_dir, owner=owner)
-        for line in self.registry.recover():
-            logger.warning("verl_autoexport: recovered: %s", shown(line))
+        self.registry = _patiently(lambda: Registry.create(settings.output_dir, owner=owner))
+        # A version that is made waits for the lock as long as a stage may take, and is not lost for it.
+        self.patient = Registry(settings.output_dir, settings.queue.stage_timeout_s / 2, owner)
+        try:
+            for line in _patiently(self.registry.recover):
+                logger.warning("verl_autoexport: recovered: %s", shown(line))
+        except AutoExportError as e:
+            logger.warning("verl_autoexport: what was interrupted could not be repaired: %s", e)
         self.bookings = Bookings(self.registry)
         self.keep = Keep(**dataclasses.asdict(settings.keep))
         try:
@@ -221,12 +236,12 @@ class ExportActor:
             if version := self._published(request):
                 self._release(request)
                 return {"step": step, "status": "published", "version": version, "reason": "was published already"}
-            version = export_to_registry(self._spec(request), self.registry, self.runner, watch)
+            version = export_to_registry(self._spec(request), self.patient, self.runner, watch)
         except GivenUp:
             return {"step": step, "status": "failed", "reason": "given up"}  # nobody waits for it, all is noted
         except AutoExportError as e:
             return self._settle(request, "failed", f"{type(e).__name__}: {e}")
-        except Exception as e:  # an export must never take the queue down with it
+        except BaseException as e:  # remote code may exit, libraries may panic: the queue must go on
             logger.exception("verl_autoexport: export of step %s", step)
             return self._settle(request, "failed", f"unexpected {type(e).__name__}: {e}")
         self._release(request)

@@ -90,7 +90,8 @@ class ExportDriver:
         self.ledger.history = self.registry.milestones(up_to_step=step)
         found = pins.find_pins(self.info.checkpoints)
         if self.nodes is not None:
-            self.nodes.ask("release_others", str(self.info.checkpoints), [pin.path.name for pin in found])
+            known = (self.info.checkpoints / pins.FOLDER).glob("step_*")  # those that cannot be read, too
+            self.nodes.ask("release_others", str(self.info.checkpoints), [path.name for path in known])
         for pin in found:
             if pin.request is None and pin.step == step:
                 self.pins[step] = pin  # saved, but the run died before it was decided
@@ -254,12 +255,14 @@ class ExportDriver:
         """From its first trained step on the run has a past of its own: what lies beyond the resumed step goes."""
         for version in self.registry.supersede_after(self.start.step):
             logger.warning("verl_autoexport: %s superseded: resumed at step %s", version.path, self.start.step)
+        mine = {p.path for p in self.pins.values()} | {p.path for _, p in self.undecided if p is not None}
         for pin in self.beyond:
             if pin.request is not None:
                 self.ledger.note(
                     pin.step, "dropped", f"the run went back to step {self.start.step} before it was exported"
                 )
-            self._release(pin)
+            if pin.path not in mine:  # the same bytes, saved again, have the same hold
+                self._release(pin)
         self.past_cut = True
 
     def _decide_all(self, hold_last: bool) -> None:
@@ -387,11 +390,11 @@ class ExportDriver:
     def _resubmit(self, pin: Pin) -> None:
         # The run directory may have been moved since.
         request = {**(pin.request or {}), "pin": str(pin.path), "directory": str(pin.directory), "origin": pin.origin}
-        if request.get("attempts", 0) >= pins.MAX_ATTEMPTS:
-            logger.warning("verl_autoexport: %s", pins.given_up(pin, self.settings.output_dir))
-            return
         try:
             check_request(request, pin.step)
+            if request.get("attempts", 0) >= pins.MAX_ATTEMPTS:
+                logger.warning("verl_autoexport: %s", pins.given_up(pin, self.settings.output_dir))
+                return
             decision = Decision(pin.step, request["time"], tuple(map(Trigger.from_dict, request["triggers"])))
         except ValueError as e:
             self.ledger.note(pin.step, "failed", f"its request in {pin.path}, which is kept, cannot be read: {e}")

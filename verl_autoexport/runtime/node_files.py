@@ -58,7 +58,11 @@ class NodeFiles:
 
     def pieces(self, files: Mapping[int, Path]) -> dict[int, tuple[dict[str, Piece], tuple[Record, ...], Any]]:
         """What is in each file, and beside it."""
-        return {r: (read_rank_file(path, r), read_records(path), scheduler_at(path)) for r, path in files.items()}
+        found = {}
+        for rank, path in files.items():
+            records = read_records(path)
+            found[rank] = read_rank_file(path, rank, records), records, scheduler_at(path)
+        return found
 
     def read(self, path: Path, offset: int, nbytes: int) -> np.ndarray:
         block, done = np.empty(nbytes, dtype=np.uint8), 0

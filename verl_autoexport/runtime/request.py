@@ -13,6 +13,7 @@ from verl_autoexport.events import Decision, StepEvent, Trigger, is_measured, is
 from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.policies import measured_on
 from verl_autoexport.sources.pins import Pin
+from verl_autoexport.untrusted import is_count
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def check_request(request: Mapping[str, Any], step: int) -> None:
         "spread": isinstance(request.get("spread", False), bool),
         "frozen": names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names)),
         "homes": isinstance(homes, list | tuple) and all(isinstance(n, str) for n in homes),
+        "attempts": is_count(request.get("attempts", 0)),
+        "live": request.get("live") is None,  # a pin holds no snapshot
     }
     sound |= {key: isinstance(request.get(key), str) for key in texts}
     sound |= {key: isinstance(request.get(key), str | None) for key in maybe}

@@ -12,13 +12,14 @@ from verl_autoexport.errors import SourceError
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _PAGE = (b"<!doctype html", b"<html")
 _LARGEST = 4 << 20  # bytes; pointers and pages are smaller
+_READ = (".safetensors", ".pt", ".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
 _NEVER_EMPTY = (".safetensors", "config.json", "tokenizer.json", "tokenizer.model")
 
 
 def check_fetched(paths: Iterable[Path]) -> None:
-    """Raise SourceError naming the first of these files that only stands for one. What cannot be read is left out."""
+    """Raise SourceError naming the first of these files that only stands for one; of those that an export reads."""
     for path in paths:
-        if problem := _problem(path):
+        if path.name.endswith(_READ) and (problem := _problem(path)):
             raise SourceError(f"{path}: {problem}")
 
 

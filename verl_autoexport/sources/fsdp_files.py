@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext, suppress
@@ -110,8 +111,8 @@ class FsdpFiles:
             drop_cache(path)
 
     def manifest(self) -> ShardManifest:
-        ranks = [read_rank_file(path, rank) for rank, path in enumerate(self.paths)]
         records = [read_records(path) for path in self.paths]
+        ranks = [read_rank_file(path, rank, records[rank]) for rank, path in enumerate(self.paths)]
         self.check_unchanged()  # both are of one save
         notes = check_one_save(self.paths)
         return make_manifest(self.directory, ranks, self.paths, self.fingerprint, records, notes)
@@ -173,15 +174,18 @@ def make_manifest(
     return ShardManifest(tuple(files), tensors, len(files), _backend(directory), fingerprint, checked, tuple(notes))
 
 
-def read_rank_file(path: Path, rank: int) -> dict[str, Piece]:
+def read_rank_file(path: Path, rank: int, records: Sequence[Record] = ()) -> dict[str, Piece]:
     """Metadata of one rank file, without reading any weight.
 
-    Only the few numbers of the device meshes are read from storages.
+    Only the few numbers of the device meshes are read from storages. `records` are those of the
+    save that it must be of, as far as they are known.
     """
     size = path.stat().st_size
     if size == 0:
         raise SourceError(f"{path} (rank {rank}): the file is empty (0 bytes); the save was interrupted.")
     file = RankFile(path, rank)
+    if records and not file.is_of(records):
+        raise SourceError(f"{path} (rank {rank}): the file {CHANGED}")
     fqn, pieces = None, {}
     try:
         for fqn, record in file.state().items():
@@ -203,6 +207,12 @@ class RankFile:
         archive = read_archive(path, rank)
         self.path, self.rank, self.pickled, self.storages = path, rank, archive.pickled, archive.storages
         self.meshes: dict[int, Mesh] = {}
+
+    def is_of(self, records: Sequence[Record]) -> bool:
+        """Whether names, shapes and storages are those that the records of a save say."""
+        known = {(record.begin, record.nbytes, record.crc) for record in records}
+        named = (len(self.pickled), zlib.crc32(self.pickled)) in {(nbytes, crc) for _, nbytes, crc in known}
+        return named and {(s.begin, s.nbytes, s.crc) for s in self.storages.values()} <= known
 
     def state(self) -> dict[str, Any]:
         """The record of each tensor; raises Refused."""
