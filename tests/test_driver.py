@@ -388,7 +388,6 @@ class Shifty:
 
 
 ODD = [
-    Shifty(),
     10**400, Odd(RuntimeError), Odd(Panic), torch.empty(1, device="meta"), torch.zeros(3), np.zeros(4), 1j, True, "0.5",
     None, {}, np.array("x"), np.bool_(True),
 ]  # fmt: skip
@@ -405,7 +404,9 @@ def test_an_odd_metric_loses_nothing_but_itself(odd):
 def test_odd_metrics_cost_no_milestone(run):
     run.start(best=BEST, on_train_end=False)
     run.save(1)
-    run.driver.logged(1, {METRIC: 0.5, Odd(KeyError): 1.0} | {f"odd{i}": odd for i, odd in enumerate(ODD)})
+    run.driver.logged(
+        1, {METRIC: 0.5, Odd(KeyError): 1.0, "shifty": Shifty()} | {f"odd{i}": odd for i, odd in enumerate(ODD)}
+    )
     run.save(2)
     run.driver.logged(2, {METRIC: 10**400})
     run.finish(False)

@@ -100,7 +100,8 @@ def test_fused_equals_merge_and_unload(name, dtype, made, tmp_path):
 def test_fused_loads_and_generates(made, tmp_path):
     record = export(made["plain"], tmp_path / "out", verify=True, **options("plain", made["plain"]))
     assert {k: v["status"] for k, v in record.verification.items()} == {
-        "structure": "passed", "contract": "passed", "load": "passed", "generate": "passed", "logits": "passed",
+        "structure": "passed", "contract": "passed", "assets": "skipped", "load": "passed", "generate": "passed",
+        "logits": "passed",
     }  # fmt: skip
     assert not (tmp_path / "out/adapter_config.json").exists()
     assert record.architectures == ("Qwen2ForCausalLM",)
@@ -115,12 +116,12 @@ def test_fused_equals_pefts_merge_of_the_shards(name, made, tmp_path):
     adapter = plan_model(spec, FsdpFiles(spec.checkpoint).manifest()).adapter
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     base = path / "base" if name in ONLY else None
-    found = compare(model, path / "actor", adapter.config, base)
+    found = compare(model, path / "actor", path / "actor/huggingface", adapter.config, base)
     assert "equal those of the shards merged by PEFT, and so do the logits" in found
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1
     with pytest.raises(ValueError, match="1 tensors differ"):
-        compare(model, path / "actor", adapter.config, base)
+        compare(model, path / "actor", path / "actor/huggingface", adapter.config, base)
 
 
 def test_several_files_in_several_processes(made, tmp_path):
@@ -442,7 +443,7 @@ def test_real_run_exports_both(tmp_path):
     assert run.code == 0, run.log[-3000:]
     (version,) = run.versions()
     assert {k: v["status"] for k, v in version["verification"].items() if k != "contract"} == dict.fromkeys(
-        ("structure", "load", "generate", "logits", "adapter"), "passed"
+        ("structure", "assets", "load", "generate", "logits", "adapter"), "passed"
     )
     base = tmp_path / "assets/model"
     config = json.loads((version["dir"] / "adapter/adapter_config.json").read_text())
