@@ -21,7 +21,12 @@ _MODEL = ("config.json", "adapter_config.json")
 
 def is_registry(path: Path) -> bool:
     """Whether a run, or an export by hand, has begun to publish there."""
-    return path.is_dir() and (any(os.path.lexists(path / mark) for mark in _MARKS) or bool(names_like_versions(path)))
+    return path.is_dir() and (_is_kept(path) or bool(names_like_versions(path)))
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether records are kept there, whatever the names beside them."""
+    return any(os.path.lexists(path / mark) for mark in _MARKS)
 
 
 def existing_registry(root: Path) -> Registry:
@@ -56,9 +61,9 @@ def check_output(target: Path, base_model: str | None = None) -> None:
     """The same for a directory of its own, which has no place among a registry's versions either."""
     check_target(target, "--output", base_model)
     target = Path(os.path.realpath(target))
-    inside = [folder for folder in target.parents if is_registry(folder)]
-    if is_registry(target) or (inside and target.relative_to(inside[0]).parts[0].startswith(".")):
-        root = target if is_registry(target) else inside[0]
+    inside = [folder for folder in target.parents if _is_kept(folder)]
+    if _is_kept(target) or (inside and target.relative_to(inside[0]).parts[0].startswith(".")):
+        root = target if _is_kept(target) else inside[0]
     elif inside and inside[0] == target.parent:
         root = target.parent
     else:
