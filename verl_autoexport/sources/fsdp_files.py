@@ -210,8 +210,8 @@ class RankFile:
 
     def is_of(self, records: Sequence[Record]) -> bool:
         """Whether names, shapes and storages are those that the records of a save say."""
-        known = {(record.begin, record.nbytes, record.crc) for record in records}
-        named = (len(self.pickled), zlib.crc32(self.pickled)) in {(nbytes, crc) for _, nbytes, crc in known}
+        known, crc = {(record.begin, record.nbytes, record.crc) for record in records}, zlib.crc32(self.pickled)
+        named = any(nbytes == len(self.pickled) and written in (0, crc) for _, nbytes, written in known)
         return named and {(s.begin, s.nbytes, s.crc) for s in self.storages.values()} <= known
 
     def state(self) -> dict[str, Any]:
