@@ -218,14 +218,14 @@ def test_a_rank_is_taken_from_its_own_node(cluster, source, older, driver, tmp_p
     assert "1 published (v0001-step6)" in driver.drain(120)
     export(source, tmp_path / "here")
     assert_same_model(driver.registry.find("latest").path, tmp_path / "here")
-    homes = [driver.nodes.homes[rank] for rank in range(WORLD)]
-    found = SpreadFiles(driver.nodes, checkpoint, "actor", homes)  # as where no links can be
-    assert [node for node, _, _ in found.ranks] == homes
     deadline = time.monotonic() + 10  # nothing waits for it
     own = [cluster.own(rank) / f"global_step_6/actor/model_world_size_{WORLD}_rank_{rank}.pt" for rank in range(WORLD)]
     while any(map(resident, own)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(resident, own))
+    homes = [driver.nodes.homes[rank] for rank in range(WORLD)]
+    found = SpreadFiles(driver.nodes, checkpoint, "actor", homes)  # as where no links can be
+    assert [node for node, _, _ in found.ranks] == homes
 
 
 def test_different_files_of_a_rank_are_refused_where_its_node_is_not_known(cluster, source, older, tmp_path):

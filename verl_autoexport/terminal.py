@@ -104,5 +104,8 @@ def write_out(text: str) -> bool:
 def complain(message: str) -> None:
     """One line on stderr, whatever the message holds; nothing where there is no stderr any more."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-    with suppress(OSError):
+    try:
         print(f"verl-autoexport: {line}", file=sys.stderr, flush=True)
+    except OSError:  # what is left in its buffer would fail again, and change the exit code, at the end of the process
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
