@@ -155,7 +155,8 @@ def _ls(args: argparse.Namespace) -> int:
     rows = [_row(v, pointers) for v in registry.versions()]
     print_table(("VERSION", "STEP", "CREATED", "WHY", "VERIFIED", "POINTERS"), rows)
     owner = registry.owner()
-    fate = f"{owner} is at it" if owner else "interrupted; the next start of the run finishes it or says why it cannot"
+    interrupted = "interrupted; the next start of the run finishes it or says why it cannot"
+    fate = f"being exported by {owner}" if owner else interrupted
     for step in pending:
         print(shown(f"step {step}: asked for, not finished: {fate}"))
     for outcome in registry.outcomes():

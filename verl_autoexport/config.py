@@ -233,7 +233,7 @@ def load_config(node: DictConfig | Mapping[str, Any]) -> AutoExportConfig:
         raise ConfigError(f"{ROOT}.verify.generate=true needs {ROOT}.verify.load=true or auto; found load=false.")
     if config.weights.carry_unread and config.weights.base_check == "off":
         raise ConfigError(
-            f"{ROOT}.weights.carry_unread=true needs the comparison that tells what is unread; found "
+            f"{ROOT}.weights.carry_unread=true needs the comparison with the base model; found "
             f"{ROOT}.weights.base_check=off."
         )
     if config.keep.best is not None and not config.trigger.best:

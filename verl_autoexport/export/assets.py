@@ -284,7 +284,7 @@ class _Work:
         ids = {f"{k}_token_id": v for k in _TOKENS if (v := run["special ids"].get(f"{k}_token")) is not None}
         changed = {k: v for k, v in ids.items() if base.get(k.removesuffix("_id")) != v} if self.base else {}
         notes = [_edit(self.target / "config.json", changed)] if changed else []
-        if not self.base or "eos_token_id" in changed:  # without a base nothing tells what the run changed
+        if not self.base or "eos_token_id" in changed:  # without a base the change cannot be seen
             changed["eos_token_id"] = ids.get("eos_token_id")
         notes.append(_edit(self.target / _GENERATION, {k: v for k, v in changed.items() if v is not None}, add=True))
         return [note for note in notes if note]

@@ -24,7 +24,7 @@ _aten = torch.ops.aten
 
 
 def trace(convert: Callable[[Tensors], Tensors], sources: Tensors) -> list[Output]:
-    """Run `convert` on `sources` (contiguous meta tensors by name) and tell what its results are made of.
+    """Run `convert` on `sources` (contiguous meta tensors by name) and describe the pieces of its results.
 
     Raises PlanError where a result is more than a rearrangement of its sources' values.
     """
