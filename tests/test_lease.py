@@ -158,7 +158,7 @@ def test_commands_work_beside_a_run(start, root, registry, capsys):
     assert main(["prune", str(root), "--last", "1"]) == 0
     assert main(["ls", str(root)]) == 0
     told = capsys.readouterr().out
-    assert "step 6: asked for, not finished: p/first (process" in told
+    assert "step 6: asked for, not finished: being exported by p/first (process" in told
 
 
 def test_the_next_command_says_what_a_killed_run_left(start, root, registry, capsys):
