@@ -18,10 +18,11 @@ from sharding import QWEN2, QWEN3_MOE, build, make_checkpoints
 from test_export import assert_same_model, export, oracle, tensors
 
 from verl_autoexport.errors import ConfigError, MergeError, PlanError
-from verl_autoexport.export.base import find_base
-from verl_autoexport.export.configs import overlay, set_dtype
+from verl_autoexport.export.base import BaseModel, find_base
+from verl_autoexport.export.configs import overlay, set_dtype, write_base_config
 from verl_autoexport.export.contract import check_start
 from verl_autoexport.export.recheck import check_directory
+from verl_autoexport.sources.base import ShardManifest
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 OLD_STYLE = {"torch_dtype": "bfloat16", "rope_theta": 10000.0, "transformers_version": "4.43.1", "use_cache": False}
@@ -285,6 +286,23 @@ def test_a_config_that_the_bases_file_cannot_say_is_written_anew(own_checkpoint,
     edit_config(made / "actor/huggingface", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     export(made, tmp_path / "out", base_model=str(base))
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == 5e5
+
+
+def test_a_change_of_rope_is_said_by_every_name_that_the_file_has(tmp_path):
+    """`rotary_emb_base` is what transformers 4 reads of a GPT-NeoX, `rope_theta` what other readers do."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    old = {"model_type": "gpt_neox", "vocab_size": 32, "rotary_emb_base": 10000, "rope_theta": 10000, **small}
+    base = BaseModel(tmp_path / "base", {}, old, ShardManifest((), {}, 1, "", ""))
+    target = tmp_path / "target"
+    for folder in (base.directory, target):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(old))
+    config = transformers.AutoConfig.from_pretrained(base.directory)
+    config.rope_parameters["rope_theta"] = 5e5
+    assert write_base_config(config, "GPTNeoXForCausalLM", None, base, target) is None
+    assert config_of(target) == old | {
+        "architectures": ["GPTNeoXForCausalLM"], "rotary_emb_base": 5e5, "rope_theta": 5e5
+    }  # fmt: skip
 
 
 def test_overlay_changes_only_what_differs():

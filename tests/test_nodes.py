@@ -238,6 +238,22 @@ def test_different_files_of_a_rank_are_refused_where_its_node_is_not_known(clust
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_run_with_another_world_size_left_is_decided_by_rank_0s_node(cluster, source, driver, tmp_path):
+    checkpoint = cluster.spread(source, 11)
+    for rank in range(WORLD):
+        own = cluster.own(rank) / f"global_step_11/actor/model_world_size_{WORLD}_rank_{rank}.pt"
+        shutil.copy(own, own.with_name(f"model_world_size_6_rank_{2 * rank}.pt"))
+    driver.saved(11, checkpoint)
+    driver.logged(11, {})
+    assert "1 published (v0001-step11)" in driver.drain(120)
+    export(source, tmp_path / "here")
+    assert_same_model(driver.registry.find("latest").path, tmp_path / "here")
+    (cluster.own(0) / "global_step_11/actor/fsdp_config.json").unlink()
+    done = by_hand(checkpoint, tmp_path / "out", "--ray-address", cluster.address)
+    assert done.returncode == 1
+    assert "mixed on the nodes: [3, 6], and fsdp_config.json names none." in done.stderr
+
+
 @pytest.mark.full
 def test_a_copy_of_a_rank_on_another_node_is_as_good(cluster, source, tmp_path):
     checkpoint = cluster.spread(source, 8)

@@ -409,6 +409,24 @@ def test_whatever_a_link_leads_to_in_the_end_stays(registry, root, tmp_path):
     assert [v.step for v in registry.versions()] == [1, 2, 3, 4, 6, 9], "only while the link stands"
 
 
+def test_a_link_in_a_version_holds_its_target_as_long_as_it_stays_itself(registry, root):
+    for step in range(1, 7):
+        publish(registry, step)
+    for holder, link, target in (
+        ("v0006-step6", "base", "../v0001-step1"),
+        ("v0006-step6", "again", "../v0006-step6"),
+        ("v0004-step4", "sub/base", "../../v0002-step2/model.safetensors"),
+        ("v0004-step4", "itself", "."),
+    ):
+        (root / holder / link).parent.mkdir(exist_ok=True)
+        (root / holder / link).symlink_to(target)
+    judged = registry.judge(Keep(last=2)).verdicts
+    assert [v.version.step for v in judged if v.keep] == [1, 5, 6]
+    assert judged[0].reason == "v0006-step6/base links to it"
+    registry.prune(Keep(last=2))
+    assert [v.step for v in registry.versions()] == [1, 5, 6], "what only a removed version leads to goes with it"
+
+
 def test_a_link_made_while_it_is_judged_is_respected(registry, root, monkeypatch):
     for step in range(1, 6):
         publish(registry, step)

@@ -76,7 +76,7 @@ def overlay(
         if key not in wanted:
             changed.pop(spelled, None)
         elif key == "rope_parameters" and old and isinstance(after, Mapping):
-            _set_old_rope(changed, after)
+            _set_old_rope(changed, before if isinstance(before, Mapping) else {}, after)
         elif isinstance(before, Mapping) and isinstance(after, Mapping) and isinstance(file.get(spelled), Mapping):
             changed[spelled] = overlay(file[spelled], before, after, aliases, old)
         elif key == "text_config" and key not in file:  # older files have the text model's keys beside the others
@@ -104,27 +104,27 @@ def _aliases(config: Any) -> dict[str, frozenset[str]]:
     return {key: frozenset(names) for key, names in found.items()}
 
 
-def _set_old_rope(file: dict[str, Any], rope: Mapping[str, Any]) -> None:
-    """Say `rope`, a value of `rope_parameters`, as transformers 4 reads it. In place.
+def _set_old_rope(file: dict[str, Any], known: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
+    """Say `rope`, a value of `rope_parameters` that was `known`, as transformers 4 reads it. In place.
 
     One for each type of layers (Gemma 3, ModernBERT): the base frequencies have keys of their
     own there, and only full attention is scaled.
     """
     if isinstance(local := rope.get("sliding_attention"), Mapping):
-        file[_spelled(file, "rope_local_base_freq", "local_rope_theta")] = local.get("rope_theta")
-    scaling = dict(full if isinstance(full := rope.get("full_attention"), Mapping) else rope)
+        file |= dict.fromkeys(_spelled(file, "rope_local_base_freq", "local_rope_theta"), local.get("rope_theta"))
+    before, scaling = (dict(full if isinstance(full := r.get("full_attention"), Mapping) else r) for r in (known, rope))
     for key, older in _OLD_ROPE.items():
-        if key in scaling:
-            file[_spelled(file, *older)] = scaling.pop(key)
+        if key in scaling and (value := scaling.pop(key)) != before.get(key):
+            file |= dict.fromkeys(_spelled(file, *older), value)
     if scaling.keys() - {"rope_type", "type"} or scaling.get("rope_type", "default") != "default":
         file["rope_scaling"] = scaling
     elif file.get("rope_scaling") is not None:
         file["rope_scaling"] = None
 
 
-def _spelled(file: Mapping[str, Any], *names: str) -> str:
-    """The first of `names` that the file has; if it has none, the first."""
-    return next((name for name in names if name in file), names[0])
+def _spelled(file: Mapping[str, Any], *names: str) -> list[str]:
+    """Those of `names` that the file has, of which any may be the one that is read; if it has none, the first."""
+    return [name for name in names if name in file] or [names[0]]
 
 
 def set_values(config: Any, values: Mapping[str, Any]) -> None:
@@ -151,7 +151,9 @@ def set_dtype(file: dict[str, Any], dtype: str) -> None:
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> Iterator[str]:
     """Dotted keys, of those that describe the model, in which two configurations differ."""
-    for key in sorted((found.keys() | wanted.keys()) - _NOT_THE_MODEL):
+    rope = wanted.get("rope_parameters") or {}
+    said_there = {name for key, older in _OLD_ROPE.items() if key in rope for name in older}
+    for key in sorted((found.keys() | wanted.keys()) - _NOT_THE_MODEL - said_there):
         a, b = found.get(key), wanted.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             yield from differences(a, b, f"{path}{key}.")

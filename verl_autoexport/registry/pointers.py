@@ -62,8 +62,18 @@ def measure(trigger: Mapping[str, Any]) -> tuple[Any, str]:
 
 def links(root: Path) -> dict[str, str]:
     """The symbolic links below `root`, versions aside, that lead to a version or into it, whoever made them."""
+    return _leading_to_versions(root, _symlinks(root))
+
+
+def inner_links(root: Path, names: Iterable[str]) -> dict[str, str]:
+    """Those that lie in the versions `names` and lead to another version."""
+    inside = (path for name in names for path in _symlinks(root / name))
+    return {path: name for path, name in _leading_to_versions(root, inside).items() if Path(path).parts[0] != name}
+
+
+def _leading_to_versions(root: Path, paths: Iterable[Path]) -> dict[str, str]:
     here, found = os.stat(root), {}
-    for path in sorted(_symlinks(root)):
+    for path in sorted(paths):
         end = Path(os.path.realpath(path))
         for folder in (end, *end.parents):
             # The same directory may be reached by many paths: what counts is which directory it is.
@@ -74,13 +84,12 @@ def links(root: Path) -> dict[str, str]:
 
 
 def _symlinks(folder: Path) -> Iterator[Path]:
-    with os.scandir(folder) as entries:
+    with suppress(PermissionError, FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_symlink():
                 yield folder / entry.name
             elif not entry.name.startswith(".") and not NAME.fullmatch(entry.name) and entry.is_dir():
-                with suppress(PermissionError, FileNotFoundError):
-                    yield from _symlinks(folder / entry.name)
+                yield from _symlinks(folder / entry.name)
 
 
 def _is_same(folder: Path, known: os.stat_result) -> bool:

@@ -73,7 +73,9 @@ class Reader:
 
     def judge(self, keep: Keep) -> Judgement:
         """What `prune` would remove, and why."""
-        return retention.judge(self.versions(), keep, pointers.links(self.root))
+        versions = self.versions()
+        inside = pointers.inner_links(self.root, (v.name for v in versions))
+        return retention.judge(versions, keep, inside | pointers.links(self.root))
 
     def noted_policy(self) -> Keep | None:
         """The policy of the run that exports here, if one recorded it."""

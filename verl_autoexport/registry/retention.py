@@ -14,7 +14,7 @@ from typing import Any
 
 from verl_autoexport.events import is_measured
 from verl_autoexport.registry import pointers
-from verl_autoexport.registry.versions import Version
+from verl_autoexport.registry.versions import NAME, Version
 
 # What max_bytes takes first. `last` is the cheapest to lose: training goes on and makes the next one.
 _SUPERSEDED, _LAST, _MILESTONE, _BEST = range(4)
@@ -176,7 +176,12 @@ def _never_removed(versions: Sequence[Version], links: Mapping[str, str]) -> Ite
     chosen = pointers.choose(versions)
     yield from ((v.name, "pinned") for v in versions if v.pinned)
     yield from ((name, pointer) for pointer, name in chosen.items())
-    yield from ((name, f"{link} links to it") for link, name in links.items() if chosen.get(link) != name)
+    there = {v.name for v in versions}
+    for link, name in links.items():
+        folder, inside, _ = link.partition("/")
+        gone = inside and NAME.fullmatch(folder) and folder not in there  # and takes its own links with it
+        if chosen.get(link) != name and not gone:
+            yield name, f"{link} links to it"
     for pointer, claims in pointers.claims(versions).items():
         newest = claims[-1]
         others = [v for v, t in claims if pointers.measure(t) != pointers.measure(newest[1])]

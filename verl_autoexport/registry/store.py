@@ -205,13 +205,15 @@ class Registry(Reader):
         """Judges without the lock, and notes with it what is to go, unless something changed in between."""
         for left in reversed(range(_TRIES)):
             state = self._state()
-            versions, links = self._versions(state), pointers.links(self.root)
+            versions = self._versions(state)
+            inside = pointers.inner_links(self.root, (v.name for v in versions))
+            links = inside | pointers.links(self.root)
             judgement, seen = retention.judge(versions, keep, links), self._evidence(versions, links)
             lines = removal.sentence(self._notes, judgement.removed)
             with self._locked():
                 state = self._state()
                 self._settle_logged(state)  # links first: none may lead to what goes
-                versions, links = self._versions(state, fresh=False), pointers.links(self.root)
+                versions, links = self._versions(state, fresh=False), inside | pointers.links(self.root)
                 if self._evidence(versions, links) != seen:
                     if left:
                         continue

@@ -110,7 +110,7 @@ class AutoExportCallback(CheckpointCallback):
     def _live(self, workers: Sequence[Any], *length: Any) -> LiveSource | None:
         """The workers as the source, None where checkpoints are it; says which and why.
 
-        Raises SourceError, PlanError or ConfigError where there can be neither.
+        Raises SourceError, PlanError, ConfigError or OSError where there can be neither.
         """
         kind, why = choose_source(self.config, self.settings)
         live = None
@@ -118,7 +118,7 @@ class AutoExportCallback(CheckpointCallback):
             try:
                 live = start_live(workers, self.settings, self.driver.info)
                 why = f"{live.nbytes / 1e9:.2f} GB a snapshot, at most {live.room} in flight"
-            except (SourceError, PlanError) as e:
+            except (SourceError, PlanError, OSError) as e:
                 if self.settings.source != "auto":
                     raise
                 kind, why = "checkpoint", str(e)

@@ -18,7 +18,7 @@ import ray
 from verl_autoexport.errors import SourceError
 from verl_autoexport.runtime.tasks import versions
 from verl_autoexport.sources import pins
-from verl_autoexport.sources.checkpoints import candidates, find_checkpoint, present_ranks
+from verl_autoexport.sources.checkpoints import by_world_size, candidates, find_checkpoint, has_shards, saved_world_size
 from verl_autoexport.sources.crc32 import Run
 from verl_autoexport.sources.fsdp_files import Piece, compare, read_rank_file
 from verl_autoexport.sources.one_save import scheduler_at
@@ -31,12 +31,15 @@ _MAX_CONFIG = 256 << 20  # bytes of a file beside the shards
 
 @dataclass(frozen=True)
 class Part:
-    """What one node holds of a checkpoint: `files` are path and identity of the ranks that are there."""
+    """What one node holds of a checkpoint: path and identity of each rank that is there, by world size.
+
+    `named` is the world size that an `fsdp_config.json` beside them names.
+    """
 
     host: str
     directory: Path
-    world_size: int
-    files: Mapping[int, tuple[Path, Mark]]
+    sets: Mapping[int, Mapping[int, tuple[Path, Mark]]]
+    named: int | None = None
 
 
 class NodeFiles:
@@ -50,11 +53,14 @@ class NodeFiles:
 
     def look(self, directory: str, role: str) -> Part:
         host, path = socket.gethostname(), Path(directory)
-        if not path.is_dir() or not any(present_ranks(p)[1] for p in candidates(path, role)):
-            return Part(host, path, 0, {})
+        if not any(map(has_shards, candidates(path, role))):
+            return Part(host, path, {})
         source = find_checkpoint(path, role)
-        world_size, files = present_ranks(source)
-        return Part(host, source, world_size, {rank: (file, mark(file)) for rank, file in files.items()})
+        sets = {
+            size: {rank: (file, mark(file)) for rank, file in files.items()}
+            for size, files in by_world_size(source).items()
+        }
+        return Part(host, source, sets, saved_world_size(source))
 
     def pieces(self, files: Mapping[int, Path]) -> dict[int, tuple[dict[str, Piece], tuple[Record, ...], Any]]:
         """What is in each file, and beside it."""

@@ -229,20 +229,37 @@ def _one_of_each(directory: Path, parts: Mapping[str, Part], nodes: Nodes, homes
 
     What another node than a rank's own has of it, an earlier run left there.
     """
-    sizes = {part.world_size for part in parts.values() if part.files}
-    if len(sizes) > 1:
-        raise SourceError(f"{directory}: shards of different world sizes on different nodes: {sorted(sizes)}.")
+    world_size = _world_size(directory, parts, homes)
     held: dict[int, dict[str, tuple[Path, Mark]]] = {}
     for node, part in sorted(parts.items()):
-        for rank, file in part.files.items():
+        for rank, file in part.sets.get(world_size, {}).items():
             if homes.get(rank, node) == node:
                 held.setdefault(rank, {})[node] = file
-    world_size = max(sizes, default=0)
     if not held or not held.keys() >= set(range(world_size)):
-        raise SourceError(_lacking(directory, parts, [r for r in range(world_size) if r not in held], nodes, homes))
+        missing = [rank for rank in range(world_size) if rank not in held]
+        raise SourceError(_lacking(directory, parts, world_size, missing, nodes, homes))
     if extra := sorted(held.keys() - set(range(world_size))):
         raise SourceError(f"{directory}: ranks {brief(extra)} do not exist in world size {world_size}.")
     return [_the_one(directory, rank, held[rank], nodes) for rank in range(world_size)]
+
+
+def _world_size(directory: Path, parts: Mapping[str, Part], homes: Mapping[int, str]) -> int:
+    """That of the newest save, 0 where there are no shards: rank 0 writes it into `fsdp_config.json` on its node.
+
+    Raises SourceError where there are shards of several and no node says which are meant, or nodes say different ones.
+    """
+    sizes = {size for part in parts.values() for size in part.sets}
+    if len(sizes) < 2:
+        return max(sizes, default=0)
+    tells = [parts[homes[0]]] if homes.get(0) in parts else parts.values()
+    named = {part.named for part in tells if part.named is not None}
+    if len(named) != 1 or not named <= sizes:
+        raise SourceError(
+            f"{directory}: shards of different world sizes are mixed on the nodes: {sorted(sizes)}, and "
+            f"fsdp_config.json names {sorted(named) or 'none'}. Two runs wrote to the same step; remove the files of "
+            "the older one."
+        )
+    return named.pop()
 
 
 def _the_one(directory: Path, rank: int, files: Mapping[str, tuple[Path, Mark]], nodes: Nodes) -> _Held:
@@ -258,12 +275,16 @@ def _the_one(directory: Path, rank: int, files: Mapping[str, tuple[Path, Mark]],
 
 
 def _lacking(
-    directory: Path, parts: Mapping[str, Part], missing: Sequence[int], nodes: Nodes, homes: Mapping[int, str]
+    directory: Path,
+    parts: Mapping[str, Part],
+    size: int,
+    missing: Sequence[int],
+    nodes: Nodes,
+    homes: Mapping[int, str],
 ) -> str:
     hosts = {rank: nodes.names.get(node, node[:8]) for rank, node in homes.items()}
     expected = sorted({f"{hosts[r]} (rank {r})" for r in missing or hosts if r in hosts})
-    there = [f"{part.host} holds {brief(sorted(part.files)) or 'none'}" for part in parts.values()]
-    size = max((part.world_size for part in parts.values()), default=0)
+    there = [f"{part.host} holds {brief(sorted(part.sets.get(size, ()))) or 'none'}" for part in parts.values()]
     lacking = f"the files of ranks {brief(missing)} of {size} are" if missing else "files of an FSDP model are"
     should = f"; expected on {', '.join(expected[:16])}" if expected else ""
     where = "not on their own nodes" if expected else "on no node of the cluster"

@@ -104,7 +104,7 @@ def rank_files(directory: Path) -> list[Path]:
     if not files:
         raise SourceError(f"{directory}: no model_world_size_W_rank_R.pt found; expected the shards of an FSDP model.")
     if missing := sorted(set(range(world_size)) - files.keys()):
-        if len(sets := _by_world_size(directory)) > 1:
+        if len(sets := by_world_size(directory)) > 1:
             raise _mixed(directory, sets)
         raise SourceError(
             f"{directory}: world size {world_size}, but the files of rank{'s' if len(missing) > 1 else ''} "
@@ -121,9 +121,9 @@ def present_ranks(directory: Path) -> tuple[int, dict[int, Path]]:
     A run that was resumed with other ranks leaves the older files where it saves the same step again: those that
     `fsdp_config.json` names, which is written with the newer, are taken. Where it does not tell, SourceError.
     """
-    found = _by_world_size(directory)
+    found = by_world_size(directory)
     if len(found) > 1:
-        named = _saved_world_size(directory)
+        named = saved_world_size(directory)
         if named not in found:
             raise _mixed(directory, found)
         return named, found[named]
@@ -132,7 +132,7 @@ def present_ranks(directory: Path) -> tuple[int, dict[int, Path]]:
 
 def notes(directory: Path) -> list[str]:
     """What is to be said of shards that are left out."""
-    sizes = sorted(_by_world_size(directory))
+    sizes = sorted(by_world_size(directory))
     if len(sizes) < 2:
         return []
     chosen = present_ranks(directory)[0]
@@ -140,7 +140,8 @@ def notes(directory: Path) -> list[str]:
     return [f"shards of world size {left} lie beside those of {chosen}, which fsdp_config.json names, and are left out"]
 
 
-def _by_world_size(directory: Path) -> dict[int, dict[int, Path]]:
+def by_world_size(directory: Path) -> dict[int, dict[int, Path]]:
+    """World size -> rank -> the model file in `directory`."""
     found: dict[int, dict[int, Path]] = {}
     for path in directory.iterdir() if directory.is_dir() else ():
         if match := RANK_FILE.fullmatch(path.name):
@@ -148,7 +149,8 @@ def _by_world_size(directory: Path) -> dict[int, dict[int, Path]]:
     return found
 
 
-def _saved_world_size(directory: Path) -> int | None:
+def saved_world_size(directory: Path) -> int | None:
+    """The one that `fsdp_config.json` names, None where it names none."""
     with suppress(OSError, ValueError):
         size = read_json(directory / "fsdp_config.json").get("world_size")
         return size if is_count(size) else None
