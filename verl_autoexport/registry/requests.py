@@ -39,7 +39,7 @@ def put(folder: Path, note: str | None) -> Path:
                 folder.mkdir(exist_ok=True)
                 os.replace(temp, path)
                 break
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError):  # it was there, and was taken before it was looked at again
                 if not left:
                     raise
         with suppress(FileNotFoundError):
