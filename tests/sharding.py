@@ -141,7 +141,7 @@ def _add_lora(model: Any, lora: dict[str, Any], zero: bool, out: Path | None) ->
 
 def _copy_live(module: Any, rank: int, dtype: str, folder: Path) -> None:
     """What a worker does: take the memory, change the weights for the copy's sake, copy, go on with training."""
-    from verl_autoexport.sources.live import Copier, held_parts
+    from verl_autoexport.sources.live.copier import Copier, held_parts
 
     folder.mkdir(exist_ok=True)
     names = [part.fqn for part, _ in held_parts(module, rank)]

@@ -27,10 +27,10 @@ from transformers.processing_utils import ProcessorMixin
 
 from verl_autoexport import export_checkpoint
 from verl_autoexport.errors import VerifyError
-from verl_autoexport.export.asset_facts import processor_facts, processor_template, tokenizer_facts
-from verl_autoexport.export.assets import Reference, write_assets
-from verl_autoexport.export.load_check import check_assets, generate, load_model
-from verl_autoexport.export.verify import check_loading
+from verl_autoexport.model.asset_facts import processor_facts, processor_template, tokenizer_facts
+from verl_autoexport.model.assets import Reference, write_assets
+from verl_autoexport.verify.checks import check_loading
+from verl_autoexport.verify.load_in_child import check_assets, generate, load_model
 
 IMAGE = {
     "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "size": {"shortest_edge": 28},

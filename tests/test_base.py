@@ -18,11 +18,11 @@ from sharding import QWEN2, QWEN3_MOE, build, make_checkpoints
 from test_export import assert_same_model, export, oracle, tensors
 
 from verl_autoexport.errors import ConfigError, MergeError, PlanError
-from verl_autoexport.export.base import BaseModel, find_base
-from verl_autoexport.export.configs import overlay, set_dtype, write_base_config
-from verl_autoexport.export.contract import check_start
-from verl_autoexport.export.recheck import check_directory
-from verl_autoexport.sources.base import ShardManifest
+from verl_autoexport.model.base_compatibility import check_start
+from verl_autoexport.model.base_model import BaseModel, find_base
+from verl_autoexport.model.config_json import overlay, set_dtype, write_base_config
+from verl_autoexport.shards.manifest import ShardManifest
+from verl_autoexport.verify.directory import check_directory
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 OLD_STYLE = {"torch_dtype": "bfloat16", "rope_theta": 10000.0, "transformers_version": "4.43.1", "use_cache": False}

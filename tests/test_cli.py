@@ -155,7 +155,7 @@ def test_version_and_help():
 
 IMPORTED = """
 import json, sys
-from verl_autoexport.cli import main
+from verl_autoexport.cli.main import main
 assert main(sys.argv[2:]) == 0
 print(json.dumps([name for name in sys.argv[1].split(",") if name in sys.modules]))
 """

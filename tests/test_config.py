@@ -13,9 +13,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from verl_autoexport.config import AutoExportConfig, KeepConfig, config_dir, load_config, parse_size
+from verl_autoexport.config.run_rules import CALLBACK, check_hook, check_length, check_run
+from verl_autoexport.config.schema import AutoExportConfig, KeepConfig, config_dir, load_config, parse_size
 from verl_autoexport.errors import ConfigError
-from verl_autoexport.preflight import CALLBACK, check_hook, check_length, check_run
 from verl_autoexport.registry.retention import Keep
 
 TRIGGER_KEYS = (
@@ -517,12 +517,13 @@ def test_the_flag_sets_callback_guard_and_node(verl_config):
     assert config.trigger.every_n_steps == 5
     assert config.trigger.best[0].metric == "val-core/*/acc/mean@1"
     hydra = compose("ppo_trainer", ["+autoexport=default"], return_hydra_config=True).hydra
-    assert hydra.callbacks.autoexport._target_ == "verl_autoexport.runtime.guard.StartupGuard"
+    assert hydra.callbacks.autoexport._target_ == "verl_autoexport.trainers.startup_guard.StartupGuard"
 
 
 def test_importing_stays_light():
     code = (
-        "import sys, verl_autoexport.preflight, verl_autoexport.policies, hydra_plugins.autoexport_searchpath; "
+        "import sys, verl_autoexport.config.run_rules, verl_autoexport.milestones.triggers; "
+        "import hydra_plugins.autoexport_searchpath; "
         "print([m for m in ('torch', 'ray', 'transformers', 'verl') if m in sys.modules])"
     )
     root = Path(__file__).parents[1]

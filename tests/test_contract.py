@@ -122,8 +122,8 @@ def test_our_name_leads_verl_to_our_class() -> None:
     """`verl_autoexport.AutoExportCallback` is resolved lazily by the package; verl's loader must go through that."""
     from verl.utils.import_utils import load_class_from_fqn
 
-    from verl_autoexport.preflight import CALLBACK
-    from verl_autoexport.runtime.hook import AutoExportCallback
+    from verl_autoexport.config.run_rules import CALLBACK
+    from verl_autoexport.trainers.verl_ppo import AutoExportCallback
 
     found = load_class_from_fqn(CALLBACK, "CheckpointCallback")
     assert found is AutoExportCallback, f"verl finds {found} under the name {CALLBACK}"
@@ -311,7 +311,7 @@ def test_lora_checkpoints_have_what_is_read_of_them() -> None:
 
 
 def test_the_way_to_the_module_in_a_worker() -> None:
-    """What the live source follows; runtime/live.py."""
+    """What the live source follows; sources/live/coordinator.py."""
     for file, line in (
         ("workers/engine_workers.py", "self.actor = self.actor_worker_cls("),
         ("workers/engine_workers.py", "self.engine"),
@@ -326,7 +326,7 @@ def test_the_way_to_the_module_in_a_worker() -> None:
 
 
 def test_what_ray_gives_to_every_actor() -> None:
-    """How functions get into verl's workers, and a dead one is told from a busy one; runtime/live.py, handover.py."""
+    """How functions get into verl's workers, and a dead one is told from a busy one: sources/live/."""
     import ray.actor
     from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 
@@ -338,7 +338,7 @@ def test_what_ray_gives_to_every_actor() -> None:
 
 
 def test_what_fsdp1_tells_of_its_flattened_parameters() -> None:
-    """sources/live.py slices them by it."""
+    """sources/live/copier.py slices them by it."""
     from torch.distributed.fsdp._flat_param import FlatParameter, _ShardParamInfo
 
     names = ("in_shard", "offset_in_shard", "numel_in_shard", "intra_param_start_idx", "intra_param_end_idx")
@@ -391,7 +391,7 @@ def test_keys_that_are_judged_exist_with_these_defaults() -> None:
 
 
 def test_every_key_that_preflight_names_is_checked_here() -> None:
-    source = (Path(__file__).parent.parent / "verl_autoexport/preflight.py").read_text(encoding="utf-8")
+    source = (Path(__file__).parent.parent / "verl_autoexport/config/run_rules.py").read_text(encoding="utf-8")
     named = set(re.findall(r'(?:run\.get\(|_get\(cfg, |_get\(self\.cfg, )"([a-z_0-9.]+\.[a-z_0-9.]+)"', source))
     assert len(named) > 5
     assert named <= KEYS.keys(), f"add {sorted(named - KEYS.keys())} to KEYS"
@@ -446,19 +446,19 @@ def test_transformers_are_those_that_verl_allows() -> None:
 
 
 PRIVATE = {  # name → where it must be, and the module here that uses it
-    "_auto_class": ("transformers:PreTrainedModel", "export/own_code.py"),
+    "_auto_class": ("transformers:PreTrainedModel", "model/custom_code.py"),
     "_exit": ("os", "signals.py"),  # documented, in spite of its name
-    "_from_config": ("transformers:PreTrainedModel", "export/naming.py"),
-    "_get_dtype_plan": ("transformers:PreTrainedModel", "export/naming.py"),
-    "_keys_to_ignore_on_save": ("transformers:PreTrainedModel", "export/naming.py"),
-    "_keys_to_ignore_on_load_unexpected": ("transformers:PreTrainedModel", "export/contract.py"),
-    "_keys_to_ignore_on_load_missing": ("transformers:PreTrainedModel", "export/contract.py"),
-    "_model_mapping": ("transformers:AutoModelForTokenClassification", "export/heads.py"),
-    "_local_tensor": ("torch.distributed.tensor:DTensor", "export/cross_check.py"),
-    "_cdata": ("torch:UntypedStorage", "export/layout.py"),
-    "_schema": ("torch:ops.aten.clone.default", "export/layout.py"),
-    "_non_persistent_buffers_set": ("torch.nn:Identity", "sources/live.py"),
-    "_parameters": ("torch.nn:Identity", "sources/live.py"),
+    "_from_config": ("transformers:PreTrainedModel", "model/skeleton.py"),
+    "_get_dtype_plan": ("transformers:PreTrainedModel", "model/skeleton.py"),
+    "_keys_to_ignore_on_save": ("transformers:PreTrainedModel", "model/skeleton.py"),
+    "_keys_to_ignore_on_load_unexpected": ("transformers:PreTrainedModel", "model/base_compatibility.py"),
+    "_keys_to_ignore_on_load_missing": ("transformers:PreTrainedModel", "model/base_compatibility.py"),
+    "_model_mapping": ("transformers:AutoModelForTokenClassification", "model/value_head.py"),
+    "_local_tensor": ("torch.distributed.tensor:DTensor", "verify/against_shards.py"),
+    "_cdata": ("torch:UntypedStorage", "model/conversion.py"),
+    "_schema": ("torch:ops.aten.clone.default", "model/conversion.py"),
+    "_non_persistent_buffers_set": ("torch.nn:Identity", "sources/live/copier.py"),
+    "_parameters": ("torch.nn:Identity", "sources/live/copier.py"),
 }
 """Private names of torch and transformers that the package uses, but for those of FSDP1's flat parameters."""
 IMPORTED = {
@@ -506,8 +506,8 @@ def test_undocumented_modules_have_what_is_imported(module: str) -> None:
     try:
         gone = {name for name in IMPORTED[module] if not hasattr(importlib.import_module(module), name)}
     except ImportError as e:
-        pytest.fail(f"{module} cannot be imported: {e}; export/naming.py or export/layout.py needs it")
-    assert not gone, f"{module}: {sorted(gone)} gone; export/naming.py or export/layout.py imports it"
+        pytest.fail(f"{module} cannot be imported: {e}; model/skeleton.py or model/conversion.py needs it")
+    assert not gone, f"{module}: {sorted(gone)} gone; model/skeleton.py or model/conversion.py imports it"
 
 
 def _skeleton(**changes: Any) -> Any:
@@ -536,7 +536,7 @@ def test_skeletons_set_the_dtype_of_nested_configs() -> None:
     with torch.device("meta"):
         config = LlavaForConditionalGeneration._from_config(config, dtype=torch.float16).config
     found = {name: getattr(config, name).to_dict()["dtype"] for name in ("text_config", "vision_config")}
-    assert set(found.values()) == {"float16"}, f"_from_config leaves {found}; export/assets.py writes them so"
+    assert set(found.values()) == {"float16"}, f"_from_config leaves {found}; model/assets.py writes them so"
 
 
 def test_auto_classes_map_configs_to_classes() -> None:
@@ -544,18 +544,18 @@ def test_auto_classes_map_configs_to_classes() -> None:
 
     found = AutoModelForTokenClassification._model_mapping.get(Qwen2Config, None)
     classes = found if isinstance(found, tuple) else (found,)
-    assert classes == (Qwen2ForTokenClassification,), f"_model_mapping gives {found}; export/heads.py expects a class"
+    assert classes == (Qwen2ForTokenClassification,), f"_model_mapping gives {found}; value_head.py expects a class"
 
 
 def test_conversion_to_disk_names_takes_a_model_and_tensors() -> None:
     from transformers.core_model_loading import revert_weight_conversion
 
     found = list(inspect.signature(revert_weight_conversion).parameters)
-    assert found == ["model", "state_dict"], f"revert_weight_conversion takes {found}; export/naming.py gives it two"
+    assert found == ["model", "state_dict"], f"revert_weight_conversion takes {found}; model/skeleton.py gives it two"
     model = _skeleton()
     state = model.state_dict()
     made = revert_weight_conversion(model, dict(state))
-    assert isinstance(made, dict), f"revert_weight_conversion returns {type(made)}; export/naming.py expects a dict"
+    assert isinstance(made, dict), f"revert_weight_conversion returns {type(made)}; model/skeleton.py expects a dict"
     assert "model.layers.0.mlp.experts.3.down_proj.weight" in made, "packed experts are not unpacked"
     kept = {id(t) for t in made.values()}
     assert id(state["model.norm.weight"]) in kept, "a tensor that is only renamed is no longer passed through as it is"
@@ -588,7 +588,7 @@ def test_every_conversion_of_transformers_is_known() -> None:
     used = {type(op).__name__ for t in transforms for op in getattr(t, "operations", ())}
     assert len(used) > 3
     new = sorted(used - OPERATIONS.keys())
-    assert not new, f"transformers converts with {new} now: see if export/layout.py follows, add examples to OPERATIONS"
+    assert not new, f"transformers converts with {new} now: see if conversion.py follows, add examples to OPERATIONS"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -596,7 +596,7 @@ def test_conversions_are_followed_on_meta_tensors(operation: str) -> None:
     """What `trace` says that the results are made of is what transformers makes of real values."""
     from transformers import core_model_loading as loading
 
-    from verl_autoexport.export import naming
+    from verl_autoexport.model import skeleton as naming
 
     on_disk, in_memory, operations, shapes = OPERATIONS[operation]
     if not all(hasattr(loading, name) for name, _ in operations):
@@ -612,7 +612,7 @@ def test_conversions_are_followed_on_meta_tensors(operation: str) -> None:
     assert [o.name for o in outputs] == list(expected), f"{operation}: other names on meta tensors"
     for output in outputs:
         found = put_together(output, values)
-        assert torch.equal(found, expected[output.name]), f"{operation}: export/layout.py misreads {output.name}"
+        assert torch.equal(found, expected[output.name]), f"{operation}: model/conversion.py misreads {output.name}"
 
 
 def test_tied_names_are_known_on_a_skeleton() -> None:

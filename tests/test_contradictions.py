@@ -11,7 +11,7 @@ from support.published import SMALL, make_base, make_run, make_tokenizer, read_j
 
 from verl_autoexport import export_checkpoint
 from verl_autoexport.errors import PlanError
-from verl_autoexport.export.configs import overlay
+from verl_autoexport.model.config_json import overlay
 
 QUANTIZED = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 

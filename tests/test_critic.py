@@ -15,10 +15,10 @@ from sharding import QWEN2, QWEN3_MOE, build, make_checkpoints
 from test_export import assert_same_model, export, oracle
 
 from verl_autoexport.errors import PlanError
-from verl_autoexport.export.model import plan_model
-from verl_autoexport.export.recheck import check_directory
-from verl_autoexport.export.spec import checkpoint_spec
-from verl_autoexport.sources.fsdp_files import FsdpFiles
+from verl_autoexport.model.planner import plan_model
+from verl_autoexport.model.spec import checkpoint_spec
+from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
+from verl_autoexport.verify.directory import check_directory
 
 # What verl 0.9.1 sets on the configuration before it builds the value model.
 VERL = {"num_labels": 1, "classifier_dropout": 0.0, "hidden_dropout": "0", "summary_dropout_prob": 0.0}

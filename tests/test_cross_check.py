@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from test_export import export
 
 from verl_autoexport.errors import VerifyError
-from verl_autoexport.export.cross_check import compare
-from verl_autoexport.export.verify import Source, check_loading
+from verl_autoexport.verify.against_shards import compare
+from verl_autoexport.verify.checks import Source, check_loading
 
 
 def load(directory: Path) -> torch.nn.Module:

@@ -16,19 +16,19 @@ import ray
 import torch
 from test_registry import publish
 
-from verl_autoexport.config import load_config
+from verl_autoexport.config.schema import load_config
 from verl_autoexport.errors import AutoExportError, ConfigError
-from verl_autoexport.events import Decision, StepEvent, Trigger
 from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
-from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.milestones.events import Decision, StepEvent, Trigger
+from verl_autoexport.milestones.metrics import numbers
+from verl_autoexport.model.spec import checkpoint_spec
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
-from verl_autoexport.runtime import driver as driver_module
-from verl_autoexport.runtime.driver import ExportDriver
-from verl_autoexport.runtime.metrics import numbers
-from verl_autoexport.runtime.request import RunInfo, check_request, make_request
-from verl_autoexport.sources import pins
-from verl_autoexport.sources.pins import MAX_ATTEMPTS, find_pins
+from verl_autoexport.service import controller as driver_module
+from verl_autoexport.service.controller import ExportDriver
+from verl_autoexport.service.export_request import RunInfo, check_request, make_request
+from verl_autoexport.sources.fsdp import holds
+from verl_autoexport.sources.fsdp.holds import MAX_ATTEMPTS, find_pins
 
 METRIC = "val-core/x/acc/mean@1"
 BEST = {"metric": METRIC}
@@ -455,7 +455,7 @@ def test_a_hold_with_wrong_inner_types_stops_nothing(run):
     run.step(1)
     ray.kill(run.driver.actor)
     (pin,) = find_pins(run.root)
-    pins.choose(pin, dict(pin.request) | {"time": "x", "triggers": [None]})
+    holds.choose(pin, dict(pin.request) | {"time": "x", "triggers": [None]})
     shutil.rmtree(run.root / "global_step_1")
     run.start(1, at_steps=[1, 2], on_train_end=False)
     run.step(2)
@@ -466,8 +466,8 @@ def test_a_hold_with_wrong_inner_types_stops_nothing(run):
 
 @pytest.mark.parametrize("odd", [{"attempts": "1"}, {"attempts": None}, {"live": 5}, {"live": {"a": 1}}])
 def test_a_hold_of_odd_content_does_not_stop_the_start_of_training(odd, run):
-    run.save_pin = pins.make_pin(run.saved(1), 1, "actor")
-    pins.choose(run.save_pin, {"step": 1, **odd})
+    run.save_pin = holds.make_pin(run.saved(1), 1, "actor")
+    holds.choose(run.save_pin, {"step": 1, **odd})
     run.start(1, at_steps=[2], on_train_end=False)
     run.step(2)
     assert "step 1 failed: its request" in run.finish(False)

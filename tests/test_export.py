@@ -24,8 +24,8 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 
 import verl_autoexport
 from verl_autoexport.export.pipeline import export_checkpoint
-from verl_autoexport.export.reader import boxes
-from verl_autoexport.sources.fsdp_files import FsdpFiles, local_box
+from verl_autoexport.merge.reader import boxes
+from verl_autoexport.sources.fsdp.rank_files import FsdpFiles, local_box
 
 DTYPES = ("bfloat16", "float16", "float32", "source")
 

@@ -21,8 +21,8 @@ from test_driver import Script
 from test_tasks import WIDE, process_named
 
 from verl_autoexport.registry.store import Registry
-from verl_autoexport.runtime.actor import ExportActor
-from verl_autoexport.runtime.bounded import Bounded, GivenUp, Watch
+from verl_autoexport.service.actor import ExportActor
+from verl_autoexport.system.deadlines import Bounded, GivenUp, Watch
 
 QUEUE = {"stall_timeout_s": 1}
 

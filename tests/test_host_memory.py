@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.runtime.live import pinned_ranks
-from verl_autoexport.sources.host_memory import headroom
-from verl_autoexport.sources.live import Layout
+from verl_autoexport.sources.live.coordinator import pinned_ranks
+from verl_autoexport.sources.live.copier import Layout
+from verl_autoexport.system.host_memory import headroom
 
 GIB = 1 << 30
 MIB = 1 << 20

@@ -20,18 +20,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_bad_input import EMBED, edit, edit_config, rank_file
 
-from verl_autoexport.cli import main
+from verl_autoexport.cli.main import main
 from verl_autoexport.errors import AutoExportError, PlanError, SourceError
-from verl_autoexport.export import naming, peft_config
 from verl_autoexport.export.pipeline import LocalRunner, export_to_directory, export_to_registry
-from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.model import skeleton as naming
+from verl_autoexport.model.lora import peft_config
+from verl_autoexport.model.spec import checkpoint_spec
 from verl_autoexport.registry import lease, state
 from verl_autoexport.registry.store import Registry, read_record
-from verl_autoexport.sources import pins
-from verl_autoexport.sources.checkpoints import check_links
-from verl_autoexport.sources.fsdp_files import FsdpFiles, rank_files
-from verl_autoexport.sources.safetensors_files import INDEX_NAME, model_files, weight_files
-from verl_autoexport.untrusted import is_plain_name, read_json
+from verl_autoexport.shards.safetensors_files import INDEX_NAME, model_files, weight_files
+from verl_autoexport.sources.fsdp import holds
+from verl_autoexport.sources.fsdp.discovery import check_links
+from verl_autoexport.sources.fsdp.rank_files import FsdpFiles, rank_files
+from verl_autoexport.system.untrusted import is_plain_name, read_json
 
 BOMBS = {
     "deep": b"[" * 100_000,
@@ -79,7 +80,7 @@ def test_links_and_pipes_beside_the_shards_stay_where_they_are(own_checkpoint, t
     (beside / "up.json").symlink_to("../../../secret/key.json")
     os.mkfifo(beside / "pipe.json")
     os.mkfifo(made / "actor/lora_train_meta.json")
-    pin = pins.make_pin(made, STEP, "actor")
+    pin = holds.make_pin(made, STEP, "actor")
     for number, source in enumerate((made, pin.directory)):
         output = tmp_path / f"out{number}"
         export_to_directory(checkpoint_spec(source, **ARGUMENTS), output, LocalRunner(1))
@@ -100,7 +101,7 @@ def test_what_is_published_is_no_link_out_of_the_checkpoint(name, own_checkpoint
     assert str(path) in message
     assert f"leads to {elsewhere}, which is outside" in message
     with pytest.raises(SourceError, match="outside"):
-        pins.make_pin(made, STEP, "actor")
+        holds.make_pin(made, STEP, "actor")
     path.unlink()
     path.symlink_to(path)  # in a circle: as if it were not there
     check_links(made / "actor")
@@ -129,8 +130,8 @@ def test_nodes_send_nothing_that_a_link_out_of_the_checkpoint_leads_to(own_check
     made = own_checkpoint("even") / "actor"
     (tmp_path / "secret.json").write_text("secret")
     (made / "huggingface/link.json").symlink_to(tmp_path / "secret.json")
-    assert made / "huggingface/config.json" in pins.config_files(made)
-    assert not any(p.name == "link.json" for p in pins.config_files(made))
+    assert made / "huggingface/config.json" in holds.config_files(made)
+    assert not any(p.name == "link.json" for p in holds.config_files(made))
 
 
 def test_a_world_of_a_billion_ranks(tmp_path):
@@ -154,7 +155,7 @@ def test_files_have_the_rights_that_the_umask_leaves(umask, checkpoint, tmp_path
         version = export_to_registry(spec, registry, LocalRunner(1))
         registry.pin(version)
         copied = Path(shutil.copytree(checkpoint("even"), tmp_path / f"global_step_{STEP}"))
-        pin = pins.make_pin(copied, STEP, "actor")
+        pin = holds.make_pin(copied, STEP, "actor")
     finally:
         os.umask(before)
     made = [root, *(p for p in root.rglob("*") if not p.is_symlink()), pin.path, pin.path / "pin.json"]
@@ -222,7 +223,7 @@ def test_two_pickles_of_which_one_asks_for_memory(name, own_checkpoint, tmp_path
 
 def test_a_mesh_of_too_many_ranks(own_checkpoint, tmp_path, monkeypatch):
     made = own_checkpoint("even")
-    monkeypatch.setattr("verl_autoexport.sources.fsdp_files.BLOCK", 4)  # bytes; two ranks need more
+    monkeypatch.setattr("verl_autoexport.sources.fsdp.rank_files.BLOCK", 4)  # bytes; two ranks need more
     assert "_rank_map of the device mesh" in refused(made, tmp_path, SourceError)
 
 
@@ -403,7 +404,7 @@ def test_json_bombs_give_one_clear_error_each(kind, own_checkpoint, tmp_path):
         with pytest.raises(SourceError, match=INDEX_NAME):
             weight_files(plant(tmp_path / "base" / INDEX_NAME).parent)
     plant(tmp_path / ".autoexport/step_1-x/pin.json")
-    assert pins.find_pins(tmp_path) == []
+    assert holds.find_pins(tmp_path) == []
     if kind not in ("folder", "huge"):
         with pytest.raises(AutoExportError, match=r"export\.json"):
             read_record(plant(tmp_path / "v1/export.json"))
@@ -493,7 +494,7 @@ def fuzz_json(examples: int) -> Callable[..., None]:
         only_errors_of_ours(lambda: state.load(folder))
         only_errors_of_ours(lambda: read_record(folder))
         only_errors_of_ours(lambda: lease.living(folder, 0, 0))
-        pins.find_pins(folder)
+        holds.find_pins(folder)
 
     return run
 

@@ -23,56 +23,49 @@ PLUGIN = REPOSITORY / "hydra_plugins" / "autoexport_searchpath" / "__init__.py"
 MAX_MODULE = 420  # lines
 MAX_FUNCTION = 40  # lines, docstring not counted
 
-# room -> the rooms that it may import besides itself. Imports go one way:
-#   untrusted <- errors, events, child <- config, policies, preflight, sources, registry <- places <- export <- the rest
-BASICS = frozenset({"errors", "events", "untrusted"})
-JUDGES = BASICS | {"config"}
+# room -> the rooms that it may import besides itself; imports go up this list, never down.
 ROOMS: Mapping[str, frozenset[str]] = {
-    "errors": frozenset({"untrusted"}),
-    "events": frozenset(),
-    "untrusted": frozenset(),
-    "child": frozenset(),
-    "config": BASICS,
-    "policies": JUDGES,
-    "preflight": JUDGES,
-    "sources": BASICS | {"child"},
-    "registry": BASICS,
-    "export": JUDGES | {"child", "sources", "registry", "places", "__init__"},
-    "runtime": JUDGES | {"policies", "preflight", "sources", "registry", "export", "__init__"},
-    "places": BASICS | {"sources", "registry"},
-    "terminal": frozenset({"untrusted"}),
-    "signals": frozenset(),
-    "arguments": JUDGES | {"terminal"},
-    "cli": JUDGES | {"sources", "registry", "export", "places", "terminal", "signals", "arguments", "__init__"},
+    "errors": frozenset(),
+    "system": frozenset({"errors"}),
+    "config": frozenset({"errors", "system"}),
+    "milestones": frozenset({"errors", "system", "config"}),
+    "shards": frozenset({"errors", "system"}),
+    "sources": frozenset({"errors", "system", "shards"}),
+    "registry": frozenset({"errors", "system", "milestones"}),
+    "merge": frozenset({"errors", "system", "shards", "__init__"}),
+    "model": frozenset({"errors", "system", "config", "shards", "sources", "merge"}),
+    "verify": frozenset({"errors", "system", "shards", "sources", "registry", "merge", "model"}),
+    "export": frozenset({
+        "errors", "system", "config", "milestones", "shards", "sources", "registry", "merge", "model", "verify",
+        "__init__",
+    }),
+    "service": frozenset({
+        "errors", "system", "config", "milestones", "shards", "sources", "registry", "merge", "model", "export",
+    }),
+    "trainers": frozenset({"errors", "system", "config", "milestones", "sources", "registry", "model", "service"}),
+    "cli": frozenset({
+        "errors", "system", "config", "milestones", "sources", "registry", "merge", "export", "verify", "__init__",
+    }),
     "__init__": frozenset(),  # its public names are resolved on first use
-    "__main__": frozenset({"cli", "signals"}),
+    "__main__": frozenset({"cli"}),
     "hydra_plugins": frozenset({"config"}),
-}
-# Only inside a function, so that it costs nothing until it is asked for.
-ROOMS_LAZY: Mapping[str, frozenset[str]] = {"cli": frozenset({"runtime"})}
+}  # fmt: skip
 
 # library -> the modules that may import it: a path below the package, a folder with its slash.
 LIBRARIES: Mapping[str, tuple[str, ...]] = {
-    "verl": ("runtime/hook.py", "sources/live.py"),
-    "ray": ("runtime/",),
-    "transformers": (
-        "export/naming.py", "export/heads.py", "export/assets.py", "export/verify.py", "export/load_check.py",
-        "export/asset_facts.py", "export/run_files.py",
-    ),
-    "torch": (
-        "sources/fsdp_files.py", "sources/live.py",
-        "export/merge.py", "export/reader.py", "export/naming.py", "export/layout.py", "export/lora.py",
-        "export/verify.py", "export/load_check.py", "export/cross_check.py",
-    ),
-    "hydra": ("runtime/guard.py", "hydra_plugins/"),
-    "omegaconf": ("config.py", "preflight.py", "runtime/"),
+    "verl": ("trainers/", "sources/live/copier.py"),
+    "ray": ("sources/live/", "sources/nodes/", "merge/ray_runner.py", "service/", "trainers/", "cli/connect.py"),
+    "transformers": ("model/", "verify/"),
+    "torch": ("sources/fsdp/rank_files.py", "sources/live/", "merge/", "model/", "verify/"),
+    "hydra": ("trainers/startup_guard.py", "hydra_plugins/"),
+    "omegaconf": ("config/", "trainers/"),
     "filelock": ("registry/",),
-    "psutil": ("export/verify.py", "export/writer.py"),
-    "numpy": ("runtime/node_files.py",),  # whose arrays Ray hands out without a copy
+    "psutil": ("verify/checks.py", "merge/writer.py"),
+    "numpy": ("sources/nodes/agent.py",),  # whose arrays Ray hands out without a copy
 }  # fmt: skip
 LIBRARIES_LAZY: Mapping[str, tuple[str, ...]] = {
-    "tqdm": ("terminal.py",), "huggingface_hub": ("export/base.py",),
-    "peft": ("export/load_check.py", "export/cross_check.py"), "safetensors": ("export/load_check.py",),
+    "tqdm": ("cli/terminal.py",), "huggingface_hub": ("model/base_model.py",),
+    "peft": ("verify/",), "safetensors": ("verify/",),
 }  # fmt: skip
 
 
@@ -137,8 +130,7 @@ def wrong_rooms(root: Path = REPOSITORY) -> list[str]:
         for used in imports(file, path):
             if used.top != PACKAGE or (there := target_room(used.name)) == here:
                 continue
-            lazy = ROOMS_LAZY.get(here, frozenset()) if used.lazy else frozenset()
-            if there not in ROOMS[here] | lazy:
+            if there not in ROOMS[here]:
                 found.append(f"{used}: {here} may import {', '.join(sorted(ROOMS[here])) or 'no other room'}")
     return found
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_autoexport.errors import PlanError
-from verl_autoexport.export.layout import trace
-from verl_autoexport.export.plan import Output
+from verl_autoexport.merge.plan import Output
+from verl_autoexport.model.conversion import trace
 
 Tensors = dict[str, torch.Tensor]
 

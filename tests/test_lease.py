@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from test_registry import publish
 
-from verl_autoexport.cli import main
+from verl_autoexport.cli.main import main
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import lease
-from verl_autoexport.registry.locking import flaw_of
+from verl_autoexport.registry.lock import flaw_of
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
 

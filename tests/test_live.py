@@ -17,12 +17,12 @@ from sharding import QWEN2, QWEN3_MOE, make_checkpoints
 
 from verl_autoexport.errors import PlanError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_directory
-from verl_autoexport.export.reader import ShardReader
-from verl_autoexport.export.spec import checkpoint_spec
-from verl_autoexport.runtime.live import split_otherwise
-from verl_autoexport.sources.base import ShardManifest
-from verl_autoexport.sources.fsdp_files import FsdpFiles
-from verl_autoexport.sources.live import Part, flat_boxes, lay_out, make_manifest
+from verl_autoexport.merge.reader import ShardReader
+from verl_autoexport.model.spec import checkpoint_spec
+from verl_autoexport.shards.manifest import ShardManifest
+from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
+from verl_autoexport.sources.live.coordinator import split_otherwise
+from verl_autoexport.sources.live.copier import Part, flat_boxes, lay_out, make_manifest
 
 VALUE = QWEN2 | {"architectures": ["Qwen2ForTokenClassification"], "num_labels": 1}
 TIED = QWEN2 | {"tie_word_embeddings": True}

@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from sharding import QWEN2, build, make_checkpoint
 from test_export import tensors
 
-from verl_autoexport.config import load_config
+from verl_autoexport.config.schema import load_config
 from verl_autoexport.errors import SourceError
-from verl_autoexport.runtime import capture, handover
-from verl_autoexport.runtime.driver import ExportDriver
-from verl_autoexport.runtime.handover import Deliveries
-from verl_autoexport.runtime.live import start_live
-from verl_autoexport.runtime.request import RunInfo
-from verl_autoexport.sources.live import Layout
+from verl_autoexport.service.controller import ExportDriver
+from verl_autoexport.service.export_request import RunInfo
+from verl_autoexport.sources.live import in_worker, snapshot
+from verl_autoexport.sources.live.coordinator import start_live
+from verl_autoexport.sources.live.copier import Layout
+from verl_autoexport.sources.live.snapshot import Deliveries
 
 WORLD = 2
 MODEL = QWEN2 | {"vocab_size": 4096}  # its blocks are too large for Ray to send them along with a call
@@ -118,12 +118,12 @@ def until_freed(before: int) -> None:
     until(lambda: store()[0] < before + 100_000, f"more than the {before} bytes before are still in the store", 20)
 
 
-def in_worker(workers, function, *args) -> list[Any]:
+def in_each(workers, function, *args) -> list[Any]:
     return ray.get([w.__ray_call__.remote(function, *args) for w in workers])
 
 
 def held(worker: Any) -> list[str]:
-    return list(capture._held)
+    return list(in_worker._held)
 
 
 def until(condition, what: str, timeout_s: float = 120) -> None:
@@ -166,11 +166,11 @@ def test_tied_weights_that_have_diverged(cluster, start):
             worker.actor.engine.module.lm_head.weight._local_tensor[-1, -1] += 1
 
     workers = make_workers()
-    in_worker(workers, tie)
+    in_each(workers, tie)
     driver = start(workers)
     train(workers, driver, 1)
     ray.get([w.train.remote(2) for w in workers])
-    in_worker(workers[1:], diverge)
+    in_each(workers[1:], diverge)
     driver.logged(2, {})
     train(workers, driver, 3)
     report = driver.drain(120)
@@ -203,7 +203,7 @@ def test_what_a_snapshot_took_of_the_store_is_given_back(workers, start):
     assert "1 failed (step 2: MergeError: " in line
     assert "NaN" in line
     driver.logged(4, {})  # before the workers have been told that those are not needed
-    assert all(len(idents) <= 1 for idents in in_worker(workers, held)), "a new one takes the place of the old"
+    assert all(len(idents) <= 1 for idents in in_each(workers, held)), "a new one takes the place of the old"
     driver.drain(120)
     until_freed(before)
     assert store()[1] == spilled == 0
@@ -238,7 +238,7 @@ def test_a_worker_dies_with_blocks_that_nobody_has_read(cluster, start):
     driver.drain(120)
     with FileLock(driver.settings.output_dir / ".lock"):  # step 2 cannot be published, and step 3 waits for it
         train(workers, driver, 2, 3)
-        until(lambda: all(len(idents) == 2 for idents in in_worker(workers, held)), "the workers hand over")
+        until(lambda: all(len(idents) == 2 for idents in in_each(workers, held)), "the workers hand over")
         time.sleep(0.5)
         ray.kill(workers[1])
         until(lambda: is_gone(workers[1]), "the worker dies")
@@ -254,8 +254,8 @@ def test_a_worker_dies_with_blocks_that_nobody_has_read(cluster, start):
     train(workers, driver, 4)
     driver.drain(120)
     assert values(driver) == found | {4: {4.0}}
-    for worker in workers:
-        ray.kill(worker)
+    for each in workers:
+        ray.kill(each)
     until_freed(before)
 
 
@@ -287,7 +287,7 @@ def test_a_snapshot_whose_export_nobody_asks_for_is_let_go_of(monkeypatch):
     assert deliveries.take("x", 0, [])
     deliveries.ask("asked")
     assert deliveries.take("asked", 0, [])
-    monkeypatch.setattr(handover, "_UNASKED_S", -1.0)
+    monkeypatch.setattr(snapshot, "_UNASKED_S", -1.0)
     assert not deliveries.take("x", 0, [])
     assert deliveries.blocks.keys() == {"asked"}
     assert deliveries.take("asked", 0, [])
@@ -309,7 +309,7 @@ def test_a_worker_dies_before_it_hands_over(cluster, start):
     reasons = ("the snapshot lacks ranks [1]: rank 1 has died: ", "a part of the snapshot is lost, with the worker")
     assert any(f"1 failed (step 1: SourceError: {reason}" in line for reason in reasons), line
     assert values(driver) == {}
-    until(lambda: not in_worker(workers[:1], held)[0], "the other one lets go", 20)
+    until(lambda: not in_each(workers[:1], held)[0], "the other one lets go", 20)
     until_freed(before)
     ray.kill(workers[0])
 
@@ -338,16 +338,16 @@ def test_memory_of_a_worker_is_its_buffer_and_one_piece(cluster, start):
         peaks.append(sampler.peak)
     assert sorted(values(driver)) == list(range(1, 11))
     sizes = [layout.nbytes for layout in driver.live.layouts]
-    assert min(sizes) > 2 * capture.CHUNK
+    assert min(sizes) > 2 * in_worker.CHUNK
     slack = 24 << 20  # threads, pages of the allocator
     for pid, size in zip(pids, sizes, strict=True):
         grown = [peak[pid] - before[pid] for peak in peaks]
         print(f"buffer {size >> 20} MiB, growth {[n >> 20 for n in grown]} MiB")
-        assert max(grown) < size + capture.CHUNK + slack
+        assert max(grown) < size + in_worker.CHUNK + slack
         assert grown[-1] < grown[0] + slack
     assert store()[1] == 0
-    for worker in workers:
-        ray.kill(worker)
+    for each in workers:
+        ray.kill(each)
 
 
 def anonymous(pid: int) -> int:
@@ -383,14 +383,14 @@ def test_the_actor_dies_with_a_snapshot(workers, start):
     """Once while it has one, once while more are being handed over; the workers still hold them."""
     driver = start(overflow="wait")
     train(workers, driver, 1)
-    until(lambda: all(in_worker(workers, held)), "the workers hand over")
+    until(lambda: all(in_each(workers, held)), "the workers hand over")
     time.sleep(0.5)  # the first instance has the snapshot now
     ray.kill(driver.actor, no_restart=False)
     train(workers, driver, 2, 3)
     ray.kill(driver.actor, no_restart=False)
     line = driver.drain(120)
     assert values(driver) == {1: {1.0}, 2: {2.0}, 3: {3.0}}, line
-    until(lambda: not any(in_worker(workers, held)), "the workers let go", 10)
+    until(lambda: not any(in_each(workers, held)), "the workers let go", 10)
 
 
 def test_without_room_interval_milestones_are_dropped(workers, start):

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from sharding import QWEN2, QWEN3_MOE, make_checkpoints
 from test_export import assert_same_model, export, oracle, tensors
 
-from verl_autoexport.cli import main
+from verl_autoexport.cli.main import main
 from verl_autoexport.errors import AutoExportError, MergeError, PlanError
-from verl_autoexport.export.cross_check import compare
-from verl_autoexport.export.model import plan_model
-from verl_autoexport.export.recheck import check_directory
-from verl_autoexport.export.spec import checkpoint_spec
-from verl_autoexport.sources.fsdp_files import FsdpFiles
+from verl_autoexport.model.planner import plan_model
+from verl_autoexport.model.spec import checkpoint_spec
+from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
+from verl_autoexport.verify.against_shards import compare
+from verl_autoexport.verify.directory import check_directory
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 from runs import Run

@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from verl_autoexport.errors import MergeError, SourceError
-from verl_autoexport.export import writer
-from verl_autoexport.export.merge import MergeJob
 from verl_autoexport.export.pipeline import LocalRunner, run_export
-from verl_autoexport.export.plan import Output, make_plan, whole
-from verl_autoexport.export.reader import within
-from verl_autoexport.export.spec import checkpoint_spec
-from verl_autoexport.sources.base import Shard, ShardManifest, TensorEntry, check_coverage, join_runs
-from verl_autoexport.sources.safetensors_files import model_files
+from verl_autoexport.merge import writer
+from verl_autoexport.merge.job import MergeJob
+from verl_autoexport.merge.plan import Output, make_plan, whole
+from verl_autoexport.merge.reader import within
+from verl_autoexport.model.spec import checkpoint_spec
+from verl_autoexport.shards.manifest import Shard, ShardManifest, TensorEntry, check_coverage, join_runs
+from verl_autoexport.shards.safetensors_files import model_files
 
 ROWS, COLUMNS, BEFORE = 1536, 640, 100  # 3.9 MB of float32, each part behind some other bytes in its file
 

@@ -19,12 +19,12 @@ from conftest import resident
 from sharding import QWEN2, make_checkpoint
 from test_export import assert_same_model, export
 
-from verl_autoexport.config import load_config
+from verl_autoexport.config.schema import load_config
 from verl_autoexport.errors import SourceError
-from verl_autoexport.runtime.driver import ExportDriver
-from verl_autoexport.runtime.nodes import SpreadFiles, find_nodes
-from verl_autoexport.runtime.request import RunInfo
-from verl_autoexport.sources.pins import find_pins
+from verl_autoexport.service.controller import ExportDriver
+from verl_autoexport.service.export_request import RunInfo
+from verl_autoexport.sources.fsdp.holds import find_pins
+from verl_autoexport.sources.nodes.cluster import SpreadFiles, find_nodes
 
 RAY = Path(sys.executable).with_name("ray")
 WORLD = 3

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from verl_autoexport.errors import PlanError, SourceError
-from verl_autoexport.export.plan import Output, Piece, make_plan, whole
-from verl_autoexport.sources.base import Shard, ShardManifest, TensorEntry, check_coverage, join_runs
-from verl_autoexport.sources.tiling import find_flaw
+from verl_autoexport.merge.plan import Output, Piece, make_plan, whole
+from verl_autoexport.shards.manifest import Shard, ShardManifest, TensorEntry, check_coverage, join_runs
+from verl_autoexport.shards.tiling import find_flaw
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from verl_autoexport.config import load_config
+from verl_autoexport.config.schema import load_config
 from verl_autoexport.errors import ConfigError
-from verl_autoexport.events import EARLIER_WEIGHTS, THESE_WEIGHTS, Milestone, StepEvent, Trigger
-from verl_autoexport.policies import (
+from verl_autoexport.milestones.events import EARLIER_WEIGHTS, THESE_WEIGHTS, Milestone, StepEvent, Trigger
+from verl_autoexport.milestones.triggers import (
     AtSteps,
     Best,
     EveryNSteps,

@@ -20,11 +20,11 @@ import torch
 from test_bad_input import NORM, edit, rank_file
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.export import cross_check
-from verl_autoexport.export.reader import ShardReader
-from verl_autoexport.sources.fsdp_files import FsdpFiles, read_rank_file
-from verl_autoexport.sources.rank_pickle import Call, Name, Refused, Stored, unpickle
-from verl_autoexport.sources.rank_state import Strided, read_mesh, read_tensor
+from verl_autoexport.merge.reader import ShardReader
+from verl_autoexport.sources.fsdp.rank_files import FsdpFiles, read_rank_file
+from verl_autoexport.sources.fsdp.rank_pickle import Call, Name, Refused, Stored, unpickle
+from verl_autoexport.sources.fsdp.rank_state import Strided, read_mesh, read_tensor
+from verl_autoexport.verify import against_shards as cross_check
 
 DATA = Path(__file__).parent / "data"
 NAME = "model_world_size_1_rank_0.pt"
@@ -149,7 +149,7 @@ CHILD = """
 import json, resource, sys
 from pathlib import Path
 from verl_autoexport.errors import SourceError
-from verl_autoexport.sources.fsdp_files import read_rank_file
+from verl_autoexport.sources.fsdp.rank_files import read_rank_file
 now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + (300 << 20),) * 2)
 for path in map(Path, sys.argv[1:]):
@@ -323,7 +323,7 @@ def test_a_mesh_that_is_a_column_of_another(tmp_path):
     torch.save({"mesh": columns[:, 1]}, tmp_path / NAME)
     with zipfile.ZipFile(tmp_path / NAME) as made:
         held = unpickle(made.read(next(n for n in made.namelist() if n.endswith("data.pkl"))))
-    from verl_autoexport.sources.fsdp_files import RankFile
+    from verl_autoexport.sources.fsdp.rank_files import RankFile
 
     tensor = read_tensor(held["mesh"])
     assert isinstance(tensor, Strided)

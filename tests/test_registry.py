@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from verl_autoexport.cli import main
+from verl_autoexport.cli.main import main
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.events import ExportRecord, Milestone, Trigger
+from verl_autoexport.milestones.events import ExportRecord, Milestone, Trigger
 from verl_autoexport.registry import journal, pointers, requests, state
-from verl_autoexport.registry.files import is_temp
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry, read_record, write_json_atomic
-from verl_autoexport.untrusted import read_json
+from verl_autoexport.system.durable_files import is_temp
+from verl_autoexport.system.untrusted import read_json
 
 CREATED = "2025-01-02T03:04:05+00:00"
 CREATED_UNIX = 1735787045.0

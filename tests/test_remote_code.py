@@ -16,7 +16,7 @@ from support.published import make_base, make_tokenizer, read_json
 
 from verl_autoexport import AutoExportError, export_checkpoint
 from verl_autoexport.errors import PlanError
-from verl_autoexport.export import own_code
+from verl_autoexport.model import custom_code
 
 CONFIGURATION = """
 from transformers import PretrainedConfig
@@ -137,12 +137,12 @@ def test_without_its_code_a_checkpoint_is_refused_before_anything_is_written(sha
 def test_a_reference_is_good_only_where_its_class_is_defined(tmp_path):
     (tmp_path / "a.py").write_text("from .b import Other as Imported\nNamed = Imported\nclass Own: pass\n")
     (tmp_path / "broken.py").write_text("class (:\n")
-    assert own_code.is_good("a.Own", tmp_path)
-    assert own_code.is_good("org/name--a.Imported", tmp_path)
-    assert own_code.is_good("a.Named", tmp_path)
+    assert custom_code.is_good("a.Own", tmp_path)
+    assert custom_code.is_good("org/name--a.Imported", tmp_path)
+    assert custom_code.is_good("a.Named", tmp_path)
     refused = {"AutoModel": "a.FSDPOwn", "AutoConfig": ["gone.Own", None], "AutoTokenizer": "broken.Own"}
-    assert own_code.broken(refused, tmp_path) == ["a.FSDPOwn", "gone.Own", "broken.Own"]
-    assert own_code.localized({"A": "org/name--a.Own", "B": "org/name--c.X"}, tmp_path) == {
+    assert custom_code.broken(refused, tmp_path) == ["a.FSDPOwn", "gone.Own", "broken.Own"]
+    assert custom_code.localized({"A": "org/name--a.Own", "B": "org/name--c.X"}, tmp_path) == {
         "A": "a.Own", "B": "org/name--c.X",
     }  # fmt: skip
 
@@ -157,5 +157,5 @@ def test_relative_imports_are_followed_and_lead_nowhere_else(tmp_path):
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    found = {p.relative_to(root).as_posix() for p in own_code.closure([root / "m.py"], root)}
+    found = {p.relative_to(root).as_posix() for p in custom_code.closure([root / "m.py"], root)}
     assert found == {"m.py", "x.py", "sub/deep.py", "sub/near.py"}

@@ -23,13 +23,14 @@ from hypothesis import strategies as st
 from test_registry import EVERY, best, child, every_crash, links, names, publish, record, rewrite
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.registry import compaction, journal, notes, pointers, removal, retention, state, versions
-from verl_autoexport.registry.files import is_temp
+from verl_autoexport.registry import compaction, journal, pointers, removal, retention, state, versions
+from verl_autoexport.registry import journal_reader as notes
 from verl_autoexport.registry.retention import Keep, judge, nbytes, show_size
 from verl_autoexport.registry.state import Facts
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.registry.versions import Version, version_name
-from verl_autoexport.untrusted import read_json
+from verl_autoexport.system.durable_files import is_temp
+from verl_autoexport.system.untrusted import read_json
 
 SETTINGS = settings(max_examples=400, deadline=None)
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from test_registry import publish
 
-from verl_autoexport.cli import main
+from verl_autoexport.cli.main import main
 from verl_autoexport.registry.store import Registry
 
 Run = Callable[..., str]

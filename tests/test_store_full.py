@@ -9,10 +9,10 @@ import pytest
 import ray
 from test_live_ray import make_workers, train, values
 
-from verl_autoexport.config import load_config
-from verl_autoexport.runtime.driver import ExportDriver
-from verl_autoexport.runtime.live import start_live
-from verl_autoexport.runtime.request import RunInfo
+from verl_autoexport.config.schema import load_config
+from verl_autoexport.service.controller import ExportDriver
+from verl_autoexport.service.export_request import RunInfo
+from verl_autoexport.sources.live.coordinator import start_live
 
 STORE = 100_000_000  # bytes
 

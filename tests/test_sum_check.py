@@ -25,15 +25,15 @@ from torch.distributed.tensor import DTensor
 
 from verl_autoexport import export_checkpoint
 from verl_autoexport.errors import SourceError
-from verl_autoexport.export import writer
 from verl_autoexport.export.pipeline import LocalRunner, Silent, export_to_directory
-from verl_autoexport.export.reader import equal_values
-from verl_autoexport.export.spec import checkpoint_spec
-from verl_autoexport.runtime.node_files import NodeFiles
-from verl_autoexport.sources import fsdp_files
-from verl_autoexport.sources.crc32 import Run, Sums, combine, join
-from verl_autoexport.sources.fsdp_files import FsdpFiles
-from verl_autoexport.sources.records import Record, difference, mark, read_records
+from verl_autoexport.merge import writer
+from verl_autoexport.merge.reader import equal_values
+from verl_autoexport.model.spec import checkpoint_spec
+from verl_autoexport.shards.archive_records import Record, difference, mark, read_records
+from verl_autoexport.shards.checksums import Run, Sums, combine, join
+from verl_autoexport.sources.fsdp import rank_files as fsdp_files
+from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
+from verl_autoexport.sources.nodes.agent import NodeFiles
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 BUDGET = 8 * 4096  # bytes: the smallest blocks, so that a small model has many
@@ -304,7 +304,7 @@ def test_written_over_and_back_again(name, made, tmp_path):
 @pytest.mark.parametrize("name", ["even"])
 def test_written_over_while_the_server_copies(name, made, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "SERVER_COPIES", {writer.file_system(tmp_path)})
-    monkeypatch.setattr("verl_autoexport.export.merge._WORTH_A_COPY", 1)
+    monkeypatch.setattr("verl_autoexport.merge.job._WORTH_A_COPY", 1)
     path = rank_file(made, 0)
     content = another(path)
     progress = At(lambda: rewrite(path, content), "merging", 1)

@@ -16,18 +16,18 @@ import pytest
 import ray
 from sharding import QWEN2, make_checkpoint
 
-from verl_autoexport.config import load_config
+from verl_autoexport.config.schema import load_config
 from verl_autoexport.errors import MergeError
 from verl_autoexport.export import pipeline
-from verl_autoexport.export.model import plan_model
 from verl_autoexport.export.pipeline import export_to_directory
-from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.merge.ray_runner import Home, NotShared, RayRunner
+from verl_autoexport.model.planner import plan_model
+from verl_autoexport.model.spec import checkpoint_spec
 from verl_autoexport.registry.store import Registry
-from verl_autoexport.runtime.driver import ExportDriver
-from verl_autoexport.runtime.request import RunInfo
-from verl_autoexport.runtime.tasks import Home, NotShared, RayRunner
-from verl_autoexport.sources.fsdp_files import FsdpFiles
-from verl_autoexport.sources.pins import find_pins, make_pin
+from verl_autoexport.service.controller import ExportDriver
+from verl_autoexport.service.export_request import RunInfo
+from verl_autoexport.sources.fsdp.holds import find_pins, make_pin
+from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
 
 WIDE = QWEN2 | {"vocab_size": 60_000, "hidden_size": 512}  # long enough to be killed in
 

@@ -13,10 +13,10 @@ from test_export import tensors
 from transformers import AutoModelForCausalLM
 
 from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
-from verl_autoexport.export.recheck import check_directory
-from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.model.spec import checkpoint_spec
 from verl_autoexport.registry.retention import Keep, stored
-from verl_autoexport.registry.twins import find_twins, link_twin
+from verl_autoexport.registry.shared_files import find_twins, link_twin
+from verl_autoexport.verify.directory import check_directory
 
 CONFIG = QWEN2 | {"vocab_size": 8192, "hidden_size": 128, "intermediate_size": 1024}
 FROZEN = ("model.embed_tokens.", "model.layers.0.")  # half of the model

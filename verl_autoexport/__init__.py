@@ -12,10 +12,10 @@ __version__ = "0.1.0"
 
 # Public name -> module; resolved on first use so that importing the package stays light.
 _EXPORTS = {
-    "AutoExportCallback": "verl_autoexport.runtime.hook",
+    "AutoExportCallback": "verl_autoexport.trainers.verl_ppo",
     "export_checkpoint": "verl_autoexport.export.pipeline",
     "Registry": "verl_autoexport.registry.store",
-    "ExportRecord": "verl_autoexport.events",
+    "ExportRecord": "verl_autoexport.milestones.events",
     "AutoExportError": "verl_autoexport.errors",
 }
 __all__ = ["__version__", *_EXPORTS]

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from verl_autoexport import signals
+from verl_autoexport.cli import signals
 
 
 def main() -> int:
@@ -11,7 +11,7 @@ def main() -> int:
     signals.install(raises=False)
     if sys.getfilesystemencoding() != "utf-8":  # libraries fail at names and files that are not ASCII then
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-    from verl_autoexport.cli import main
+    from verl_autoexport.cli.main import main
 
     return main()
 

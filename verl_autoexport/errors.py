@@ -15,7 +15,7 @@ found and what to do about it.
 
 from __future__ import annotations
 
-from verl_autoexport.untrusted import shown
+from verl_autoexport.system.untrusted import shown
 
 _LONGEST = 4000  # characters of a line
 

@@ -19,9 +19,9 @@ import ray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from sharding import QWEN2, make_checkpoint
 
-from verl_autoexport.config import load_config
-from verl_autoexport.runtime.driver import ExportDriver
-from verl_autoexport.runtime.request import RunInfo
+from verl_autoexport.config.schema import load_config
+from verl_autoexport.service.controller import ExportDriver
+from verl_autoexport.service.export_request import RunInfo
 
 METRICS = {f"timing/metric_{i}": float(i) for i in range(100)} | {"val-core/x/acc/mean@1": 0.5}
 QUIET_STEPS, MILESTONES = 5000, 10

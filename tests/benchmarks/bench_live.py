@@ -31,9 +31,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from verl_autoexport.export.merge import MergeJob
-from verl_autoexport.export.plan import Output, make_plan, whole
-from verl_autoexport.sources.live import Copier, make_manifest
+from verl_autoexport.merge.job import MergeJob
+from verl_autoexport.merge.plan import Output, make_plan, whole
+from verl_autoexport.sources.live.copier import Copier, make_manifest
 
 ROOT = Path(__file__).parents[2]
 CHUNK = 64 << 20

@@ -10,8 +10,8 @@ import statistics
 import time
 from collections.abc import Iterator
 
-from verl_autoexport.export.plan import MergePlan, Output, make_plan, whole
-from verl_autoexport.sources.base import Shard, ShardManifest, TensorEntry, check_coverage, join_runs
+from verl_autoexport.merge.plan import MergePlan, Output, make_plan, whole
+from verl_autoexport.shards.manifest import Shard, ShardManifest, TensorEntry, check_coverage, join_runs
 
 Tensors = list[tuple[str, tuple[int, int]]]
 

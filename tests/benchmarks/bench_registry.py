@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from verl_autoexport.config import load_config
-from verl_autoexport.events import Milestone, StepEvent, Trigger
-from verl_autoexport.policies import History, RunStart, build_policies, decide
+from verl_autoexport.config.schema import load_config
+from verl_autoexport.milestones.events import Milestone, StepEvent, Trigger
+from verl_autoexport.milestones.triggers import History, RunStart, build_policies, decide
 from verl_autoexport.registry import compaction, journal
 from verl_autoexport.registry.requests import take
 from verl_autoexport.registry.retention import Keep

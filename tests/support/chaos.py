@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.registry.files import is_temp
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.registry.versions import RECORD
+from verl_autoexport.system.durable_files import is_temp
 
 PHASES = ("pin", "stage", "write", "verify", "publish", "pointers", "retention")
 CALLS = frozenset({
@@ -102,9 +102,9 @@ class ForkedMerges:
 
 def train(root: Path, source: Path, steps: int, killer: Killer) -> None:
     """What a run does from its start on: finish what was interrupted, then `steps` more steps, each a milestone."""
-    from verl_autoexport.config import load_config
-    from verl_autoexport.runtime.actor import ExportActor
-    from verl_autoexport.sources import pins
+    from verl_autoexport.config.schema import load_config
+    from verl_autoexport.service.actor import ExportActor
+    from verl_autoexport.sources.fsdp import holds
 
     settings = load_config({"output_dir": str(root / "exports"), "verify": {"load": False}, "keep": {"last": 2}})
     registry = Registry.create(settings.output_dir)
@@ -113,16 +113,16 @@ def train(root: Path, source: Path, steps: int, killer: Killer) -> None:
     actor = ExportActor(settings, lease.token, ForkedMerges())
     known = {m.step for m in registry.milestones()}
     trained = max((step_of(p) for p in root.glob("global_step_*")), default=0)
-    found = pins.find_pins(root)
+    found = holds.find_pins(root)
     if trained and trained not in known | {p.step for p in found}:
-        found.append(pins.make_pin(root / f"global_step_{trained}", trained, "actor"))
+        found.append(holds.make_pin(root / f"global_step_{trained}", trained, "actor"))
     for pin in found:
         export(actor, pin)
     for step in range(trained + 1, trained + 1 + steps):
         folder = root / f"global_step_{step}"
         shutil.copytree(source, folder.with_suffix(".saving"))
         folder.with_suffix(".saving").rename(folder)
-        pin = pins.make_pin(folder, step, "actor")
+        pin = holds.make_pin(folder, step, "actor")
         for old in (p for p in root.glob("global_step_*") if p != folder):
             shutil.rmtree(old)  # as with max_actor_ckpt_to_keep=1: from here on the links are the only source
         export(actor, pin)
@@ -130,10 +130,10 @@ def train(root: Path, source: Path, steps: int, killer: Killer) -> None:
 
 
 def export(actor: Any, pin: Any) -> None:
-    from verl_autoexport.sources import pins
+    from verl_autoexport.sources.fsdp import holds
 
     request = request_for(pin)
-    pins.choose(pin, request)
+    holds.choose(pin, request)
     outcome = actor.export(request)
     assert outcome["status"] == "published", outcome
 
@@ -149,12 +149,13 @@ def request_for(pin: Any) -> dict[str, Any]:
 
 
 def instrument(killer: Killer) -> None:
-    from verl_autoexport.export import merge, pipeline
+    from verl_autoexport.export import pipeline
+    from verl_autoexport.merge import job as merge
     from verl_autoexport.registry import staging
-    from verl_autoexport.sources import pins
+    from verl_autoexport.sources.fsdp import holds
 
     for owner, name, phase in (
-        (pins, "make_pin", "pin"), (pins, "choose", "pin"), (staging, "create", "stage"),
+        (holds, "make_pin", "pin"), (holds, "choose", "pin"), (staging, "create", "stage"),
         (merge.MergeJob, "run", "write"), (merge.FileWriter, "write", "write"), (pipeline, "_write_beside", "write"),
         (pipeline, "_verify", "verify"), (pipeline, "make_record", "verify"), (Registry, "publish", "publish"),
         (Registry, "_book", "pointers"), (Registry, "prune", "retention"),
@@ -171,8 +172,9 @@ def warm_up(source: Path, once: Path) -> None:
     """Import everything that an export needs; transformers imports a model's code when it is first asked for."""
     import torch
 
-    import verl_autoexport.runtime.actor  # noqa: F401
-    from verl_autoexport.export import pipeline, spec
+    import verl_autoexport.service.actor  # noqa: F401
+    from verl_autoexport.export import pipeline
+    from verl_autoexport.model import spec
 
     torch.set_num_threads(1)
     pipeline.export_to_directory(spec.checkpoint_spec(source, verify=False), once, pipeline.LocalRunner(1))

@@ -29,14 +29,14 @@ class Run:
     """A run in `root` with the package's own actor, in this process."""
 
     def __init__(self, root: Path) -> None:
-        from verl_autoexport.config import load_config
+        from verl_autoexport.config.schema import load_config
         from verl_autoexport.export.pipeline import LocalRunner
-        from verl_autoexport.runtime.actor import ExportActor
-        from verl_autoexport.sources import pins
+        from verl_autoexport.service.actor import ExportActor
+        from verl_autoexport.sources.fsdp import holds
 
         node = {"output_dir": str(root / "exports"), "verify": {"load": False}, "keep": {"last": 1}}
         self.root, self.actor = root, ExportActor(load_config(node), None, LocalRunner(1))
-        for pin in pins.find_pins(root):
+        for pin in holds.find_pins(root):
             self.actor.export(chaos.request_for(pin))
 
     def save(self, source: Path, step: int) -> None:
@@ -44,14 +44,14 @@ class Run:
 
     def export(self, step: int) -> dict[str, Any]:
         """As the driver does it."""
-        from verl_autoexport.sources import pins
+        from verl_autoexport.sources.fsdp import holds
 
         try:
-            pin = pins.make_pin(self.root / f"global_step_{step}", step, "actor")
+            pin = holds.make_pin(self.root / f"global_step_{step}", step, "actor")
         except AutoExportError as e:
             return {"status": "failed", "reason": f"{type(e).__name__}: {e}"}
         try:
-            pins.choose(pin, chaos.request_for(pin))
+            holds.choose(pin, chaos.request_for(pin))
         except OSError as e:
             print(f"not durable: {e}", file=sys.stderr)
         return self.actor.export(chaos.request_for(pin))

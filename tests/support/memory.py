@@ -13,10 +13,10 @@ from pathlib import Path
 import ray
 import torch
 
-from verl_autoexport.export.merge import MergeJob
-from verl_autoexport.export.plan import Output, make_plan, whole
-from verl_autoexport.runtime.tasks import RayRunner
-from verl_autoexport.sources.base import Shard, ShardManifest, TensorEntry
+from verl_autoexport.merge.job import MergeJob
+from verl_autoexport.merge.plan import Output, make_plan, whole
+from verl_autoexport.merge.ray_runner import RayRunner
+from verl_autoexport.shards.manifest import Shard, ShardManifest, TensorEntry
 
 HOG = 6 << 30  # bytes
 SIZE = 1 << 20  # elements

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 from verl_autoexport.errors import ConfigError
-from verl_autoexport.export.base import base_directory
-from verl_autoexport.export.peft_config import CONFIG_NAME
+from verl_autoexport.model.base_model import base_directory
+from verl_autoexport.model.lora.peft_config import CONFIG_NAME
 
 _ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 

@@ -16,30 +16,34 @@ from threading import Event, Lock
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from verl_autoexport import places
 from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, PlanError, SourceError, VerifyError
-from verl_autoexport.events import ExportRecord
-from verl_autoexport.export import assets, by_hand, lora, naming, peft_config, verify
-from verl_autoexport.export.assets import Reference
-from verl_autoexport.export.base import base_directory
-from verl_autoexport.export.directory import appears_whole
-from verl_autoexport.export.merge import MergeJob, WrittenFile, one_torch_thread
-from verl_autoexport.export.model import ADAPTER_FOLDER, Planned, plan_model
-from verl_autoexport.export.plan import MergePlan
+from verl_autoexport.export import by_hand, places
+from verl_autoexport.export.destinations import appears_whole
 from verl_autoexport.export.record import make_record
-from verl_autoexport.export.run_files import settled
-from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
+from verl_autoexport.merge.job import MergeJob, WrittenFile, one_torch_thread
+from verl_autoexport.merge.plan import MergePlan
+from verl_autoexport.milestones.events import ExportRecord
+from verl_autoexport.model import assets
+from verl_autoexport.model import skeleton as naming
+from verl_autoexport.model.assets import Reference
+from verl_autoexport.model.base_model import base_directory
+from verl_autoexport.model.lora import adapter as lora
+from verl_autoexport.model.lora import peft_config
+from verl_autoexport.model.planner import ADAPTER_FOLDER, Planned, plan_model
+from verl_autoexport.model.saved_config import settled
+from verl_autoexport.model.spec import ExportSpec, checkpoint_spec
+from verl_autoexport.registry.shared_files import Twins, find_twins, link_twin
 from verl_autoexport.registry.store import Registry, Version
-from verl_autoexport.registry.twins import Twins, find_twins, link_twin
-from verl_autoexport.sources.base import ShardSource
-from verl_autoexport.sources.checkpoints import check_links, earlier_fingerprint, rank_files
-from verl_autoexport.sources.checkpoints import notes as left_out
-from verl_autoexport.sources.crc32 import join
-from verl_autoexport.sources.fetched import check_fetched
-from verl_autoexport.sources.fsdp_files import FsdpFiles
-from verl_autoexport.sources.page_cache import drop_cache
-from verl_autoexport.sources.safetensors_files import INDEX_NAME
-from verl_autoexport.untrusted import is_plain_name
+from verl_autoexport.shards.checksums import join
+from verl_autoexport.shards.manifest import ShardSource
+from verl_autoexport.shards.safetensors_files import INDEX_NAME
+from verl_autoexport.sources.download_stubs import check_fetched
+from verl_autoexport.sources.fsdp.discovery import check_links, earlier_fingerprint, rank_files
+from verl_autoexport.sources.fsdp.discovery import notes as left_out
+from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
+from verl_autoexport.system.page_cache import drop_cache
+from verl_autoexport.system.untrusted import is_plain_name
+from verl_autoexport.verify import checks as verify
 
 RECORD_NAME = "export.json"
 VERIFYING = "verifying"

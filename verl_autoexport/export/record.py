@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport import __version__
-from verl_autoexport.events import ExportRecord
-from verl_autoexport.export.merge import WrittenFile
-from verl_autoexport.export.plan import MergePlan
-from verl_autoexport.export.spec import ExportSpec
-from verl_autoexport.sources.base import ShardManifest
+from verl_autoexport.merge.job import WrittenFile
+from verl_autoexport.merge.plan import MergePlan
+from verl_autoexport.milestones.events import ExportRecord
+from verl_autoexport.model.spec import ExportSpec
+from verl_autoexport.shards.manifest import ShardManifest
 
 
 def make_record(

@@ -14,10 +14,10 @@ from typing import Any
 
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import journal
-from verl_autoexport.registry.files import fsync_dir, temp_path
-from verl_autoexport.registry.memory import past
-from verl_autoexport.registry.notes import WORTH, Notes
+from verl_autoexport.registry.history import past
+from verl_autoexport.registry.journal_reader import WORTH, Notes
 from verl_autoexport.registry.state import Facts, is_name
+from verl_autoexport.system.durable_files import fsync_dir, temp_path
 
 _REPORTS = 100  # the last ones, which tell of the last runs
 _PER_STEP = frozenset({"asked", *journal.OUTCOMES})

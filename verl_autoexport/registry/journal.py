@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.events import Milestone, Trigger, is_measured
-from verl_autoexport.registry.files import fsync_dir, to_json
+from verl_autoexport.milestones.events import Milestone, Trigger, is_measured
+from verl_autoexport.system.durable_files import fsync_dir, to_json
 
 NAME = ".journal.jsonl"
 OUTCOMES = ("published", "failed", "dropped")

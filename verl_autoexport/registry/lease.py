@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.registry.files import write_json_atomic
-from verl_autoexport.untrusted import read_json
+from verl_autoexport.system.durable_files import write_json_atomic
+from verl_autoexport.system.untrusted import read_json
 
 NAME = ".owner.json"
 BEAT_S = 5.0

@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from verl_autoexport.events import is_measured
-from verl_autoexport.registry.files import fsync_dir, temp_path
+from verl_autoexport.milestones.events import is_measured
 from verl_autoexport.registry.versions import NAME, Version
+from verl_autoexport.system.durable_files import fsync_dir, temp_path
 
 LATEST = "latest"
 _LISTED = 20

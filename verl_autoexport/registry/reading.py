@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.events import Milestone
+from verl_autoexport.milestones.events import Milestone
 from verl_autoexport.registry import journal, pointers, removal, retention
 from verl_autoexport.registry import state as states
-from verl_autoexport.registry.memory import Exported, Memory
-from verl_autoexport.registry.notes import Notes
+from verl_autoexport.registry.history import Exported, Memory
+from verl_autoexport.registry.journal_reader import Notes
 from verl_autoexport.registry.retention import Judgement, Keep
 from verl_autoexport.registry.state import State
 from verl_autoexport.registry.versions import Catalog, Version

@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.registry.files import fsync_dir, write_json_atomic
+from verl_autoexport.system.durable_files import fsync_dir, write_json_atomic
 
 NAME = ".requests"
 _TAKEN, _DONE = ".taken-", ".done-"

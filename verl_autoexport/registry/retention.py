@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from verl_autoexport.events import is_measured
+from verl_autoexport.milestones.events import is_measured
 from verl_autoexport.registry import pointers
 from verl_autoexport.registry.versions import NAME, Version
 

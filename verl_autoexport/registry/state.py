@@ -10,11 +10,11 @@ from typing import Any
 
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import journal
-from verl_autoexport.registry.files import write_json_atomic
 from verl_autoexport.registry.pointers import POINTER
 from verl_autoexport.registry.retention import Keep, from_dict
 from verl_autoexport.registry.versions import NAME
-from verl_autoexport.untrusted import read_json
+from verl_autoexport.system.durable_files import write_json_atomic
+from verl_autoexport.system.untrusted import read_json
 
 FILE = "registry.json"
 SCHEMA_VERSION = 1

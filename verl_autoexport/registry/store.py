@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.events import ExportRecord
+from verl_autoexport.milestones.events import ExportRecord
 from verl_autoexport.registry import compaction, lease, pointers, removal, requests, retention, staging
 from verl_autoexport.registry import state as states
-from verl_autoexport.registry.files import fsync_dir, fsync_tree, is_temp, temp_path, write_json_atomic
 from verl_autoexport.registry.lease import Lease, Owner
-from verl_autoexport.registry.locking import RootLock
+from verl_autoexport.registry.lock import RootLock
 from verl_autoexport.registry.reading import Reader
 from verl_autoexport.registry.retention import Judgement, Keep
 from verl_autoexport.registry.staging import Staging
@@ -45,6 +44,7 @@ from verl_autoexport.registry.versions import (
     read_record,
     version_name,
 )
+from verl_autoexport.system.durable_files import fsync_dir, fsync_tree, is_temp, temp_path, write_json_atomic
 
 __all__ = ["Registry", "Staging", "Version", "read_record", "write_json_atomic"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.events import ExportRecord
-from verl_autoexport.untrusted import read_json
+from verl_autoexport.milestones.events import ExportRecord
+from verl_autoexport.system.untrusted import read_json
 
 RECORD = "export.json"
 SCHEMA_VERSION = 1

@@ -1,0 +1,74 @@
+"""What the arguments of the command line may be; anything else is wrong usage, told in one line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+from verl_autoexport.cli.terminal import complain
+
+_LARGEST = 1 << 60  # bytes; more is a slip, and no file system has it
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        complain(f"{message} ({self.prog} --help)")
+        raise SystemExit(2)
+
+
+def count(value: str) -> int:
+    """A whole number from 1 on."""
+    number = int(value) if value.isascii() and value.isdigit() and len(value) < 19 else 0
+    if number < 1:
+        raise _expected("a whole number from 1 on", value)
+    return number
+
+
+def size(value: str) -> int:
+    """Bytes, from `5GB`, `512MiB` or a plain number."""
+    from verl_autoexport.config.schema import parse_size
+    from verl_autoexport.errors import ConfigError
+
+    try:
+        number = parse_size(value, "size")
+    except (ConfigError, ArithmeticError):  # Decimal has an overflow of its own
+        number = 0
+    if not 0 < number < _LARGEST:
+        raise _expected("a size such as 5GB or 512MiB", value)
+    return number
+
+
+def text(value: str) -> str:
+    """Something, in one line."""
+    if not value.strip() or "\0" in value:
+        raise _expected("a text that is not empty", value)
+    return value
+
+
+def path(value: str) -> Path:
+    """A local path; whether anything is there is asked later."""
+    if not value.strip() or "\0" in value:
+        raise _expected("a path", value)
+    if "://" in value:
+        raise _expected("a local path (no URL)", value)
+    return Path(value)
+
+
+def ray_address(value: str) -> str:
+    """`auto`, or what names a host and a port."""
+    try:
+        url = urlsplit(value if "://" in value else f"//{value}")
+        named = bool(url.hostname) and (url.port is not None or url.scheme not in ("", "ray"))
+    except ValueError:
+        named = False
+    if (value not in ("auto", "local") and not named) or "\0" in value:
+        raise _expected("HOST:PORT, ray://HOST:PORT or auto", value)
+    return value
+
+
+def _expected(what: str, found: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"expected {what}, found {found!r:.200}")

@@ -1,0 +1,312 @@
+"""One planned file → bytes on disk, in bounded memory.
+
+The output is produced front to back in blocks that are contiguous on disk, so that it can
+be hashed as it is written; of each shard the part that falls into the block is read by
+position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+from verl_autoexport.errors import MergeError
+from verl_autoexport.merge.plan import Output, Piece, PlannedFile, nbytes
+from verl_autoexport.merge.reader import MAX_BLOCK, Range, ShardReader, as_bytes, boxes, within
+from verl_autoexport.merge.writer import FileWriter
+from verl_autoexport.model.lora import adapter as lora
+from verl_autoexport.shards.checksums import Run, Sums
+from verl_autoexport.shards.manifest import FLOATING, ITEMSIZE, ShardManifest
+from verl_autoexport.shards.tiling import Index, overlap
+
+Progress = Callable[[int], None]
+_WORTH_A_COPY = 1 << 20  # bytes; below that a system call costs more than it saves
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """Name, size in bytes and sha256 (hex) of a file that is on disk and fsynced.
+
+    Of the tensors with LoRA fused in: those whose lora_B is not zero (`trained`), and those
+    that came out different from the base (`changed`). `apart`: its tensors do not change between
+    versions; `linked`: it is the same file as that of an earlier one. `read` is all that was read of files
+    with records.
+    """
+
+    name: str
+    nbytes: int
+    sha256: str
+    trained: frozenset[str] = frozenset()
+    changed: frozenset[str] = frozenset()
+    apart: bool = False
+    linked: bool = False
+    read: tuple[Run, ...] = ()
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """All that a worker in another process needs to write one file; `memory_budget` in bytes.
+
+    `cached` False keeps the page cache free of what is read, `read_again` False of what is written;
+    `threads` share the file.
+    """
+
+    planned: PlannedFile
+    manifest: ShardManifest
+    path: Path
+    memory_budget: int
+    cached: bool = True
+    read_again: bool = True
+    threads: int = 1
+
+    def run(self, progress: Progress = lambda nbytes: None) -> WrittenFile:
+        """Write the file (which must not exist) and fsync it; `progress` is called with the bytes of each block.
+
+        Holds at most `memory_budget` bytes of buffers, and one tensor with LoRA fused into it.
+        Raises MergeError (tensor named) for NaN, Inf or an overflow in the cast and for write
+        errors, SourceError when a shard is shorter than it was.
+        """
+        threads = 1 if self.planned.fusions else self.threads  # each would fuse the same tensor
+        # Each thread has buffers for two output blocks and, of at most 4x the width, what is read for one;
+        # what training had cast to another dtype is held in that too, of at most 2x.
+        largest = max((getattr(file, "block", MAX_BLOCK) for file in self.manifest.files), default=MAX_BLOCK)
+        block = max(4096, min(largest, self.memory_budget // (8 * threads)))
+        with FileWriter(self.path, self.read_again) as writer:
+            writer.write(self.planned.header, 0)
+            writer.hash(self.planned.header, 0)
+            work = _Work(self, writer, block, progress)
+            work.share(threads)
+            digest, size = writer.finish()
+        if size != self.planned.nbytes:
+            raise MergeError(f"{self.path}: {size} bytes written, {self.planned.nbytes} planned; please report this.")
+        trained, changed = frozenset(work.trained), frozenset(work.changed)
+        read = work.sums.runs()
+        return WrittenFile(self.planned.name, size, digest, trained, changed, self.planned.apart, read=read)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A box of an output, contiguous from the byte `at` of the file on; `unchanged`: as the shards hold it."""
+
+    output: Output
+    offsets: Index
+    shape: Index
+    at: int
+    unchanged: bool
+
+
+@dataclass
+class _Buffer:
+    """Bytes that may be filled again when the file is hashed as far as `end`."""
+
+    data: torch.Tensor
+    end: int = 0
+
+
+class _Work:
+    """The blocks of a file in order, for several threads: while one hashes, others fill."""
+
+    def __init__(self, job: MergeJob, writer: FileWriter, size: int, progress: Progress) -> None:
+        self.job, self.writer, self.size, self.progress = job, writer, size, progress
+        self.blocks = self._blocks()
+        self.lock = Lock()
+        self.trained: set[str] = set()
+        self.changed: set[str] = set()
+        self.sums = Sums()
+
+    def share(self, threads: int) -> None:
+        """All of it, by `threads`; with two buffers each goes on while another hashes its first."""
+        if threads == 1:
+            self.do(buffers=1)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            running = [pool.submit(self.do, buffers=2) for _ in range(threads)]
+            try:
+                for future in running:
+                    future.result()
+            except BaseException as e:  # also one that ends the process: the threads must end first
+                self.writer.break_off(e)
+                raise
+
+    def do(self, buffers: int) -> None:
+        """Fill, check, write and hash one block after the other."""
+        ring = cycle([_Buffer(torch.empty(self.size, dtype=torch.uint8)) for _ in range(buffers)])
+        try:
+            with ShardReader(self.job.manifest, self.job.cached, self.sums) as reader:
+                source = _Source(reader, self.job.planned, self)
+                while block := self._next():
+                    self._write(block, source, next(ring))
+        except BaseException as e:
+            self.writer.break_off(e)
+            raise
+
+    def _next(self) -> _Block | None:
+        with self.lock:
+            self.writer.wait(0)  # not once it is broken off
+            return next(self.blocks, None)
+
+    def _blocks(self) -> Iterator[_Block]:
+        at = len(self.job.planned.header)
+        for output in self.job.planned.outputs:
+            unchanged, size = self._unchanged(output), ITEMSIZE[output.dtype]
+            for offsets, shape in boxes(_box_of(output), self.size // size):
+                yield _Block(output, offsets, shape, at, unchanged)
+                at += math.prod(shape) * size
+
+    def _unchanged(self, output: Output) -> bool:
+        piece = output.pieces[0]
+        entry = self.job.manifest.tensors[piece.fqn]
+        same = output.dtype == entry.dtype == entry.value_dtype and piece.fqn not in self.job.planned.fusions
+        return same and _straight(output) and nbytes(output) >= _WORTH_A_COPY
+
+    def _write(self, block: _Block, source: _Source, buffer: _Buffer) -> None:
+        output = block.output
+        self.writer.wait(buffer.end)
+        nbytes = math.prod(block.shape) * ITEMSIZE[output.dtype]
+        out = buffer.data[:nbytes].view(getattr(torch, output.dtype)).view(block.shape)
+        data = as_bytes(out)
+        if block.unchanged and self.writer.copies and (copied := self._copy(block, source.reader)):
+            self.writer.read_back(data, block.at)
+            source.reader.note(copied, data)
+        else:
+            _fill(output, source, block.offsets, block.shape, out)
+            self.writer.write(data, block.at)
+        _check_finite(output, self.job.manifest, out)
+        self.writer.hash(data, block.at)
+        buffer.end = block.at + nbytes
+        with self.lock:
+            try:
+                self.progress(nbytes)
+            except BaseException as e:
+                self.writer.break_off(e)  # before anyone takes another block
+                raise
+
+    def _copy(self, block: _Block, reader: ShardReader) -> list[Range]:
+        """Let the file system copy whole rows of shards; none where that is not possible."""
+        piece, at, copied = block.output.pieces[0], block.at, []
+        ranges = reader.ranges(reader.manifest.tensors[piece.fqn], _sum(piece.offsets, block.offsets), block.shape)
+        for part in ranges or ():
+            if not self.writer.copy(part.fd, part.offset, part.nbytes, at):
+                return []  # what was copied before is written over
+            copied.append(part)
+            at += part.nbytes
+        return copied
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Torch's own threads wait actively, on the cores that hashing and writing need; those of one merge are enough."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Source:
+    """Source tensors as the plan wants them: from the shards, and with LoRA fused in where it says so."""
+
+    def __init__(self, reader: ShardReader, planned: PlannedFile, work: _Work) -> None:
+        self.reader = reader
+        self.fusions = planned.fusions
+        self.work = work
+        self.last: tuple[str, torch.Tensor] | None = None  # a fused tensor is read in several boxes
+
+    def fill(self, fqn: str, offsets: Index, shape: Index, out: torch.Tensor) -> None:
+        if fqn not in self.fusions:
+            self.reader.fill(fqn, offsets, shape, out)
+            return
+        if self.last is None or self.last[0] != fqn:
+            self.last = None  # freed before the next one is made
+            self.last = fqn, self._fused(fqn, out.dtype)
+        out.copy_(self.last[1][within(offsets, shape)])
+
+    def _fused(self, fqn: str, dtype: torch.dtype) -> torch.Tensor:
+        fusion, base = self.fusions[fqn], self.reader.whole(fqn)
+        a, b, magnitude = (
+            None if name is None else self.reader.whole(name) for name in (fusion.a, fusion.b, fusion.magnitude)
+        )
+        fused = lora.fuse(fusion, base, a, b, magnitude).to(dtype)
+        if b.any():
+            self.work.trained.add(fqn)
+        if not torch.equal(fused, base.to(dtype)):
+            self.work.changed.add(fqn)
+        return fused
+
+
+def _straight(output: Output) -> bool:
+    """Whether it is a box of one source tensor, as it is there."""
+    return len(output.pieces) == 1 and output.pieces[0].in_order
+
+
+def _box_of(output: Output) -> Index:
+    return output.pieces[0].shape if _straight(output) else output.shape
+
+
+def _sum(a: Index, b: Index) -> Index:
+    return tuple(map(sum, zip(a, b, strict=True)))
+
+
+def _fill(output: Output, source: _Source, offsets: Index, shape: Index, out: torch.Tensor) -> None:
+    """Fill `out` with the box at `offsets` of an output."""
+    if _straight(output):
+        piece = output.pieces[0]
+        source.fill(piece.fqn, _sum(piece.offsets, offsets), shape, out)
+    else:
+        _fill_pieces(output, source, offsets, shape, out)
+
+
+def _fill_pieces(output: Output, source: _Source, offsets: Index, shape: Index, out: torch.Tensor) -> None:
+    """Fill `out` with the box at `offsets` of an output that is put together of pieces, or turned."""
+    filled = 0
+    for piece in output.pieces:
+        lo, extent = overlap(offsets, shape, piece.at, piece.extent)
+        if not math.prod(extent):
+            continue
+        target = out[within(tuple(a - b for a, b in zip(lo, offsets, strict=True)), extent)]
+        start, size = list(piece.offsets), [1] * len(piece.shape)
+        for i, dim in enumerate(piece.dims):
+            if dim is not None:
+                start[dim] += lo[i] - piece.at[i]
+                size[dim] = extent[i]
+        source.fill(piece.fqn, tuple(start), tuple(size), _as_source(target, piece))
+        filled += math.prod(extent)
+    if filled != math.prod(shape):
+        raise MergeError(f"{output.name}: {filled} of {math.prod(shape)} elements at {list(offsets)} are covered.")
+
+
+def _as_source(out: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """A view of `out`, a box of the output, with the dimensions of the source tensor."""
+    out = out[tuple(0 if dim is None else slice(None) for dim in piece.dims)]
+    named = [dim for dim in piece.dims if dim is not None]
+    out = out.permute(sorted(range(len(named)), key=named.__getitem__))
+    for dim in sorted(set(range(len(piece.shape))) - set(named)):
+        out = out.unsqueeze(dim)
+    return out
+
+
+def _check_finite(output: Output, manifest: ShardManifest, out: torch.Tensor) -> None:
+    if output.dtype not in FLOATING or not out.numel():
+        return
+    if all(torch.isfinite(x) for x in torch.aminmax(out)):  # NaN propagates; far faster than isfinite on every value
+        return
+    nan = int(torch.isnan(out).sum())
+    inf = int(torch.isinf(out).sum())
+    entry = manifest.tensors[output.pieces[0].fqn]
+    if output.dtype == entry.dtype == "float16" and inf and not nan:  # the live source has cast already
+        hint = "a cast to float16 overflowed, or training diverged"
+        raise MergeError(f"{output.name}: {inf} Inf values: {hint}. A model like this is not published.")
+    cause = f"the weights of {entry.fqn} hold them, or" if output.dtype != entry.dtype else "the weights hold them:"
+    hint = f"the cast {entry.dtype} → {output.dtype} overflowed" if output.dtype != entry.dtype else "training diverged"
+    raise MergeError(
+        f"{output.name}: {nan} NaN and {inf} Inf values; {cause} {hint}. A model like this is not published."
+    )

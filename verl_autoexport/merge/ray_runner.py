@@ -1,0 +1,273 @@
+"""Merge jobs as Ray tasks: no GPU, anywhere that sees the output and the shards, never waiting for ever."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from verl_autoexport import __version__
+from verl_autoexport.errors import MergeError, SourceError
+from verl_autoexport.merge.job import MergeJob, WrittenFile, one_torch_thread
+from verl_autoexport.shards.manifest import ITEMSIZE
+from verl_autoexport.sources.fsdp.discovery import stats
+
+logger = logging.getLogger(__name__)
+_POLL_S = 1.0
+_CANCEL_S = 10.0
+_RETRIES = 3
+_PACKAGES = ("torch", "transformers")
+
+
+class NotShared(Exception):
+    """The task's node does not see the path that it names as the export's node does."""
+
+
+class Lost(Exception):
+    """Ray runs an attempt again whose process is gone."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """What a task's node is compared with: the node where the export runs, its packages, the shards as it sees them.
+
+    `files` are size (bytes) and mtime (ns) of all that is read by path.
+    """
+
+    node: str
+    nonce: Path
+    files: Mapping[Path, tuple[int, ...]]
+    versions: Mapping[str, str | None]
+
+    @classmethod
+    def here(cls, jobs: Iterable[MergeJob], nonce: Path) -> Home:
+        """Raises SourceError where a file is gone."""
+        paths = sorted({file for job in jobs for file in job.manifest.files if isinstance(file, Path)})
+        seen = [found[2:] for found in stats(paths)]
+        return cls(ray.get_runtime_context().get_node_id(), nonce, dict(zip(paths, seen, strict=True)), versions())
+
+    def compared(self, job: MergeJob) -> MergeJob:
+        """In the task: the job for its node; raises NotShared, or MergeError where other packages are installed."""
+        if not os.path.exists(self.nonce):  # nor where it may not be seen
+            raise NotShared(str(self.nonce.parent))
+        if (found := versions()) != self.versions:
+            raise MergeError(
+                f"{socket.gethostname()} has {found}, the export's node {self.versions}; install the same everywhere."
+            )
+        if ray.get_runtime_context().get_node_id() == self.node:
+            return job
+        for path in (file for file in job.manifest.files if isinstance(file, Path)):
+            try:
+                (seen,) = stats([path])
+            except SourceError:
+                raise NotShared(str(path)) from None
+            if seen[2:] != self.files[path]:
+                raise NotShared(str(path))
+        return replace(job, cached=False, read_again=False)  # nothing else is done with the file on this node
+
+
+@dataclass(frozen=True)
+class _Run:
+    home: Home
+    refs: list[Any]
+
+
+@dataclass
+class _Attempt:
+    job: MergeJob
+    ref: Any
+    number: int
+    submitted: float
+    started: Path
+    cpus: float
+    placed: bool
+    here: bool
+    losses: int
+
+
+class RayRunner:
+    """Runs merge jobs as Ray tasks, at most `workers` at a time.
+
+    A task not scheduled within `schedule_timeout_s` seconds is submitted again without a
+    CPU slot (verl's placement groups may hold every CPU until the end), and so are all
+    later ones of this runner; after as long again without the `placement` asked for:
+    `resources` and `labels` of Ray nodes. Without one, tasks go where most of their bytes lie.
+    """
+
+    def __init__(
+        self,
+        workers: int | None,
+        num_cpus: float,
+        schedule_timeout_s: float,
+        placement: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.workers = workers or 4
+        self.num_cpus = num_cpus
+        self.schedule_timeout_s = schedule_timeout_s
+        self.placement = placement
+        self.node = ray.get_runtime_context().get_node_id()
+        # Where memory is short Ray kills the newest first, before 2.56 what is retriable, so ours are; but it is
+        # here that they are run again: each attempt needs its own marker and file, and its own time-out.
+        self.task = ray.remote(num_gpus=0, max_retries=1)(merge_task)
+
+    def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]:
+        """Write all files; raises what a job raised, MergeError when a worker was lost for good."""
+        folder = jobs[0].path.parent
+        nonce = folder / f".nonce-{uuid.uuid4().hex}"
+        nonce.touch()
+        waiting, running, written, refs = list(jobs)[::-1], [], {}, []
+        try:
+            run = _Run(Home.here(jobs, nonce), refs)
+            while waiting or running:
+                while waiting and len(running) < self.workers:
+                    running.append(self._submit(waiting.pop(), run, 1))
+                running, done = self._collect(running, run)
+                progress(0)  # raises where nobody waits any more
+                for file in done:
+                    progress(file.nbytes)
+                    written[file.name] = file
+        finally:
+            _stop(refs)
+            for path in (nonce, *folder.glob(".started-*"), *folder.rglob("*.part*")):
+                path.unlink(missing_ok=True)
+        return [written[job.planned.name] for job in jobs]
+
+    def _submit(self, job: MergeJob, run: _Run, number: int, here: bool = False, losses: int = 0) -> _Attempt:
+        part = job.path.with_name(f"{job.path.name}.part{number}")
+        started = run.home.nonce.with_name(f".started-{job.path.name}-{number}")
+        options: dict[str, Any] = {"num_cpus": self.num_cpus}
+        placed = self.placement is not None and not here
+        if placed:
+            options |= _wanted(self.placement)
+        elif node := self.node if here else _holder(job):
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=not here)
+        ref = self.task.options(**options).remote(replace(job, path=part), run.home, str(started))
+        run.refs.append(ref)
+        return _Attempt(job, ref, number, time.monotonic(), started, self.num_cpus, placed, here, losses)
+
+    def _collect(self, running: Iterable[_Attempt], run: _Run) -> tuple[list[_Attempt], list[WrittenFile]]:
+        by_ref = {a.ref: a for a in running}
+        ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=_POLL_S)
+        left, done = [], []
+        for ref, attempt in by_ref.items():
+            if ref not in ready:
+                left.append(self._impatient(attempt, run))
+                continue
+            try:
+                done.append(_finish(attempt, ray.get(ref)))
+            except NotShared as e:
+                if attempt.here:
+                    raise MergeError(
+                        f"{e.cause}: not seen by a task on the export's own node; output_dir must be on a disk that "
+                        "Ray's workers see."
+                    ) from None
+                logger.warning("a node does not see %s as it is here; merging on the export's node", e.cause)
+                left.append(self._submit(attempt.job, run, attempt.number + 1, True, attempt.losses))
+            except Lost as e:
+                left.append(self._again(attempt, run, e.cause))
+            except ray.exceptions.RayTaskError as e:
+                raise e.cause from e
+            except ray.exceptions.RayError as e:
+                left.append(self._again(attempt, run, e))
+        return left, done
+
+    def _again(self, attempt: _Attempt, run: _Run, error: Exception) -> _Attempt:
+        reason = str(error).strip().splitlines()[0]
+        if attempt.losses == _RETRIES:
+            raise MergeError(
+                f"{attempt.job.path.name}: the merge task was lost {_RETRIES + 1} times: {reason}"
+            ) from error
+        logger.warning("the merge task of %s was lost and is run again: %s", attempt.job.path.name, reason)
+        return self._submit(attempt.job, run, attempt.number + 1, attempt.here, attempt.losses + 1)
+
+    def _impatient(self, attempt: _Attempt, run: _Run) -> _Attempt:
+        """The attempt, or where it was not begun in time another that asks for less."""
+        waited = time.monotonic() - attempt.submitted
+        if waited < self.schedule_timeout_s or attempt.started.exists():
+            return attempt
+        if attempt.cpus:
+            self.num_cpus = 0
+            why, less = "no free CPU slot for it (verl's workers hold them)", "num_cpus=0"
+        elif attempt.placed:
+            why, less = f"no node takes it with merge.placement={self.placement}", "no placement"
+            self.placement = None
+        else:
+            return attempt
+        logger.warning("%s: within %.0f s %s: going on with %s", attempt.job.path.name, waited, why, less)
+        ray.cancel(attempt.ref, force=False)
+        return self._submit(attempt.job, run, attempt.number + 1, attempt.here, attempt.losses)
+
+
+def _stop(refs: list[Any]) -> None:
+    """None of these attempts may write into the staging directory any more."""
+    if not refs:
+        return
+    # Cancelling a task that has just finished can abort the whole process (Ray 2.60): only those that have not.
+    _, running = ray.wait(refs, num_returns=len(refs), timeout=0)
+    for ref in running:
+        ray.cancel(ref, force=False)
+    if running:
+        ray.wait(running, num_returns=len(running), timeout=_CANCEL_S)
+
+
+def _wanted(placement: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Ray's options for it."""
+    options = {"resources": dict(placement["resources"]), "label_selector": dict(placement["labels"])}
+    return {key: value for key, value in options.items() if value}
+
+
+def _holder(job: MergeJob) -> str | None:
+    """The node that most of what a job reads lies on; None where every node has it, or none has most."""
+    if all(isinstance(file, Path) for file in job.manifest.files):
+        return None
+    held: Counter[str | None] = Counter()
+    for entry in job.manifest.tensors.values():
+        for shard in entry.shards:
+            for i in range(shard.count):
+                file = job.manifest.files[shard.file + i * shard.stride]
+                held[getattr(file, "node", None)] += math.prod(shard.shape) * ITEMSIZE[entry.dtype]
+    node, nbytes = held.most_common(1)[0] if held else (None, 0)
+    return node if nbytes > held.total() / 2 else None
+
+
+def _finish(attempt: _Attempt, written: WrittenFile) -> WrittenFile:
+    attempt.job.path.with_name(f"{attempt.job.path.name}.part{attempt.number}").rename(attempt.job.path)
+    return written
+
+
+def merge_task(job: MergeJob, home: Home, started: str) -> WrittenFile:
+    """In a Ray worker: prove that this node sees what the export's does, then write the file."""
+    try:
+        job = home.compared(job)
+        Path(started).touch(exist_ok=False)
+        with one_torch_thread():
+            return job.run()
+    except FileExistsError:
+        raise Lost("its worker was killed, for memory or from outside") from None
+    finally:  # an error's traceback may keep the job for as long as this process lives
+        for file in job.manifest.files:
+            if not isinstance(file, Path):
+                file.let_go()
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that decide what is written."""
+    found: dict[str, str | None] = {"verl_autoexport": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found

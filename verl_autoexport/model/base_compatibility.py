@@ -1,0 +1,356 @@
+"""What is to be written against the files of the base model: the same names, shapes and layout.
+
+A model that training did not change in kind has the tensors of its base, one for one.
+Every difference is either explained, and listed in `export.json`, or refused before
+anything is written. Where base and transformers differ in the layout or in how a tensor is
+named only, the base wins.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from verl_autoexport.errors import ConfigError, PlanError
+from verl_autoexport.merge.plan import SAFETENSORS_DTYPE, Output, whole
+from verl_autoexport.model import skeleton as naming
+from verl_autoexport.model.base_model import BaseModel, BaseTensor, brief, find_base, with_files
+from verl_autoexport.model.value_head import Head
+from verl_autoexport.shards.manifest import FLOATING, ShardManifest
+
+logger = logging.getLogger(__name__)
+Excuse = Callable[[str], str | None]
+_MOVED_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # in old files; no class reads them any more
+_SWAPPED = "in the base's layout, last two dimensions swapped"
+_CHECK = "autoexport.weights.base_check (--base-check)"
+_CARRY = "autoexport.weights.carry_unread (--carry-unread)"
+
+
+@dataclass(frozen=True)
+class Contract:
+    """The outcome of a comparison that did not refuse; `reason` says why there was none, or was no `base`.
+
+    `explained` maps why they differ to the names that do; `transposed` are those written in
+    the base's layout, with the last two dimensions swapped; `spelling` is how the base names what
+    transformers would write under other names. `unread` are tensors of the base that training never
+    read, `carried` those of them that are copied. `differs`: what should have been refused.
+    """
+
+    base: BaseModel | None = None
+    reason: str = ""
+    explained: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
+    spelling: naming.Spelling = field(default_factory=naming.Spelling)
+    unread: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    differs: str = ""
+
+    def to_check(self) -> dict[str, Any]:
+        """The entry `verification.contract` of `export.json`."""
+        if self.base is None or self.reason:
+            return {"status": "skipped", "detail": self.reason}
+        detail = f"names, shapes and layout of {len(self.base.tensors)} tensors in {self.base.directory}"
+        if self.differs:
+            return {"status": "differs", "detail": f"{detail}: {self.differs}"}
+        listed = [f"{why}: {brief(names)}" for why, names in self.explained.items()]
+        check: dict[str, Any] = {"status": "passed", "detail": "; ".join([detail, *listed])}
+        for key in ("explained", "transposed", "carried"):
+            if value := getattr(self, key):
+                check[key] = {k: list(v) for k, v in value.items()} if key == "explained" else sorted(value)
+        return check
+
+    @property
+    def notes(self) -> list[str]:
+        """Of what a reader of `export.json` should know, the lines for its `notes`."""
+        if self.differs:
+            return [f"differs from the base model {self.base.directory}: {self.differs}"]
+        if self.carried:
+            return [f"the base's own, which training never read, were taken along: {brief(self.carried)}"]
+        if self.unread:
+            return [f"left out of the base, since training never read it: {brief(self.unread)}; see {_CARRY}"]
+        return []
+
+    @property
+    def config_values(self) -> dict[str, int]:
+        """{dotted key: value} that `config.json` must have, whatever the trained model's says.
+
+        Layers for multi-token prediction are counted there. Engines look for as many, and verl sets
+        the number to 0: where the layers are carried along it is the base's, where they are left out 0.
+        """
+        if not self.unread:
+            return {}
+        return {key: value if self.carried else 0 for key, value in self.base.predicting.items()}
+
+
+@dataclass(frozen=True)
+class Excuses:
+    """Why a tensor may differ: each takes a name and gives the reason, or None.
+
+    `unread` holds only where nothing is written that the base lacks: else it could be the same
+    tensor under another name. `vocabulary` is the size in the base and the one to be written.
+    """
+
+    lacking: Excuse
+    unread: Excuse
+    added: Excuse
+    vocabulary: tuple[int | None, int | None]
+
+    def reshaped(self, ours: Sequence[int], theirs: Sequence[int]) -> str | None:
+        before, now = self.vocabulary
+        if before != now and ours[1:] == theirs[1:] and (theirs[:1], ours[:1]) == ((before,), (now,)):
+            return f"vocabulary resized from {before} to {now}"
+        return None
+
+
+def check_contract(
+    skeleton: Any,
+    head: Head | None,
+    outputs: Sequence[Output],
+    base_model: str | None,
+    trust_remote_code: bool = False,
+    *,
+    base_check: str = "strict",
+    carry_unread: bool = False,
+) -> Contract:
+    """Compare what `outputs` will be with the base model at `base_model`, where there is one at hand.
+
+    Raises PlanError listing the names that differ without a reason, unless `base_check` is `warn`.
+    """
+    found = _begin(base_model, base_check, carry_unread)
+    if isinstance(found, Contract):
+        return found
+    excuses = _excuses(skeleton, head, found, trust_remote_code)
+    spelling = naming.spell(skeleton, outputs, found.tensors)
+    return compare(outputs, found, excuses, spelling, base_check=base_check, carry_unread=carry_unread)
+
+
+def check_start(
+    base_model: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+    external_lib: str | None,
+    *,
+    base_check: str = "strict",
+    carry_unread: bool = False,
+) -> Contract:
+    """Before anything is trained: is what transformers writes of the base model what the base model is?
+
+    Raises PlanError as `check_contract` does, ConfigError where `dtype` needs a base and none is at hand.
+    """
+    found = _begin(base_model, base_check, carry_unread)
+    if isinstance(found, Contract):
+        check_dtype(dtype, found.base, found.reason)
+        return found
+    if not found.config.get("architectures"):
+        return Contract(reason=f"{found.directory / 'config.json'} names no architecture; exports are compared")
+    skeleton = naming.build_skeleton(
+        found.directory, "source", trust_remote_code=trust_remote_code, external_lib=external_lib
+    )
+    outputs = naming.class_outputs(skeleton)
+    excuses = _excuses(skeleton, None, found, trust_remote_code, own=skeleton)
+    spelling = naming.spell(skeleton, outputs, found.tensors)
+    return compare(outputs, found, excuses, spelling, base_check=base_check, carry_unread=carry_unread)
+
+
+def _begin(base_model: str | None, base_check: str, carry_unread: bool) -> BaseModel | Contract:
+    """The base to compare with, or what is to be said where there is no comparison."""
+    try:
+        base, reason = find_base(base_model)
+    except PlanError as e:
+        if base_check != "off":
+            raise PlanError(f"{e} {_way_out('off')}") from e
+        base, reason = None, str(e)
+    if carry_unread and (base is None or base_check == "off"):
+        raise ConfigError(
+            f"{_CARRY} takes tensors of the base model, but {reason or f'{_CHECK} is off'}. Name the base's directory "
+            "(--base-model, or the run's model path), or leave it out."
+        )
+    if base is None:
+        return Contract(reason=reason)
+    return Contract(base, f"not compared with {base.directory}: {_CHECK} is off") if base_check == "off" else base
+
+
+def check_dtype(dtype: str, base: BaseModel | None, reason: str) -> None:
+    """Raises ConfigError where `dtype` is `base` and there is none."""
+    if dtype == "base" and base is None:
+        raise ConfigError(
+            f"dtype base takes each tensor's dtype from the base model's safetensors, but {reason}. "
+            "Name its directory (--base-model, or the run's model path), or name a dtype."
+        )
+
+
+def compare(
+    outputs: Iterable[Output],
+    base: BaseModel,
+    excuses: Excuses,
+    spelling: naming.Spelling,
+    *,
+    base_check: str = "strict",
+    carry_unread: bool = False,
+) -> Contract:
+    """Pure but for a warning: `outputs` are what will be written, as the base spells them.
+
+    Raises PlanError listing the names that differ without a reason, unless `base_check` is `warn`.
+    """
+    ours = {o.name: o.shape for o in spelling.apply(outputs)}
+    found: dict[str, list[str]] = {
+        "named as in the base": list(spelling.names.values()),
+        "held in the base as in memory": list(spelling.whole.values()),
+    }
+    wrong: dict[str, list[str]] = {"missing": [], "not in the base": [], "of another shape": []}
+    unread = []
+
+    def settle(reason: str | None, name: str, kind: str, text: str | None = None) -> None:
+        kept = wrong[kind] if reason is None else found.setdefault(reason, [])
+        kept.append(text or name if reason is None else name)
+
+    for name in ours.keys() - base.tensors.keys():
+        settle(excuses.added(name), name, "not in the base")
+    for name in base.tensors.keys() - ours.keys():
+        reason = excuses.lacking(name)
+        if reason is None and not wrong["not in the base"] and (reason := excuses.unread(name)) is not None:
+            unread.append(name)
+        settle(reason, name, "missing")
+    for name in ours.keys() & base.tensors.keys():
+        shape, expected = ours[name], base.tensors[name].shape
+        if shape != expected:
+            reason = _SWAPPED if _swapped(shape) == expected else excuses.reshaped(shape, expected)
+            settle(reason, name, "of another shape", f"{name} (base {list(expected)}, here {list(shape)})")
+    if any(wrong.values()):
+        return _refuse(base, wrong, base_check)
+    explained = {why: tuple(sorted(names)) for why, names in sorted(found.items()) if names}
+    transposed, left = frozenset(explained.get(_SWAPPED, ())), tuple(sorted(unread))
+    return Contract(base, "", explained, transposed, spelling, left, left if carry_unread else ())
+
+
+def _refuse(base: BaseModel, wrong: Mapping[str, Sequence[str]], base_check: str) -> Contract:
+    lists = "; ".join(f"{kind}: {brief(sorted(names))}" for kind, names in wrong.items() if names)
+    text = (
+        f"what would be written differs from the base model {base.directory}: {lists}. Engines that serve the "
+        "base would not read it rightly."
+    )
+    if base_check != "warn":
+        raise PlanError(
+            f"{text} Is that the model that was trained, and its files as published? {_way_out('warn or off')}"
+        )
+    logger.warning("verl_autoexport: %s Exporting nevertheless: %s is warn.", text, _CHECK)
+    return Contract(base, differs=lists)
+
+
+def _way_out(value: str) -> str:
+    return f"If it is, and you answer for it: {_CHECK}: {value}."
+
+
+def apply_base(outputs: Iterable[Output], contract: Contract, dtype: str) -> list[Output]:
+    """`outputs` under the base's names, in its layout and, if `dtype` is `base`, in its dtypes."""
+    check_dtype(dtype, contract.base, contract.reason)
+    outputs = contract.spelling.apply(outputs)
+    if dtype == "base":
+        outputs = [replace(o, dtype=_base_dtype(o, contract.base)) for o in outputs]
+    return [o.swapped if o.name in contract.transposed else o for o in outputs]
+
+
+def carry(
+    contract: Contract, manifest: ShardManifest, outputs: list[Output], dtype: str
+) -> tuple[ShardManifest, list[Output]]:
+    """Both with what is carried over from the base.
+
+    A tensor in the base's usual dtype gets the one of the export, as the layers beside it have; one
+    that the base keeps in another (scales, biases of routers) stays as it is.
+    """
+    if not contract.carried:
+        return manifest, outputs
+    base, usual = contract.base, contract.base.usual_dtype
+    outputs, tensors = list(outputs), {name: base.files.tensors[name] for name in contract.carried}
+    for name, entry in tensors.items():
+        if entry.dtype not in SAFETENSORS_DTYPE:
+            raise PlanError(f"{base.directory}: {name}: its dtype {entry.dtype} is not supported; leave out {_CARRY}.")
+        cast = entry.dtype if dtype in naming.OWN_DTYPES or entry.dtype != usual else dtype
+        outputs.append(Output(name, entry.shape, cast, whole(name, entry.shape)))
+    return with_files(manifest, base.files, tensors), outputs
+
+
+def _base_dtype(output: Output, base: BaseModel) -> str:
+    theirs = base.tensors.get(output.name, BaseTensor((), base.usual_dtype)).dtype
+    if output.dtype not in FLOATING:
+        return output.dtype
+    if theirs not in FLOATING:
+        raise PlanError(
+            f"{output.name}: {output.dtype} in training, {theirs} in the base model {base.directory}; such a tensor "
+            "cannot be cast back. Name a dtype instead of `base`."
+        )
+    return theirs
+
+
+def _swapped(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Packed experts only: a matrix whose shape is swapped is another matrix to every reader."""
+    return (*shape[:-2], shape[-1], shape[-2]) if len(shape) > 2 else None
+
+
+def _excuses(skeleton: Any, head: Head | None, base: BaseModel, trust_remote_code: bool, own: Any = None) -> Excuses:
+    """`own`: the base's skeleton by its own configuration, where it is at hand."""
+    loading, name = naming.Loading(skeleton), type(skeleton).__name__
+    tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
+    unsaved = set(skeleton._keys_to_ignore_on_save or ())
+    base_config = naming.load_config(base.directory, trust_remote_code, named=False)
+    own_head = frozenset() if tied or not _ties(base_config) else _output_embeddings(skeleton)
+
+    @cache
+    def theirs() -> naming.Loading:
+        return naming.Loading(own or _own_skeleton(skeleton, base, trust_remote_code))
+
+    def lacking(key: str) -> str | None:
+        if loading.parameter(key) in tied:
+            return "tied, written once"
+        if head is not None and key in head.removed:
+            return f"replaced by the head of {name}"
+        return f"no part of {name}" if key in unsaved or _matches(_MOVED_BUFFERS, key) else None
+
+    def unread(key: str) -> str | None:
+        if loading.parameter(key) is not None:
+            return None
+        ignored = any(_matches(skeleton._keys_to_ignore_on_load_unexpected, k) for k in loading.unexpected(key))
+        return f"not read by {name}" if ignored or theirs().parameter(key) is None else None
+
+    def added(key: str) -> str | None:
+        if head is not None and key in head.added:
+            return f"head of {name}"
+        if key in own_head:
+            return "untied from the embeddings"
+        may_lack = _matches(skeleton._keys_to_ignore_on_load_missing, loading.place(key)[0])
+        return f"{name} loads without it" if may_lack else None
+
+    return Excuses(lacking, unread, added, (_vocabulary(base_config), _vocabulary(skeleton.config)))
+
+
+def _own_skeleton(skeleton: Any, base: BaseModel, trust_remote_code: bool) -> Any:
+    """The base as its own `config.json` has it; as the trained class, where the one named there is not to be had."""
+    try:
+        return naming.build_skeleton(base.directory, "source", trust_remote_code=trust_remote_code)
+    except PlanError:
+        return naming.build_skeleton(
+            base.directory, "source", trust_remote_code=trust_remote_code, architecture=type(skeleton).__name__
+        )
+
+
+def _matches(patterns: Iterable[str] | None, key: str) -> bool:
+    return any(re.search(pattern, key) for pattern in patterns or ())
+
+
+def _ties(config: Any) -> bool:
+    return any(getattr(c, "tie_word_embeddings", False) for c in (config, config.get_text_config()))
+
+
+def _output_embeddings(skeleton: Any) -> frozenset[str]:
+    module = skeleton.get_output_embeddings()
+    names = {f"{path}.weight" for path, m in skeleton.named_modules() if module is not None and m is module}
+    state = skeleton.state_dict()
+    return frozenset(naming.reverse(skeleton, {k: state[k] for k in names & state.keys()}))
+
+
+def _vocabulary(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "vocab_size", None)

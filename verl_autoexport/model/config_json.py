@@ -1,0 +1,174 @@
+"""The base model's own `config.json`, with only what training or the export changed.
+
+transformers rewrites a configuration in the style of its own version, which engines with
+an older one may misread. The base's file is one that they read; whether the changed file
+still means the trained model is proven by reading it back.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from verl_autoexport.model import skeleton as naming
+from verl_autoexport.model.base_model import BaseModel
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_NOT_THE_MODEL = frozenset({
+    *_DTYPE_KEYS, "transformers_version", "_name_or_path", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id",  # verl writes the tokenizer's over the model's
+    "classifier_dropout", "hidden_dropout", "summary_dropout_prob",  # verl sets them to zero for a value model
+})  # fmt: skip
+"""Keys that say nothing about the weights: the base's own stay."""
+_CONFIG_NAME = "config.json"
+_OLD_ROPE = {
+    "rope_theta": ("rope_theta", "rotary_emb_base", "global_rope_theta"),
+    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct", "rotary_percentage"),
+}
+"""Keys of `rope_parameters` that had a key of their own, by the names that it had."""
+
+
+def write_base_config(
+    config: Any, architecture: str, dtype: str | None, base: BaseModel, target: Path, trust_remote_code: bool = False
+) -> str | None:
+    """Write the base's `config.json` for the trained model into `target`, over the one that is there.
+
+    `config` is the trained model's, `dtype` torch's name, or None to leave the base's own.
+    Where the base's file cannot say what the trained model is, the one in `target` stays as
+    it was, and the key in question is returned.
+    """
+    path = target / _CONFIG_NAME
+    before = path.read_text(encoding="utf-8")
+    wanted = plain(config.to_dict()) | {"architectures": [architecture]}
+    known = plain(naming.load_config(base.directory, trust_remote_code, named=False).to_dict())
+    changed = overlay(base.config, known, wanted, _aliases(config), _is_old(base.config))
+    if dtype is not None:
+        set_dtype(changed, dtype)
+    path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    differ = list(differences(plain(naming.load_config(target, trust_remote_code).to_dict()), wanted))
+    if differ:
+        path.write_text(before, encoding="utf-8")
+        return differ[0]
+    return None
+
+
+def overlay(
+    file: Mapping[str, Any],
+    known: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    aliases: Mapping[str, frozenset[str]] = MappingProxyType({}),
+    old: bool = False,
+) -> dict[str, Any]:
+    """`file` with what differs between `known`, as transformers reads it, and `wanted`, in the file's spelling. Pure.
+
+    `aliases` are other names of a key, `old`: the file says of rope what transformers 4 reads.
+    """
+    changed = copy.deepcopy(dict(file))
+    for key in (known.keys() | wanted.keys()) - _NOT_THE_MODEL:
+        before, after = known.get(key), wanted.get(key)
+        if before == after:
+            continue
+        spelled = next((name for name in (key, *aliases.get(key, ())) if name in file), key)
+        if key not in wanted:
+            changed.pop(spelled, None)
+        elif key == "rope_parameters" and old and isinstance(after, Mapping):
+            _set_old_rope(changed, before if isinstance(before, Mapping) else {}, after)
+        elif isinstance(before, Mapping) and isinstance(after, Mapping) and isinstance(file.get(spelled), Mapping):
+            changed[spelled] = overlay(file[spelled], before, after, aliases, old)
+        elif key == "text_config" and key not in file:  # older files have the text model's keys beside the others
+            flat = {k for k in (before or {}) if k in file}
+            changed |= overlay({k: file[k] for k in flat}, before or {}, after, aliases, old)
+        else:
+            changed[spelled] = after
+    return changed
+
+
+def _is_old(file: dict[str, Any]) -> bool:
+    """Whether a file is of the style of transformers 4."""
+    new = str(file.get("transformers_version", "")).startswith("5")
+    return not new and not any("rope_parameters" in node for node in _nodes(file))
+
+
+def _aliases(config: Any) -> dict[str, frozenset[str]]:
+    """Other names that a configuration, and those nested in it, know for a key."""
+    found: dict[str, set[str]] = {}
+    nested = (value for value in vars(config).values() if hasattr(value, "attribute_map"))
+    for node in (config, *nested):
+        for alias, own in (getattr(node, "attribute_map", None) or {}).items():
+            found.setdefault(own, set()).add(alias)
+            found.setdefault(alias, set()).add(own)
+    return {key: frozenset(names) for key, names in found.items()}
+
+
+def _set_old_rope(file: dict[str, Any], known: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
+    """Say `rope`, a value of `rope_parameters` that was `known`, as transformers 4 reads it. In place.
+
+    One for each type of layers (Gemma 3, ModernBERT): the base frequencies have keys of their
+    own there, and only full attention is scaled.
+    """
+    if isinstance(local := rope.get("sliding_attention"), Mapping):
+        file |= dict.fromkeys(_spelled(file, "rope_local_base_freq", "local_rope_theta"), local.get("rope_theta"))
+    before, scaling = (dict(full if isinstance(full := r.get("full_attention"), Mapping) else r) for r in (known, rope))
+    for key, older in _OLD_ROPE.items():
+        if key in scaling and (value := scaling.pop(key)) != before.get(key):
+            file |= dict.fromkeys(_spelled(file, *older), value)
+    if scaling.keys() - {"rope_type", "type"} or scaling.get("rope_type", "default") != "default":
+        file["rope_scaling"] = scaling
+    elif file.get("rope_scaling") is not None:
+        file["rope_scaling"] = None
+
+
+def _spelled(file: Mapping[str, Any], *names: str) -> list[str]:
+    """Those of `names` that the file has, of which any may be the one that is read; if it has none, the first."""
+    return [name for name in names if name in file] or [names[0]]
+
+
+def set_values(config: Any, values: Mapping[str, Any]) -> None:
+    """Set `values`, by dotted key, in a configuration of transformers, where it has such a node. In place."""
+    for key, value in values.items():
+        *path, leaf = key.split(".")
+        node = config
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else getattr(node, part, None)
+        if node is not None:
+            node.update({leaf: value})  # dictionaries have it, and configurations too
+
+
+def set_dtype(file: dict[str, Any], dtype: str) -> None:
+    """Every dtype in `file`, nested ones too, spelled as it spells them; one at the top if there was none. In place."""
+    spelled = [key for node in _nodes(file) for key in _DTYPE_KEYS if key in node]
+    new = str(file.get("transformers_version", "")).startswith("5")
+    file.setdefault(spelled[0] if spelled else _DTYPE_KEYS[0 if new else 1], dtype)
+    for node in _nodes(file):
+        for key in _DTYPE_KEYS:
+            if key in node:
+                node[key] = dtype
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Dotted keys, of those that describe the model, in which two configurations differ."""
+    rope = wanted.get("rope_parameters") or {}
+    said_there = {name for key, older in _OLD_ROPE.items() if key in rope for name in older}
+    for key in sorted((found.keys() | wanted.keys()) - _NOT_THE_MODEL - said_there):
+        a, b = found.get(key), wanted.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from differences(a, b, f"{path}{key}.")
+        elif a != b:
+            yield f"{path}{key}"
+
+
+def _nodes(file: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """`file` and every configuration nested in it."""
+    yield file
+    for key, value in file.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            yield from _nodes(value)
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON has it: keys are texts, tuples are lists."""
+    return json.loads(json.dumps(config, default=str))

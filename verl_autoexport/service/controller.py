@@ -1,0 +1,403 @@
+"""The driver's side: what happens at a save, at a log, and at the end of training. Knows no verl class."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from verl_autoexport.config.schema import AutoExportConfig
+from verl_autoexport.errors import AutoExportError, RegistryBusy, RegistryError, SourceError
+from verl_autoexport.milestones.events import Decision, StepEvent, Trigger
+from verl_autoexport.milestones.metrics import check_logged, numbers
+from verl_autoexport.milestones.triggers import RunStart, build_policies, decide
+from verl_autoexport.registry.store import Registry
+from verl_autoexport.service.actor import MAX_WAITING, start_actor
+from verl_autoexport.service.export_request import RunInfo, check_request, make_request
+from verl_autoexport.service.ledger import Ledger
+from verl_autoexport.service.requests import Asked
+from verl_autoexport.sources.fsdp import holds
+from verl_autoexport.sources.fsdp.holds import Pin
+from verl_autoexport.sources.live.coordinator import Busy, LiveSource
+from verl_autoexport.sources.nodes.cluster import Nodes
+from verl_autoexport.system.deadlines import Bounded, GivenUp
+
+logger = logging.getLogger(__name__)
+_LOCK_S = 2.0  # training waits at most this long for another process at work in the output directory
+_AGAIN_S = 0.2
+
+
+class ExportFailed(AutoExportError):
+    """Raised into training only with `on_error=raise`."""
+
+
+class ExportDriver:
+    """Decides at `logged`, asks the actor, and waits for it in `drain`.
+
+    Order of calls: `begin`, then for each step `saved` (if verl saved it) and `logged`,
+    then `end`, then `drain`. A metric that no step logs raises ConfigError from the first
+    validation's `logged`; everything else is the caller's to guard.
+    """
+
+    def __init__(self, settings: AutoExportConfig, info: RunInfo) -> None:
+        self.settings = settings
+        self.info = info
+        self.calls = Bounded()
+        self.registry = Registry.create(settings.output_dir)
+        self.lease = self.registry.own("/".join(str(info.run[k]) for k in ("project", "experiment") if k in info.run))
+        self.registry.lock_timeout_s = _LOCK_S
+        self.policies = build_policies(settings.trigger)
+        self.actor = start_actor(settings, self.lease.token)
+        self.start = RunStart(0, time.time())
+        self.last_step: int | None = None
+        self.ledger = Ledger(self.registry, self.actor)
+        self.live: LiveSource | None = None
+        self.nodes: Nodes | None = None
+        self.saved_step = 0  # of a checkpoint that is not pinned
+        self.pins: dict[int, Pin] = {}
+        self.undecided: list[tuple[StepEvent, Pin | None]] = []  # the live source needs no pin
+        self.held: tuple[StepEvent, Pin | None] | None = None
+        self.beyond: list[Pin] = []
+        self.requests = Asked(self.registry.root)
+        self.trained = self.past_cut = False
+        self.logged_step = 0
+        self.metrics_checked = not settings.trigger.metrics
+        self.pin_s = 0.0
+        self.entered = time.monotonic()
+
+    # -- the run's events --------------------------------------------------------------
+
+    def begin(
+        self, step: int, last_step: int | None, live: LiveSource | None = None, nodes: Nodes | None = None
+    ) -> None:
+        """Training is about to start from `step` (0, or the resumed one).
+
+        `live` copies shards of its workers; `nodes` are those that keep checkpoints on disks of their own.
+        """
+        self.live, self.nodes = live, nodes
+        if nodes is not None:
+            self.info = replace(self.info, homes=tuple(nodes.homes[rank] for rank in sorted(nodes.homes)))
+        self._bounded(f"begin at step {step}", self._begin, step, last_step)
+
+    def _begin(self, step: int, last_step: int | None) -> None:
+        self.start, self.last_step, self.logged_step = RunStart(step, time.time()), last_step, step
+        self.ledger.history = self.registry.milestones(up_to_step=step)
+        found = holds.find_pins(self.info.checkpoints)
+        if self.nodes is not None:
+            known = (self.info.checkpoints / holds.FOLDER).glob("step_*")  # those that cannot be read, too
+            self.nodes.ask("release_others", str(self.info.checkpoints), [path.name for path in known])
+        for pin in found:
+            if pin.request is None and pin.step == step:
+                self.pins[step] = pin  # saved, but the run died before it was decided
+            elif pin.request is not None and pin.step <= step:
+                self._resubmit(pin)
+            else:
+                self.beyond.append(pin)
+        self._pin_unseen(step)
+        resumed = {p.decision.step for p in self.ledger.pending}
+        for lost in [m for m in self.ledger.history if m.status == "pending" and m.step not in resumed]:
+            self.ledger.note(lost.step, "failed", "interrupted, and its checkpoint was not kept")
+            self.ledger.remember(Decision(lost.step, lost.time, lost.triggers), "failed")
+        self.ledger.send()
+
+    def _pin_unseen(self, step: int) -> None:
+        """The run before was killed: perhaps after verl had saved this step, and before anything here knew of it."""
+        judged = any(m.step == step and {t.policy for t in m.triggers} != {"command"} for m in self.ledger.history)
+        if not step or judged or step in self.pins or self.settings.source == "live" or self.lease.before is None:
+            return
+        try:
+            folder = self.info.checkpoints / f"global_step_{step}"
+            self.pins[step] = self._pin(folder, step)
+        except SourceError as e:  # resumed from elsewhere, say
+            logger.warning("verl_autoexport: step %s, resumed from, cannot be judged any more: %s", step, e)
+
+    def saved(self, step: int, checkpoint_dir: Path) -> None:
+        """verl has written the checkpoint of `step`; with `source=auto` preferred to a copy, for it outlives the run.
+
+        Raises SourceError when its shards are not all there and no copy can take their place.
+        """
+        self._bounded(f"saved at step {step}", self._saved, step, checkpoint_dir)
+
+    def _saved(self, step: int, checkpoint_dir: Path) -> None:
+        self.saved_step = step
+        if self.settings.source == "live":
+            return
+        started = time.monotonic()
+        try:
+            pin = self._pin(checkpoint_dir, step)
+        except SourceError as e:
+            if self.live is None:
+                raise
+            logger.info("verl_autoexport: step %s is not exported from its checkpoint: %s", step, e)
+            return
+        if not pin.linked:
+            logger.warning(
+                "verl_autoexport: %s: no hard links on this file system; verl may delete step %s before it is exported",
+                pin.path,
+                step,
+            )
+        self.pins[step] = pin
+        self.trained = self.trained or step > self.start.step
+        self.pin_s = time.monotonic() - started
+        self._book()  # before its validation, which the run may not survive
+
+    def logged(self, step: int, data: Mapping[str, Any]) -> None:
+        """verl logs `step`: all its metrics exist, and the workers still hold its weights."""
+        self.entered = time.monotonic()
+        self._bounded(f"logged at step {step}", self._logged, step, data)
+
+    def _logged(self, step: int, data: Mapping[str, Any]) -> None:
+        if not self.metrics_checked:
+            trained = step > self.start.step
+            self.metrics_checked = check_logged(self.settings.trigger, data, trained)
+        self.logged_step = max(step, self.logged_step)
+        asked = self.requests.look if self.settings.trigger.on_request else bool
+        copied = self.live is not None and step > self.start.step and step not in self.pins
+        for saved in sorted(s for s in self.pins if s <= step):
+            # An earlier one is the resumed step, which not every run logs again.
+            metrics, requested = (numbers(data), asked()) if saved == step else ({}, False)
+            event = StepEvent(saved, metrics, time.time(), requested=requested)
+            self.undecided.append((event, self.pins.pop(saved)))
+        if copied:
+            event = StepEvent(step, numbers(data), time.time(), step == self.saved_step, asked())
+            self.undecided.append((event, None))
+        self._decide_all(hold_last=True)
+        self._book()
+
+    def end(self, succeeded: bool) -> None:
+        """`fit` is over. A pin that is left was never logged, since training failed: a resumed run decides it."""
+        self.entered = time.monotonic()
+        self._bounded("end", self._end, succeeded)
+
+    def _end(self, succeeded: bool) -> None:
+        trained = self.logged_step > self.start.step
+        if succeeded and (pin := self.pins.pop(self.start.step, None)):
+            event = StepEvent(self.start.step, {}, time.time(), last=self.start.step == self.last_step)
+            self.undecided.append((event, pin))
+        if self.held is not None:
+            event, pin = self.held
+            # Trained by this process, or by one that died before it could decide on its last step.
+            finished = event.step == self.logged_step and (trained or event.step == self.last_step)
+            self.undecided.append((replace(event, last=succeeded and finished), pin))
+            self.held = None
+        self._decide_all(hold_last=False)
+        wanted = self.settings.trigger.on_train_end and self.live is None and succeeded and trained
+        if wanted and not self.ledger.asked(self.logged_step):
+            self.ledger.note(self.logged_step, "failed", "on_train_end: verl saved no checkpoint of the final step")
+        self._book()
+
+    def drain(self, timeout_s: float) -> str:
+        """Wait at most `timeout_s` seconds for what is pending; returns the run's report in one line."""
+        deadline = time.monotonic() + timeout_s
+        self._book_until(deadline)
+        self.ledger.wait(max(0.0, deadline - time.monotonic()))
+        try:
+            return self._bounded("the report", self._conclude)
+        except GivenUp as e:
+            self.ledger.problems.append(str(e))
+            self.ledger.take()
+            return self.ledger.report()
+
+    # -- inside -----------------------------------------------------------------------
+
+    def _bounded(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
+        """Training waits for no file system longer than this; raises GivenUp."""
+        return self.calls.run(self.settings.queue.stall_timeout_s, what, call, *args)
+
+    def _conclude(self) -> str:
+        self.ledger.poll()
+        line = self.ledger.report()
+        self.ledger.journal("report", line=line)
+        try:
+            self.ledger.bookings.write()
+        except (AutoExportError, OSError) as e:
+            entries = len(self.ledger.bookings.waiting)
+            line += f"; not in the journal ({entries} entries, this line among them): {e}"
+        if not self.ledger.open:  # else the actor goes on until this process ends
+            self.lease.release()
+        return line
+
+    def _book(self) -> bool:
+        """Tell the registry and the actor what happened, only after what the workers hold is copied.
+
+        False: another process holds the lock, so it is told at the next event; raises RegistryError for anything else.
+        """
+        try:
+            if self.trained and not self.past_cut:
+                self._cut_past()  # no export of this past may be there before
+            self.ledger.send()
+            self.requests.settle({p.decision.step for p in self.ledger.unsent})
+            self.ledger.bookings.write()
+        except RegistryBusy as e:
+            if self.registry.lock_timeout_s:
+                logger.warning("verl_autoexport: booked later, nothing is lost: %s", e)
+            self.registry.lock_timeout_s = 0.0  # training has waited for it once
+            self.ledger.hold()
+            return False
+        self.registry.lock_timeout_s = _LOCK_S
+        return True
+
+    def _book_until(self, deadline: float) -> None:
+        """Wait for the registry's lock as long as something waits to be booked; says in the report why it could not."""
+        try:
+            while not self._bounded("booking", self._book) and time.monotonic() < deadline:
+                time.sleep(_AGAIN_S)
+        except (AutoExportError, OSError) as e:
+            self.ledger.problems.append(f"not all could be booked: {e}")
+
+    def _cut_past(self) -> None:
+        """From its first trained step on the run has a past of its own: what lies beyond the resumed step goes."""
+        for version in self.registry.supersede_after(self.start.step):
+            logger.warning("verl_autoexport: %s superseded: resumed at step %s", version.path, self.start.step)
+        mine = {p.path for p in self.pins.values()} | {p.path for _, p in self.undecided if p is not None}
+        for pin in self.beyond:
+            if pin.request is not None:
+                self.ledger.note(
+                    pin.step, "dropped", f"the run went back to step {self.start.step} before it was exported"
+                )
+            if pin.path not in mine:  # the same bytes, saved again, have the same hold
+                self._release(pin)
+        self.past_cut = True
+
+    def _decide_all(self, hold_last: bool) -> None:
+        """Decide what is waiting for it, without the output directory, which may be out of reach."""
+        while self.undecided:
+            event, pin = self.undecided[0]
+            self.trained = self.trained or event.step > self.start.step
+            if hold_last and self.last_step is not None and event.step >= self.last_step:
+                if self.held is not None:  # it was not the last step after all
+                    self._decide(*self.held)
+                self.held = event, pin  # `on_train_end` may become one more reason of this version
+            else:
+                self._decide(event, pin)
+            self.undecided.pop(0)
+
+    def _decide(self, event: StepEvent, pin: Pin | None) -> None:
+        if pin is None and event.step != self.logged_step:  # the workers hold later weights by now
+            if (missed := decide(self.policies, event, self.ledger.history, self.start)) is not None:
+                self.ledger.lost(missed, "it could not be judged while the workers held its weights")
+            return
+        failures = self.ledger.poll()
+        if failures and self.settings.on_error == "raise":
+            raise ExportFailed(f"step {failures[0]['step']}: {failures[0]['reason']}")
+        decision = decide(
+            self.policies, event, self.ledger.history, self.start, self.settings.trigger.min_steps_between
+        )
+        if decision is None or not self._make_room(decision, pin is None):
+            if pin is not None:
+                self._release(pin)
+            return
+        if pin is None:
+            request = self._captured(decision, event)
+        else:
+            request = self._request(decision, event, pin)
+            try:
+                holds.choose(pin, request)
+            except OSError as e:
+                logger.warning("verl_autoexport: %s: %s; step %s would not survive a kill", pin.path, e, pin.step)
+        if request is None:
+            return
+        self.ledger.submit(decision, request)
+        if event.requested:
+            self.requests.taken_by(event.step)
+
+    def _pin(self, checkpoint_dir: Path, step: int) -> Pin:
+        make = holds.make_pin if self.nodes is None else self.nodes.pin
+        return make(checkpoint_dir, step, self.settings.role)
+
+    def _release(self, pin: Pin) -> None:
+        holds.release(pin.path)
+        if pin.spread and self.nodes is not None:
+            self.nodes.release(pin.path)
+
+    def _make_room(self, decision: Decision, copied: bool) -> bool:
+        """Hold training until an export has finished, or the time is up: where `queue.overflow=wait` says so.
+
+        For a copy of the weights also where the object store is full: nothing more can wait then, whatever the policy.
+        """
+        queue, refs = self.settings.queue, self.ledger.open
+        surplus = len(refs) - MAX_WAITING if queue.overflow == "wait" else 0
+        if copied and len(snapshots := self.ledger.snapshots) >= self.live.room:
+            refs = [ref for ref in snapshots.values() if ref is not None]
+            surplus = max(surplus, len(snapshots) + 1 - self.live.room)
+        if surplus <= 0:
+            return True
+        if queue.overflow != "wait" and decision.droppable:
+            return self._drop(decision, f"{len(refs)} snapshots are in flight (queue.inflight_bytes)")
+        started = time.monotonic()
+        if copied and self.ledger.unsent:
+            refs = self._sent(started + queue.wait_timeout_s)
+        left = max(0.0, started + queue.wait_timeout_s - time.monotonic())
+        with self.calls.excused():
+            done = ray.wait(refs, num_returns=min(surplus, len(refs)), timeout=left)[0] if refs else ()
+        logger.warning("verl_autoexport: training waited %.1f s for exports", time.monotonic() - started)
+        self.ledger.poll()
+        if len(done) < (min(surplus, len(refs)) or 1) and (decision.droppable or copied):
+            why = f"no export finished within queue.wait_timeout_s={queue.wait_timeout_s:g}"
+            if decision.droppable:
+                return self._drop(decision, why)
+            self.ledger.lost(decision, why)
+            return False
+        return True
+
+    def _sent(self, deadline: float) -> list[Any]:
+        """The refs of all snapshots, once the lock that keeps them from the actor is free; without them none ends."""
+        with suppress(RegistryError, OSError):  # it is said again when this step is booked
+            while not self._book() and time.monotonic() < deadline:
+                with self.calls.excused():
+                    time.sleep(_AGAIN_S)
+        return [ref for ref in self.ledger.snapshots.values() if ref is not None]
+
+    def _drop(self, decision: Decision, why: str) -> bool:
+        """Always False: there is no room. To coalesce, a live milestone stays due: a later step takes its place."""
+        if self.live is not None and self.settings.queue.overflow == "coalesce":
+            self.ledger.note(decision.step, "dropped", f"coalesced into a later step: {why}")
+        else:
+            self.ledger.note(decision.step, "dropped", f"skipped: {why}")
+            self.ledger.remember(decision, "dropped")
+        return False
+
+    def _captured(self, decision: Decision, event: StepEvent) -> dict[str, Any] | None:
+        """The request, once the workers have copied the weights of this step; None if they could not."""
+        queue = self.settings.queue
+        wait_s = 0.0 if decision.droppable and queue.overflow != "wait" else queue.wait_timeout_s
+        try:
+            with self.calls.excused():  # given up before, it would copy the weights of a later step
+                live = self.live.capture(self.actor, wait_s, self.ledger.snapshots.keys())
+        except Busy as e:
+            if decision.droppable:
+                self._drop(decision, str(e))
+                return None
+            self.ledger.lost(decision, f"{e}, for more than queue.wait_timeout_s={queue.wait_timeout_s:g}")
+            return None
+        except (SourceError, GivenUp) as e:
+            self.ledger.lost(decision, str(e))
+            return None
+        return self._request(decision, event, None) | {
+            "directory": live["directory"], "fingerprint": live["id"], "live": live,
+        }  # fmt: skip
+
+    def _request(self, decision: Decision, event: StepEvent, pin: Pin | None) -> dict[str, Any]:
+        stall_s = (self.pin_s if pin else 0.0) + time.monotonic() - self.entered
+        return make_request(self.info, decision, event, pin, stall_s)
+
+    def _resubmit(self, pin: Pin) -> None:
+        # The run directory may have been moved since.
+        request = {**(pin.request or {}), "pin": str(pin.path), "directory": str(pin.directory), "origin": pin.origin}
+        try:
+            check_request(request, pin.step)
+            if request.get("attempts", 0) >= holds.MAX_ATTEMPTS:
+                logger.warning("verl_autoexport: %s", holds.given_up(pin, self.settings.output_dir))
+                return
+            decision = Decision(pin.step, request["time"], tuple(map(Trigger.from_dict, request["triggers"])))
+        except ValueError as e:
+            self.ledger.note(pin.step, "failed", f"its request in {pin.path}, which is kept, cannot be read: {e}")
+            return
+        logger.warning("verl_autoexport: step %s was interrupted; exporting it now", pin.step)
+        self.ledger.submit(decision, request)

@@ -1,0 +1,179 @@
+"""The live source, the driver's side: copies made in the workers, and how much memory they may take."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from verl_autoexport.config.schema import AutoExportConfig
+from verl_autoexport.errors import SourceError
+from verl_autoexport.model.planner import capture_dtypes, plan_model, tied_names
+from verl_autoexport.model.spec import ExportSpec
+from verl_autoexport.shards.manifest import ShardManifest
+from verl_autoexport.sources.live import in_worker
+from verl_autoexport.sources.live.copier import Box, Layout, make_manifest
+from verl_autoexport.sources.live.in_worker import Busy
+
+if TYPE_CHECKING:
+    from verl_autoexport.service.export_request import RunInfo
+
+logger = logging.getLogger(__name__)
+FOLDER = ".live"
+_START_S = 600.0
+_CAPTURE_S = 600.0
+_SHARE = 0.3  # of the object store, for snapshots in flight
+
+
+class LiveSource:
+    """The driver's side. Raises SourceError where a worker fails, Busy where one is not ready."""
+
+    def __init__(self, workers: Sequence[Any], role: str, output_dir: Path, inflight_bytes: int | None) -> None:
+        self.workers, self.role = list(workers), role
+        self.directory = output_dir / FOLDER
+        found = self._call(in_worker.describe, role, timeout_s=_START_S)
+        self.layouts = [worker.layout for worker in found]
+        self.nodes = [worker.node for worker in found]
+        self.backend = found[0].backend
+        self.inflight_bytes = inflight_bytes or int(_SHARE * _stores(set(self.nodes)))
+        self._write(self._call(in_worker.read_assets, role, timeout_s=_START_S)[0])
+
+    def manifest(self) -> ShardManifest:
+        """What a snapshot will hold; its bytes are nowhere yet. Raises SourceError unless it is the whole model."""
+        files = [[_Nothing()] * len(layout.chunks) for layout in self.layouts]
+        return make_manifest(self.layouts, files, self.backend, "")
+
+    def prepare(
+        self,
+        dtypes: Mapping[str, str],
+        groups: Mapping[str, int],
+        clone: bool = False,
+        tied: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Every worker begins to take the memory of its copy; see `Copier` for the arguments.
+
+        Raises SourceError where a snapshot is too large for the object store or for a node.
+        """
+        found = self._call(
+            in_worker.prepare, self.role, dict(dtypes), dict(groups), clone, dict(tied), timeout_s=_START_S
+        )
+        self.layouts = [layout for layout, _ in found]
+        self.nbytes = sum(layout.nbytes for layout in self.layouts)
+        self.room = self.inflight_bytes // max(1, self.nbytes)
+        if self.room < 1:
+            raise SourceError(
+                f"a snapshot takes {self.nbytes / 1e9:.2f} GB of Ray's object store, and at most "
+                f"{self.inflight_bytes / 1e9:.2f} GB may be in flight (autoexport.queue.inflight_bytes): give Ray a "
+                "larger store (ray_kwargs.ray_init.object_store_memory), or use autoexport.source=checkpoint."
+            )
+        pinned = pinned_ranks(self.nodes, self.layouts, [left for _, left in found])
+        self._call(in_worker.allocate, pinned, timeout_s=_START_S)
+        self.known = ray.put(self.layouts)
+
+    def capture(self, actor: Any, wait_s: float, needed: Collection[str] = ()) -> dict[str, Any]:
+        """Copy this step's weights in every worker; returns when training may go on, with what the actor needs.
+
+        Waits at most `wait_s` for workers that still hand over the snapshot before. Of earlier
+        snapshots the workers hold only those in `needed` any longer.
+        """
+        self._call(in_worker.ready, wait_s, set(needed), timeout_s=wait_s + _CAPTURE_S)
+        ident = uuid.uuid4().hex
+        try:
+            self._call(in_worker.capture, ident, actor, timeout_s=_CAPTURE_S)
+        except SourceError:
+            actor.forget.remote(ident)  # what the other workers hand over
+            raise
+        return {
+            "id": ident, "layouts": self.known, "backend": self.backend, "directory": str(self.directory),
+            "captured": time.time(), "workers": self.workers, "nodes": self.nodes,
+        }  # fmt: skip
+
+    def _call(self, function: Callable[..., Any], *args: Any, timeout_s: float) -> list[Any]:
+        refs = [w.__ray_call__.remote(function, rank, *args) for rank, w in enumerate(self.workers)]
+        try:
+            return ray.get(refs, timeout=timeout_s)
+        except ray.exceptions.RayTaskError as e:
+            raise e.cause if isinstance(e.cause, SourceError | Busy) else SourceError(str(e.cause)) from e
+        except ray.exceptions.RayError as e:
+            raise SourceError(f"a worker of the {self.role} is lost or stuck: {str(e).splitlines()[0]}") from e
+
+    def _write(self, files: Mapping[str, bytes]) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)  # what an earlier run of another model left
+        for name, content in files.items():
+            path = self.directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
+def start_live(workers: Sequence[Any], settings: AutoExportConfig, info: RunInfo) -> LiveSource:
+    """The live source of a run whose workers are up; raises PlanError or SourceError where it could export nothing."""
+    source = LiveSource(workers, settings.role, settings.output_dir, settings.queue.inflight_bytes)
+    spec = ExportSpec(
+        checkpoint=source.directory, step=0, dtype=settings.weights.dtype, base_model=info.base_model,
+        trust_remote_code=info.trust_remote_code, external_lib=info.external_lib, lora=settings.weights.lora,
+        frozen=None if info.frozen is None else frozenset(info.frozen),
+        base_check=settings.weights.base_check, carry_unread=settings.weights.carry_unread,
+    )  # fmt: skip
+    planned = plan_model(spec, source.manifest(), values=False)
+    groups: dict[str, int] = {}
+    for number, file in enumerate(planned.plan.files):  # so that a merge task pulls no blocks of another file
+        groups |= dict.fromkeys(file.sources - groups.keys() - set(planned.contract.carried), number)
+    tied = tied_names(planned)
+    for alias in split_otherwise(source.layouts, tied):  # the export then compares them
+        groups[alias] = groups[tied[alias]]
+    source.prepare(capture_dtypes(spec, planned), groups, settings.queue.device_clone, tied)
+    return source
+
+
+def split_otherwise(layouts: Iterable[Layout], tied: Mapping[str, str]) -> set[str]:
+    """The aliases of which not every rank holds the same elements as of the tensor that they are tied to."""
+    found = set()
+    for layout in layouts:
+        boxes: dict[str, list[Box]] = {}
+        for part in layout.parts:
+            boxes.setdefault(part.fqn, []).extend(part.boxes)
+        found |= {alias for alias, name in tied.items() if alias in boxes and boxes[alias] != boxes.get(name)}
+    return found
+
+
+def pinned_ranks(nodes: Sequence[str], layouts: Sequence[Layout], left: Sequence[int]) -> set[int]:
+    """The ranks whose copies may be pinned: those of nodes where the copies of all workers fit. All arguments by rank.
+
+    Beside the copies, as many bytes of a snapshot come to lie in the object store. Raises
+    SourceError for a node that has not even pageable memory for both.
+    """
+    ranks, pinned = defaultdict(list), set()
+    for rank, node in enumerate(nodes):
+        ranks[node].append(rank)
+    for node, members in ranks.items():
+        free, store = min(left[r] for r in members), sum(layouts[r].nbytes for r in members)
+        if 2 * store > free:
+            raise SourceError(
+                f"node {node}: copies of the shards of its {len(members)} workers take {2 * store / 1e9:.2f} GB of "
+                f"host memory, half of it in the object store, and {free / 1e9:.2f} GB are left below the limit of "
+                "the machine or its control group: allow more, or use autoexport.source=checkpoint."
+            )
+        if store + sum(layouts[r].pinned_bytes for r in members) <= free:
+            pinned.update(members)
+        else:
+            logger.warning("verl_autoexport: node %s: pinned memory would not fit; copies may be slower", node)
+    return pinned
+
+
+def _stores(nodes: set[str]) -> float:
+    """Bytes of the object stores of these nodes: a worker's blocks lie in that of its own."""
+    found = (n["Resources"].get("object_store_memory", 0) for n in ray.nodes() if n["NodeID"] in nodes)
+    return sum(found)
+
+
+class _Nothing:
+    def read(self, into: memoryview, offset: int, end: int) -> None:
+        raise SourceError("nothing was copied yet.")

@@ -1,0 +1,151 @@
+"""What runs inside verl's workers (`__ray_call__`): copy the shards, put them into the object store, hand them over.
+
+Synchronous and without any collective: verl's own methods may be suspended at an await meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from verl_autoexport.errors import SourceError
+from verl_autoexport.model.assets import model_files
+from verl_autoexport.sources.live.copier import Copier, Layout, frozen_names, held_parts, is_flat, lay_out
+from verl_autoexport.system.host_memory import headroom
+
+logger = logging.getLogger(__name__)
+CHUNK = 64 << 20  # bytes of a block in the object store; a power of two, as pinned memory is taken
+_AGAIN_S = 2.0  # between two words with the export actor
+
+_copier: Copier | None = None
+_free = threading.Event()  # the copier has its memory, and no snapshot in it that is still to be handed over
+_held: dict[str, tuple[list[Any] | None, str | None]] = {}
+"""By snapshot: its blocks, lost with this process, or why there are none; until the merge needs them no more."""
+
+
+class Busy(Exception):
+    """A worker still hands over the snapshot before."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What the driver asks at the start: the rank's shards, its kind of sharding, and its node."""
+
+    layout: Layout
+    backend: str
+    node: str
+
+
+def find_engine(worker: Any, role: str) -> Any:
+    """The training engine in one of verl's workers; raises SourceError where it is not the one that is known."""
+    for key, inner in (getattr(worker, "worker_dict", None) or {role: worker}).items():
+        part = getattr(inner, "actor", None) if role == "actor" else inner
+        if role in key and hasattr(getattr(part, "engine", None), "module"):
+            return part.engine
+    raise SourceError(f"no training engine of the {role} in {type(worker).__name__}; use autoexport.source=checkpoint.")
+
+
+def describe(worker: Any, rank: int, role: str) -> Worker:
+    module = find_engine(worker, role).module
+    parts = [part for part, _ in held_parts(module, rank)]
+    backend = "fsdp" if is_flat(module) else "fsdp2"
+    return Worker(lay_out(rank, parts, {}, CHUNK), backend, ray.get_runtime_context().get_node_id())
+
+
+def frozen(worker: Any, role: str) -> tuple[str, ...] | None:
+    """The parameters that are not trained; None where the engine is another than the known ones."""
+    try:
+        return tuple(frozen_names(find_engine(worker, role).module))
+    except SourceError:
+        return None
+
+
+def prepare(
+    worker: Any,
+    rank: int,
+    role: str,
+    dtypes: Mapping[str, str],
+    groups: Mapping[str, int],
+    clone: bool,
+    tied: Mapping[str, str],
+) -> tuple[Layout, int]:
+    """What will be copied, and the bytes of host memory that are left here; none is taken yet."""
+    global _copier
+    _copier = Copier(find_engine(worker, role).module, rank, dtypes, CHUNK, clone, groups, tied)
+    _held.clear()
+    return _copier.layout, headroom()
+
+
+def allocate(worker: Any, rank: int, pinned: Collection[int]) -> None:
+    """Begin to take the memory, pinned for the ranks in `pinned`, behind training."""
+    _free.clear()
+
+    def take() -> None:
+        try:
+            _copier.allocate(rank in pinned)
+        finally:
+            _free.set()
+
+    threading.Thread(target=take, name="autoexport", daemon=True).start()
+
+
+def ready(worker: Any, rank: int, wait_s: float, needed: Collection[str]) -> None:
+    """Let go of all snapshots but `needed`; raises Busy where the memory is not free within `wait_s` seconds."""
+    for ident in _held.keys() - needed:
+        _held.pop(ident, None)
+    if not _free.wait(wait_s):
+        raise Busy(f"rank {rank} still takes memory, or hands over the snapshot before")
+
+
+def capture(worker: Any, rank: int, ident: str, actor: Any) -> None:
+    """Returns when training may change the weights."""
+    finish = _copier.copy()
+    _free.clear()
+    threading.Thread(target=_hand_over, args=(rank, ident, actor, finish), name="autoexport", daemon=True).start()
+
+
+def _hand_over(rank: int, ident: str, actor: Any, finish: Callable[[], None]) -> None:
+    try:
+        finish()
+        _held[ident] = [ray.put(chunk.numpy()) for chunk in _copier.chunks], None
+    except Exception as e:  # the export fails with this reason; training must not notice
+        logger.exception("verl_autoexport: rank %s could not hand over its shards", rank)
+        _held[ident] = None, f"rank {rank}: {type(e).__name__}: {e}"
+    finally:
+        _free.set()
+    while (held := _held.get(ident)) is not None:
+        blocks, reason = held
+        del held
+        # Nested, so that Ray passes refs. Said again and again: an actor that was restarted knows nothing.
+        if not _delivered(actor, ident, rank, [blocks] if blocks is not None else None, reason):
+            break
+        del blocks
+        time.sleep(_AGAIN_S)
+    _held.pop(ident, None)
+
+
+def _delivered(actor: Any, ident: str, rank: int, blocks: list[list[Any]] | None, reason: str | None) -> bool:
+    """False once the actor needs them no more, or is gone for good."""
+    try:
+        # A future, for verl's workers are async actors, where Ray warns of ray.get in any thread.
+        return actor.deliver.remote(ident, rank, blocks, reason).future().result()
+    except ray.exceptions.ActorUnavailableError:  # it is being restarted
+        return True
+    except ray.exceptions.RayError as e:
+        logger.info("verl_autoexport: rank %s: the export actor is gone: %s", rank, str(e).strip().splitlines()[0])
+        return False
+
+
+def read_assets(worker: Any, rank: int, role: str) -> dict[str, bytes]:
+    """What verl saves beside the shards, by path; that of rank 0 is enough."""
+    if rank:
+        return {}
+    engine = find_engine(worker, role)
+    module = getattr(engine.module, "_fsdp_wrapped_module", engine.module)
+    return model_files(module, getattr(getattr(engine, "checkpoint_manager", None), "processing_class", None))

@@ -1,0 +1,151 @@
+"""Snapshots on their way from the workers to the merge: blocks in Ray's object store, and who holds them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from verl_autoexport.errors import SourceError
+from verl_autoexport.shards.checksums import Run
+from verl_autoexport.shards.manifest import ShardManifest
+from verl_autoexport.sources.live.copier import Layout, make_manifest
+
+_FETCH_S = 300.0
+_HAND_OVER_S = 600.0  # from the copy in a worker to its blocks being here
+_PROBE_S = 5.0  # after which the workers are asked whether they live
+_UNASKED_S = 60.0  # a snapshot whose export nobody asks for is not kept longer; the driver asks at once
+
+
+class RayBlock:
+    """A block in the object store of `node`, kept as long as someone holds it. Once read it stays mapped."""
+
+    def __init__(self, ref: Any, node: str | None = None) -> None:
+        self.ref, self.node = ref, node
+        self.seen: memoryview | None = None
+
+    def __reduce__(self) -> tuple[type[RayBlock], tuple[Any, ...]]:
+        return RayBlock, (self.ref, self.node)
+
+    def read(self, into: memoryview, offset: int, end: int) -> None:
+        if self.seen is None:
+            try:
+                self.seen = memoryview(ray.get(self.ref, timeout=_FETCH_S))
+            except ray.exceptions.RayError as e:
+                reason = str(e).strip().splitlines()[0]
+                raise SourceError(f"a part of the snapshot is lost, with the worker that held it: {reason}") from e
+        into[:] = self.seen[offset : offset + len(into)]
+
+    def let_go(self) -> None:
+        self.ref = self.seen = None
+
+
+class Snapshot:
+    """What the actor exports: the ranks' layouts and their blocks. `hand_over_s`: from the copy until all were here."""
+
+    kind = "live"
+
+    def __init__(
+        self, live: Mapping[str, Any], layouts: Sequence[Layout], refs: Mapping[int, Sequence[Any]], hand_over_s: float
+    ) -> None:
+        self.directory, self.fingerprint, self.backend = Path(live["directory"]), live["id"], live["backend"]
+        self.layouts, self.refs, self.hand_over_s = layouts, refs, hand_over_s
+        self.nodes: Sequence[str] = live["nodes"]  # by rank: a worker's blocks are in the store of its own node
+
+    def manifest(self) -> ShardManifest:
+        files = [[RayBlock(ref, self.nodes[at.rank]) for ref in self.refs[at.rank]] for at in self.layouts]
+        return make_manifest(self.layouts, files, self.backend, self.fingerprint)
+
+    def check_sums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
+        pass  # objects in the store have none
+
+    def check_unchanged(self) -> None:
+        pass  # objects in the store never change
+
+    def drop_cache(self) -> None:
+        pass  # it is in no file
+
+
+class Deliveries:
+    """The export actor's side: what the workers have handed over, by snapshot. Of any thread.
+
+    Workers hand over again and again until they are told that a snapshot is no longer
+    needed. So a new instance of the actor, which knows nothing, gets all that is alive.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.blocks: dict[str, dict[int, list[Any] | str]] = {}
+        self.first: dict[str, float] = {}
+        self.asked: set[str] = set()
+        self.forgotten: set[str] = set()
+
+    def ask(self, ident: str) -> None:
+        """The snapshot is going to be exported: it is kept until `forget`."""
+        with self.changed:
+            self.asked.add(ident)
+
+    def take(self, ident: str, rank: int, blocks: list[Any] | str) -> bool:
+        """A rank's blocks, or why there are none; False: not needed, let go of them."""
+        now = time.monotonic()
+        with self.changed:
+            if ident not in self.asked and now - self.first.setdefault(ident, now) > _UNASKED_S:
+                self._drop(ident)
+            if ident in self.forgotten:
+                return False
+            self.blocks.setdefault(ident, {})[rank] = blocks
+            self.changed.notify_all()
+            return True
+
+    def whole(self, live: Mapping[str, Any]) -> Snapshot:
+        """Wait, bounded, for all ranks; raises SourceError naming those that cannot or do not come."""
+        ident, layouts = live["id"], ray.get(live["layouts"])
+        ranks, deadline, probes = {layout.rank for layout in layouts}, time.monotonic() + _HAND_OVER_S, {}
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self._settled(ident, ranks), _PROBE_S)
+                found = dict(self.blocks.get(ident, {}))
+            missing = sorted(ranks - found.keys())
+            if reasons := [v for v in found.values() if isinstance(v, str)]:
+                raise SourceError(f"the snapshot is not whole: {'; '.join(reasons[:4])}")
+            if not missing:
+                return Snapshot(live, layouts, found, max(0.0, time.time() - live["captured"]))
+            why = _dead(probes, live["workers"], missing)
+            if why is None and time.monotonic() > deadline:
+                why = f"not handed over within {_HAND_OVER_S:g} s"
+            if why is not None:
+                raise SourceError(f"the snapshot lacks ranks {missing[:8]}: {why}.")
+
+    def forget(self, ident: str) -> None:
+        """Let go of a snapshot's blocks; what comes later is not taken."""
+        with self.changed:
+            self._drop(ident)
+            self.changed.notify_all()
+
+    def _drop(self, ident: str) -> None:
+        self.forgotten.add(ident)
+        self.asked.discard(ident)
+        self.first.pop(ident, None)
+        self.blocks.pop(ident, None)
+
+    def _settled(self, ident: str, ranks: set[int]) -> bool:
+        found = self.blocks.get(ident, {})
+        return found.keys() >= ranks or any(isinstance(v, str) for v in found.values())
+
+
+def _dead(probes: dict[int, Any], workers: Sequence[Any], missing: Sequence[int]) -> str | None:
+    """Which of `missing` is no more. A live worker answers a probe when it is free; until then it is taken to live."""
+    for rank in missing:
+        if rank not in probes:
+            probes[rank] = workers[rank].__ray_ready__.remote()
+    for ref in ray.wait([probes[r] for r in missing], num_returns=len(missing), timeout=1.0)[0]:
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayError as e:
+            rank = next(r for r, probe in probes.items() if probe == ref)
+            return f"rank {rank} has died: {str(e).strip().splitlines()[0].rstrip('.')}"
+    return None

@@ -1,0 +1,170 @@
+"""Is the merged directory the model it should be? Structure always; load and generation where they fit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from verl_autoexport.errors import SourceError, VerifyError
+from verl_autoexport.merge.plan import MergePlan
+from verl_autoexport.shards import safetensors_files
+from verl_autoexport.system import subprocesses, untrusted
+
+Check = dict[str, str]
+_OVERHEAD = 1 << 30  # bytes: imports of torch and transformers, activations of a few tokens
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a directory was made of: rank files, the configuration of the LoRA in them, its base if it is not in them.
+
+    `saved` is the directory with the run's `config.json`, `nbytes` the memory that a second
+    model takes, which only LoRA needs.
+    """
+
+    shards: Path
+    saved: Path
+    lora: Mapping[str, Any] | None = None
+    base: Path | None = None
+    nbytes: int = 0
+
+    def arguments(self) -> list[str]:
+        """Those of the load check."""
+        lora = ["--lora", json.dumps(self.lora)] if self.lora else []
+        shards = ["--shards", str(self.shards.resolve()), "--saved", str(self.saved.resolve())]
+        return [*shards, *lora, *(["--base", str(self.base)] if self.base else [])]
+
+
+def check_structure(directory: Path, plan: MergePlan) -> Check:
+    """Every planned file is there with the planned header and length, and nothing else claims to be weights.
+
+    Values were checked to be finite while they were merged. Raises VerifyError naming the file.
+    """
+    for file in plan.files:
+        path = directory / file.name
+        found = read_header(path)
+        expected = json.loads(file.header[8:])
+        if found != expected:
+            differ = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+            raise VerifyError(f"{path}: header differs from the plan at {', '.join(differ[:8])}.")
+        if path.stat().st_size != file.nbytes:
+            raise VerifyError(f"{path}: expected {file.nbytes} bytes, found {path.stat().st_size}.")
+    if plan.index is not None and read_json(directory / safetensors_files.INDEX_NAME) != plan.index:
+        raise VerifyError(f"{directory / safetensors_files.INDEX_NAME}: differs from the plan.")
+    if stray := {p.name for p in directory.glob("*.safetensors")} - {f.name for f in plan.files}:
+        raise VerifyError(f"{directory}: unexpected weight files {sorted(stray)}.")
+    return {"status": "passed", "detail": f"{len(plan.tensors)} tensors: names, shapes, dtypes, all values finite"}
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file; raises VerifyError naming the file."""
+    try:
+        return safetensors_files.read_header(path)[1]
+    except SourceError as e:
+        raise VerifyError(str(e)) from e
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises VerifyError naming it."""
+    try:
+        return untrusted.read_json(path)
+    except (OSError, ValueError) as e:
+        raise VerifyError(f"{path}: not readable as JSON: {e}") from e
+
+
+def check_loading(
+    directory: Path,
+    nbytes: int,
+    *,
+    load: bool | str = "auto",
+    generate: bool | str = "auto",
+    max_memory: int = 16 << 30,
+    timeout_s: float = 600,
+    trust_remote_code: bool = False,
+    external_lib: str | None = None,
+    adapter_of: Path | None = None,
+    source: Source | None = None,
+    assets: str | None = None,
+    carried: Sequence[str] = (),
+) -> dict[str, Check]:
+    """Load `directory` in a fresh process on the CPU, generate a few tokens, compare logits with those of `source`.
+
+    `nbytes` are those of the weights. With `auto` a check is skipped, with the reason, when
+    it would need more than `max_memory` or than is free now; past `timeout_s` seconds it is
+    skipped too. `adapter_of`: `directory` is a PEFT adapter, of the model whose config is there.
+    `assets`: the directories that its tokenizer and processor must equal (`Reference.to_json`), which is
+    looked at whatever the size, unless `load` is False. `carried` are the tensors in it that its class
+    does not read. Raises VerifyError when a check that ran has failed.
+    """
+    names: tuple[str, ...] = ("load", "generate", "logits") if source else ("load", "generate")
+    names = ("assets", *names) if assets else names
+    if load is False:
+        return dict.fromkeys(names, _skipped("verify.load=false"))
+    too_large = _too_large(nbytes + (source.nbytes if source else 0), max_memory) if load == "auto" else ""
+    if too_large and not assets:
+        return dict.fromkeys(names, _skipped(too_large))
+    command = subprocesses.command("verl_autoexport.verify.load_in_child", str(directory.resolve()))
+    command += ["--no-load", too_large] if too_large else []
+    command += ["--assets", assets] if assets else []
+    command += ["--no-generate"] if generate is False else []
+    command += ["--trust-remote-code"] if trust_remote_code else []
+    command += ["--external-lib", external_lib] if external_lib else []
+    command += ["--adapter-of", str(adapter_of.resolve())] if adapter_of else []
+    command += source.arguments() if source else []
+    command += ["--carried"] if carried else []
+    try:
+        done = _ask(command, "\n".join(carried), timeout_s)
+    except subprocess.TimeoutExpired:
+        return dict.fromkeys(names, _skipped(f"not finished within verify.timeout_s={timeout_s:g}"))
+    result = _parse(directory, done, names, required=load is True)
+    for name, check in result.items():
+        if check["status"] == "failed":
+            raise VerifyError(f"{directory}: {name} failed: {check['detail']}")
+    return result
+
+
+def _too_large(nbytes: int, max_memory: int) -> str:
+    """Why models of `nbytes` bytes cannot be loaded here; empty if they can."""
+    need, free = nbytes + nbytes // 10 + _OVERHEAD, psutil.virtual_memory().available
+    limit = f"verify.max_memory is {_gib(max_memory)}" if need > max_memory else f"{_gib(free)} are free"
+    return f"needs about {_gib(need)}, {limit}" if need > min(max_memory, free) else ""
+
+
+def _ask(command: Sequence[str], text: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, input=text, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout_s,
+        env=_environment(),
+    )  # fmt: skip
+
+
+def _parse(
+    directory: Path, done: subprocess.CompletedProcess[str], names: Sequence[str], required: bool
+) -> dict[str, Check]:
+    if done.returncode == 0:
+        result = json.loads(done.stdout.strip().splitlines()[-1])
+        return {name: result.get(name, _skipped("load failed")) for name in names}
+    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    if done.returncode == -9 and not required:  # killed from outside, most often for memory: says nothing of the model
+        return dict.fromkeys(names, _skipped("the process was killed (SIGKILL), probably for memory"))
+    raise VerifyError(f"{directory}: the load check exited with {done.returncode}: {last}")
+
+
+def _environment() -> dict[str, str]:
+    """CPU only, offline, few threads: training's GPUs and cores are not ours."""
+    env = {k: v for k, v in subprocesses.environment().items() if not k.startswith(("RAY_", "VERL_"))}
+    fixed = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**env, **fixed, "OMP_NUM_THREADS": "2"}
+
+
+def _skipped(reason: str) -> Check:
+    return {"status": "skipped", "detail": reason}
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / (1 << 30):.1f} GiB"
