@@ -23,7 +23,7 @@ from torch.distributed.tensor.placement_types import Partial
 
 from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, PlanError, RegistryError, SourceError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_directory, export_to_registry
-from verl_autoexport.model.spec import checkpoint_spec
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.sources.fsdp.rank_files import read_rank_file
 

@@ -21,13 +21,13 @@ from test_base import config_of, contract, edit_config, edit_tensors, make_base
 from test_export import export, tensors
 
 from verl_autoexport.cli.main import main
-from verl_autoexport.config.schema import load_config
+from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import ConfigError, PlanError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.model.base_compatibility import check_start
 from verl_autoexport.model.base_model import counts_predicting, find_base
 from verl_autoexport.model.planner import capture_dtypes, plan_model
-from verl_autoexport.model.spec import checkpoint_spec
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
 from verl_autoexport.verify.directory import check_directory
 

@@ -13,8 +13,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from verl_autoexport.config.group import config_dir
+from verl_autoexport.config.reading import load_config
 from verl_autoexport.config.run_rules import CALLBACK, check_hook, check_length, check_run
-from verl_autoexport.config.schema import AutoExportConfig, KeepConfig, config_dir, load_config, parse_size
+from verl_autoexport.config.schema import AutoExportConfig, KeepConfig, parse_size
 from verl_autoexport.errors import ConfigError
 from verl_autoexport.registry.retention import Keep
 

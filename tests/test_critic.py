@@ -15,8 +15,8 @@ from sharding import QWEN2, QWEN3_MOE, build, make_checkpoints
 from test_export import assert_same_model, export, oracle
 
 from verl_autoexport.errors import PlanError
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.model.planner import plan_model
-from verl_autoexport.model.spec import checkpoint_spec
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
 from verl_autoexport.verify.directory import check_directory
 

@@ -16,12 +16,12 @@ import ray
 import torch
 from test_registry import publish
 
-from verl_autoexport.config.schema import load_config
+from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import AutoExportError, ConfigError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.milestones.events import Decision, StepEvent, Trigger
 from verl_autoexport.milestones.metrics import numbers
-from verl_autoexport.model.spec import checkpoint_spec
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service import controller as driver_module

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from support.chaos import request_for
 
-from verl_autoexport.config.schema import load_config
+from verl_autoexport.config.reading import load_config
 from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
-from verl_autoexport.model.spec import checkpoint_spec
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.actor import ExportActor
 from verl_autoexport.sources.fsdp import holds

@@ -23,11 +23,12 @@ from test_bad_input import EMBED, edit, edit_config, rank_file
 from verl_autoexport.cli.main import main
 from verl_autoexport.errors import AutoExportError, PlanError, SourceError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_directory, export_to_registry
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.model import skeleton as naming
 from verl_autoexport.model.lora import peft_config
-from verl_autoexport.model.spec import checkpoint_spec
 from verl_autoexport.registry import lease, state
-from verl_autoexport.registry.store import Registry, read_record
+from verl_autoexport.registry.record import read_record
+from verl_autoexport.registry.store import Registry
 from verl_autoexport.shards.safetensors_files import INDEX_NAME, model_files, weight_files
 from verl_autoexport.sources.fsdp import holds
 from verl_autoexport.sources.fsdp.discovery import check_links

@@ -17,8 +17,8 @@ from sharding import QWEN2, QWEN3_MOE, make_checkpoints
 
 from verl_autoexport.errors import PlanError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_directory
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.merge.reader import ShardReader
-from verl_autoexport.model.spec import checkpoint_spec
 from verl_autoexport.shards.manifest import ShardManifest
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
 from verl_autoexport.sources.live.coordinator import split_otherwise

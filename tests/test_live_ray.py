@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from sharding import QWEN2, build, make_checkpoint
 from test_export import tensors
 
-from verl_autoexport.config.schema import load_config
+from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import SourceError
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo
+from verl_autoexport.service.live_start import start_live
 from verl_autoexport.sources.live import in_worker, snapshot
-from verl_autoexport.sources.live.coordinator import start_live
 from verl_autoexport.sources.live.copier import Layout
 from verl_autoexport.sources.live.snapshot import Deliveries
 

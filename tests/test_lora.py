@@ -19,8 +19,8 @@ from test_export import assert_same_model, export, oracle, tensors
 
 from verl_autoexport.cli.main import main
 from verl_autoexport.errors import AutoExportError, MergeError, PlanError
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.model.planner import plan_model
-from verl_autoexport.model.spec import checkpoint_spec
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
 from verl_autoexport.verify.against_shards import compare
 from verl_autoexport.verify.directory import check_directory

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from verl_autoexport.errors import MergeError, SourceError
 from verl_autoexport.export.pipeline import LocalRunner, run_export
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.merge import writer
 from verl_autoexport.merge.job import MergeJob
 from verl_autoexport.merge.plan import Output, make_plan, whole
 from verl_autoexport.merge.reader import within
-from verl_autoexport.model.spec import checkpoint_spec
 from verl_autoexport.shards.manifest import Shard, ShardManifest, TensorEntry, check_coverage, join_runs
 from verl_autoexport.shards.safetensors_files import model_files
 

@@ -19,7 +19,7 @@ from conftest import resident
 from sharding import QWEN2, make_checkpoint
 from test_export import assert_same_model, export
 
-from verl_autoexport.config.schema import load_config
+from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import SourceError
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo

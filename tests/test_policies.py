@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from verl_autoexport.config.schema import load_config
+from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import ConfigError
 from verl_autoexport.milestones.events import EARLIER_WEIGHTS, THESE_WEIGHTS, Milestone, StepEvent, Trigger
 from verl_autoexport.milestones.triggers import (

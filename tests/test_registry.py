@@ -18,10 +18,11 @@ import pytest
 
 from verl_autoexport.cli.main import main
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.milestones.events import ExportRecord, Milestone, Trigger
+from verl_autoexport.milestones.events import Milestone, Trigger
 from verl_autoexport.registry import journal, pointers, requests, state
+from verl_autoexport.registry.record import ExportRecord, read_record
 from verl_autoexport.registry.retention import Keep
-from verl_autoexport.registry.store import Registry, read_record, write_json_atomic
+from verl_autoexport.registry.store import Registry, write_json_atomic
 from verl_autoexport.system.durable_files import is_temp
 from verl_autoexport.system.untrusted import read_json
 

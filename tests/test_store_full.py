@@ -9,10 +9,10 @@ import pytest
 import ray
 from test_live_ray import make_workers, train, values
 
-from verl_autoexport.config.schema import load_config
+from verl_autoexport.config.reading import load_config
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo
-from verl_autoexport.sources.live.coordinator import start_live
+from verl_autoexport.service.live_start import start_live
 
 STORE = 100_000_000  # bytes
 

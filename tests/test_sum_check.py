@@ -26,9 +26,9 @@ from torch.distributed.tensor import DTensor
 from verl_autoexport import export_checkpoint
 from verl_autoexport.errors import SourceError
 from verl_autoexport.export.pipeline import LocalRunner, Silent, export_to_directory
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.merge import writer
 from verl_autoexport.merge.reader import equal_values
-from verl_autoexport.model.spec import checkpoint_spec
 from verl_autoexport.shards.archive_records import Record, difference, mark, read_records
 from verl_autoexport.shards.checksums import Run, Sums, combine, join
 from verl_autoexport.sources.fsdp import rank_files as fsdp_files

@@ -16,13 +16,13 @@ import pytest
 import ray
 from sharding import QWEN2, make_checkpoint
 
-from verl_autoexport.config.schema import load_config
+from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import MergeError
 from verl_autoexport.export import pipeline
 from verl_autoexport.export.pipeline import export_to_directory
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.merge.ray_runner import Home, NotShared, RayRunner
 from verl_autoexport.model.planner import plan_model
-from verl_autoexport.model.spec import checkpoint_spec
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo

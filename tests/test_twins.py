@@ -13,7 +13,7 @@ from test_export import tensors
 from transformers import AutoModelForCausalLM
 
 from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
-from verl_autoexport.model.spec import checkpoint_spec
+from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry.retention import Keep, stored
 from verl_autoexport.registry.shared_files import find_twins, link_twin
 from verl_autoexport.verify.directory import check_directory

@@ -15,7 +15,7 @@ _EXPORTS = {
     "AutoExportCallback": "verl_autoexport.trainers.verl_ppo",
     "export_checkpoint": "verl_autoexport.export.pipeline",
     "Registry": "verl_autoexport.registry.store",
-    "ExportRecord": "verl_autoexport.milestones.events",
+    "ExportRecord": "verl_autoexport.registry.record",
     "AutoExportError": "verl_autoexport.errors",
 }
 __all__ = ["__version__", *_EXPORTS]

@@ -15,8 +15,6 @@ found and what to do about it.
 
 from __future__ import annotations
 
-from verl_autoexport.system.untrusted import shown
-
 _LONGEST = 4000  # characters of a line
 
 
@@ -59,3 +57,9 @@ class RegistryError(AutoExportError):
 
 class RegistryBusy(RegistryError):
     """An output directory whose lock another process holds; the same call may succeed later."""
+
+
+def shown(text: object) -> str:
+    """`text` for a person to read: what moves the cursor, colours, reorders or breaks the line is escaped."""
+    text = str(text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -15,6 +15,6 @@ class AutoExportSearchPath(SearchPathPlugin):
         # Runs in every Hydra program on the machine: a broken installation of ours must not
         # break those. It is not silent: `+autoexport=default` is then an unknown group.
         with suppress(Exception):
-            from verl_autoexport.config.schema import config_dir
+            from verl_autoexport.config.group import config_dir
 
             search_path.append(provider="verl_autoexport", path=f"file://{config_dir()}")

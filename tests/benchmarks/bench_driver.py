@@ -19,7 +19,7 @@ import ray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from sharding import QWEN2, make_checkpoint
 
-from verl_autoexport.config.schema import load_config
+from verl_autoexport.config.reading import load_config
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo
 

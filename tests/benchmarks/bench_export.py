@@ -126,9 +126,9 @@ def _child(what: str, *args: str) -> float | str:
 def _merge(source: Path, out: Path, bare: bool, workers: int = 1, threads: int | None = None) -> float:
     """The merge alone; `bare`: without hash and flushing. Several files only where the threads are given."""
     from verl_autoexport.export import pipeline
+    from verl_autoexport.export.spec import checkpoint_spec
     from verl_autoexport.merge import job as merge
     from verl_autoexport.model.planner import plan_model
-    from verl_autoexport.model.spec import checkpoint_spec
     from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
 
     class NoHash:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from verl_autoexport.config.schema import load_config
+from verl_autoexport.config.reading import load_config
 from verl_autoexport.milestones.events import Milestone, StepEvent, Trigger
 from verl_autoexport.milestones.triggers import History, RunStart, build_policies, decide
 from verl_autoexport.registry import compaction, journal

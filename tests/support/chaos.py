@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import RegistryError
+from verl_autoexport.registry.record import RECORD
 from verl_autoexport.registry.store import Registry
-from verl_autoexport.registry.versions import RECORD
 from verl_autoexport.system.durable_files import is_temp
 
 PHASES = ("pin", "stage", "write", "verify", "publish", "pointers", "retention")
@@ -102,7 +102,7 @@ class ForkedMerges:
 
 def train(root: Path, source: Path, steps: int, killer: Killer) -> None:
     """What a run does from its start on: finish what was interrupted, then `steps` more steps, each a milestone."""
-    from verl_autoexport.config.schema import load_config
+    from verl_autoexport.config.reading import load_config
     from verl_autoexport.service.actor import ExportActor
     from verl_autoexport.sources.fsdp import holds
 
@@ -173,8 +173,7 @@ def warm_up(source: Path, once: Path) -> None:
     import torch
 
     import verl_autoexport.service.actor  # noqa: F401
-    from verl_autoexport.export import pipeline
-    from verl_autoexport.model import spec
+    from verl_autoexport.export import pipeline, spec
 
     torch.set_num_threads(1)
     pipeline.export_to_directory(spec.checkpoint_spec(source, verify=False), once, pipeline.LocalRunner(1))

@@ -29,7 +29,7 @@ class Run:
     """A run in `root` with the package's own actor, in this process."""
 
     def __init__(self, root: Path) -> None:
-        from verl_autoexport.config.schema import load_config
+        from verl_autoexport.config.reading import load_config
         from verl_autoexport.export.pipeline import LocalRunner
         from verl_autoexport.service.actor import ExportActor
         from verl_autoexport.sources.fsdp import holds

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from verl_autoexport.cli.terminal import complain
+from verl_autoexport.config.schema import ExportOptions, parse_size
+from verl_autoexport.errors import ConfigError
 
 _LARGEST = 1 << 60  # bytes; more is a slip, and no file system has it
 
@@ -20,6 +23,28 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+def export_options() -> dict[str, Field[Any]]:
+    """The fields of `ExportOptions` that are options of the command line, by name."""
+    return {f.name: f for f in fields(ExportOptions) if f.metadata.get("help")}
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    for option in export_options().values():
+        add_option(parser, option)
+
+
+def add_option(parser: argparse.ArgumentParser, option: Field[Any]) -> None:
+    """`--like-this`, with the default and the rule that the schema has."""
+    flag, help_ = f"--{option.name.replace('_', '-')}", option.metadata["help"]
+    if option.default is False:
+        parser.add_argument(flag, action="store_true", help=help_)
+    elif choices := option.metadata.get("one_of"):
+        parser.add_argument(flag, default=option.default, choices=choices, help=help_)
+    else:
+        kind = {"S": size, "B": size, "FILE": path}.get(option.metadata["metavar"], text)
+        parser.add_argument(flag, default=option.default, type=kind, metavar=option.metadata["metavar"], help=help_)
+
+
 def count(value: str) -> int:
     """A whole number from 1 on."""
     number = int(value) if value.isascii() and value.isdigit() and len(value) < 19 else 0
@@ -30,9 +55,6 @@ def count(value: str) -> int:
 
 def size(value: str) -> int:
     """Bytes, from `5GB`, `512MiB` or a plain number."""
-    from verl_autoexport.config.schema import parse_size
-    from verl_autoexport.errors import ConfigError
-
     try:
         number = parse_size(value, "size")
     except (ConfigError, ArithmeticError):  # Decimal has an overflow of its own

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 from verl_autoexport import __version__
 from verl_autoexport.cli import arguments, signals
 from verl_autoexport.cli.terminal import Bar, collected, complain, open_streams, print_table, write_out
-from verl_autoexport.errors import AutoExportError, RegistryError, SourceError
+from verl_autoexport.errors import AutoExportError, RegistryError, SourceError, shown
 from verl_autoexport.milestones.events import is_measured
-from verl_autoexport.system.untrusted import shown
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from verl_autoexport.export.pipeline import MergeRunner
-    from verl_autoexport.model.spec import ExportSpec
+    from verl_autoexport.export.spec import ExportSpec
     from verl_autoexport.registry.retention import Judgement, Keep
     from verl_autoexport.registry.store import Registry, Version
     from verl_autoexport.shards.manifest import ShardSource
@@ -78,12 +77,8 @@ def _export_once(args: argparse.Namespace) -> int:
     if args.registry is not None:
         places.check_target(args.registry, "--registry", args.base_model)
     runner = _runner(args)
-    spec = pipeline.checkpoint_spec(
-        args.checkpoint, source=_spread(args), dtype=args.dtype, max_shard_size=args.max_shard_size,
-        base_model=args.base_model, lora=args.lora, memory_budget=args.memory_budget, verify=not args.no_verify,
-        trust_remote_code=args.trust_remote_code, lora_config=args.lora_config,
-        base_check=args.base_check, carry_unread=args.carry_unread,
-    )  # fmt: skip
+    options = {option: getattr(args, option) for option in arguments.export_options()}
+    spec = pipeline.checkpoint_spec(args.checkpoint, source=_spread(args), verify=not args.no_verify, **options)
     with signals.Handled(raises=True), Bar() as bar:
         if args.output is not None:
             pipeline.export_to_directory(spec, args.output, runner, bar)
@@ -293,12 +288,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = arguments.Parser(prog="verl-autoexport", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    export = _add_export(commands)
+    _add_export(commands)
     verify = _add(commands, "verify", _verify, "check a published or exported directory: hashes, names, loading")
     verify.add_argument("directory", type=arguments.path, metavar="DIR")
     verify.add_argument("--no-load", action="store_true", help="names and hashes only; do not load the model")
-    for command in (export, verify):
-        command.add_argument("--trust-remote-code", action="store_true", help="let the model's own code run")
+    arguments.add_option(verify, arguments.export_options()["trust_remote_code"])
     ls = _add(commands, "ls", _ls, "the versions in an output directory, and what was not exported and why")
     show = _add(commands, "show", _show, "one version: reasons, checks, files; all its metrics with --json")
     request = _add(commands, "request", _request, "ask the run that exports to ROOT for a milestone")
@@ -316,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_export(commands: Any) -> argparse.ArgumentParser:
+def _add_export(commands: Any) -> None:
     export = _add(commands, "export", _export, "export one verl FSDP checkpoint")
     help_ = "a global_step_N, its actor/, policy/ or critic/"
     export.add_argument("checkpoint", type=arguments.path, metavar="CHECKPOINT", help=help_)
@@ -324,32 +318,13 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:
     help_ = "a new directory; must not exist, or be empty"
     where.add_argument("--output", type=arguments.path, metavar="DIR", help=help_)
     where.add_argument("--registry", type=arguments.path, metavar="ROOT", help="publish as the next version in ROOT")
-    export.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "source", "base"))
-    help_ = "split larger models (default 5GB)"
-    export.add_argument("--max-shard-size", type=arguments.size, default="5GB", metavar="S", help=help_)
-    help_ = "the model that was trained; compared, and read if only LoRA was saved"
-    export.add_argument("--base-model", type=arguments.text, metavar="DIR", help=help_)
-    export.add_argument(
-        "--base-check", default="strict", choices=("strict", "warn", "off"),
-        help="what differs from the base model is refused, noted, or not looked for",
-    )  # fmt: skip
-    export.add_argument(
-        "--carry-unread", action="store_true", help="copy the base's tensors that training never read (MTP layers)"
-    )
-    export.add_argument(
-        "--lora", default="fused", choices=("fused", "adapter", "both"), help="what to make of a LoRA checkpoint"
-    )
-    help_ = "adapter_config.json of the adapter that training began with"
-    export.add_argument("--lora-config", metavar="FILE", type=arguments.path, help=help_)
+    arguments.add_export_options(export)
     help_ = "files merged at a time (default: by cores, at most 4; 4 in a cluster)"
     export.add_argument("--workers", type=arguments.count, metavar="N", help=help_)
-    help_ = "bytes of buffers per worker"
-    export.add_argument("--memory-budget", type=arguments.size, default="1GiB", metavar="B", help=help_)
     export.add_argument("--no-verify", action="store_true", help="skip loading and generating; structure is checked")
     export.add_argument("--again", action="store_true", help="export a step that ROOT has already")
     help_ = "merge in the Ray cluster at A; no Ray without this"
     export.add_argument("--ray-address", type=arguments.ray_address, metavar="A", help=help_)
-    return export
 
 
 def _add_prune(commands: Any) -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
-from verl_autoexport.system.untrusted import shown
+from verl_autoexport.errors import shown
 
 
 class Bar:

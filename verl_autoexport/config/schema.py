@@ -1,25 +1,19 @@
-"""The `autoexport` node as frozen dataclasses; whatever is not understood is refused.
+"""Every option as a field of a frozen dataclass, with its default and its rule; it is spelled nowhere else.
 
-A rule about one key stands beside its field, a rule about several in `_check_*`. Rules that
-need the run's own keys are in `preflight`.
+The `autoexport` node of a run is read into `AutoExportConfig`, what is said on the command line or to
+`export_checkpoint` into `ExportOptions`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
-
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any
 
 from verl_autoexport.errors import ConfigError
 
@@ -47,23 +41,23 @@ def parse_size(value: Any, key: str) -> int:
     elif isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
         size = int(Decimal(match[1]) * _UNITS.get(match[2].upper(), 0))
     if size < 1:
-        raise _refused(key, value, "a size such as 5GB or 512MiB", f"Units: {_UNIT_NAMES}; none means bytes.")
+        raise refused(key, value, "a size such as 5GB or 512MiB", f"Units: {_UNIT_NAMES}; none means bytes.")
     return size
 
 
 def _directory(value: Any, key: str) -> Path:
     if not isinstance(value, str | Path) or not str(value).strip():
-        raise _refused(key, value, "the path of a directory")
+        raise refused(key, value, "the path of a directory")
     if _URL.match(str(value)):
-        raise _refused(key, value, "a directory that this node can reach", "URLs are not: upload afterwards.")
+        raise refused(key, value, "a directory that this node can reach", "URLs are not: upload afterwards.")
     return Path(os.path.abspath(os.path.expanduser(value)))
 
 
 def _class_path(value: Any, key: str) -> str:
     if not isinstance(value, str) or not _CLASS.fullmatch(value):
-        raise _refused(key, value, "a class as package.module.Class")
+        raise refused(key, value, "a class as package.module.Class")
     if value.startswith("verl_autoexport."):
-        raise _refused(key, value, "your own callback", "This package's is called anyway.")
+        raise refused(key, value, "your own callback", "This package's is called anyway.")
     return value
 
 
@@ -71,16 +65,16 @@ def _placement(value: Any, key: str) -> dict[str, dict[str, Any]]:
     """`resources`: name → amount, `labels`: name → value, both of Ray."""
     expected = "{resources: {name: amount}} and/or {labels: {name: value}} of Ray nodes"
     if not isinstance(value, Mapping) or not value or not value.keys() <= {"resources", "labels"}:
-        raise _refused(key, value, expected)
+        raise refused(key, value, expected)
     for kind, types in (("resources", (int, float)), ("labels", (str,))):
         entries = value.get(kind) or {}
         if not isinstance(entries, Mapping):
-            raise _refused(f"{key}.{kind}", entries, expected)
+            raise refused(f"{key}.{kind}", entries, expected)
         for name, entry in entries.items():
             if not isinstance(name, str) or isinstance(entry, bool) or not isinstance(entry, types):
-                raise _refused(f"{key}.{kind}.{name}", entry, expected)
+                raise refused(f"{key}.{kind}.{name}", entry, expected)
             if name in ("CPU", "GPU", "memory") or (kind == "resources" and entry <= 0):
-                raise _refused(f"{key}.{kind}.{name}", entry, "a resource of your own, and more than 0 of it")
+                raise refused(f"{key}.{kind}.{name}", entry, "a resource of your own, and more than 0 of it")
     return {kind: dict(value.get(kind) or {}) for kind in ("resources", "labels")}
 
 
@@ -91,14 +85,19 @@ def _rule(
     least: float | None = None,
     above: float | None = None,
     convert: Callable[[Any, str], Any] | None = None,
+    help: str = "",
+    metavar: str | None = None,
 ) -> Any:
-    """A field with its rule: an enumeration, a bound, or a reader of its own."""
-    rule = {"one_of": one_of, "least": least, "above": above, "convert": convert}
+    """A field with its rule: an enumeration, a bound, or a reader of its own.
+
+    One with a `help` is an option of the command line too, where `metavar` stands for its value.
+    """
+    rule = {"one_of": one_of, "least": least, "above": above, "convert": convert, "help": help, "metavar": metavar}
     return field(default=default, metadata=rule)
 
 
-def _size(default: str | None) -> Any:
-    return _rule(default and parse_size(default, "default"), convert=parse_size)
+def _size(default: str | None, help: str = "", metavar: str | None = None) -> Any:
+    return _rule(default and parse_size(default, "default"), convert=parse_size, help=help, metavar=metavar)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +150,19 @@ class TriggerConfig:
 class WeightsConfig:
     """What the exported files hold; sizes are in bytes."""
 
-    dtype: str = _rule("bfloat16", one_of=("bfloat16", "float16", "float32", "base", "source"))
-    max_shard_size: int = _size("5GB")
-    lora: str = _rule("fused", one_of=("fused", "adapter", "both"))
-    base_check: str = _rule("strict", one_of=("strict", "warn", "off"))
-    carry_unread: bool = False
+    dtype: str = _rule(
+        "bfloat16",
+        one_of=("bfloat16", "float16", "float32", "base", "source"),
+        help="`source`: as in training; `base`: tensor for tensor as in the base model",
+    )
+    max_shard_size: int = _size("5GB", help="split larger models (default 5GB)", metavar="S")
+    lora: str = _rule("fused", one_of=("fused", "adapter", "both"), help="how a LoRA checkpoint is exported")
+    base_check: str = _rule(
+        "strict",
+        one_of=("strict", "warn", "off"),
+        help="differences from the base model are refused, noted, or not looked for",
+    )
+    carry_unread: bool = _rule(False, help="copy the base's tensors that training never read (MTP layers)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +173,27 @@ class VerifyConfig:
     generate: bool | str = _rule("auto", one_of=(True, False, "auto"))
     max_memory: int = _size("16GiB")
     timeout_s: float = _rule(600.0, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(WeightsConfig):
+    """How one export is made, by a run or by hand. Sizes are in bytes.
+
+    `lora_config`: the `adapter_config.json` that a LoRA run began with, or its directory. `external_lib`:
+    modules to import before the model is built, separated by commas.
+    """
+
+    base_model: str | None = _rule(
+        None, help="the model that was trained; compared, and read if only LoRA was saved", metavar="DIR"
+    )
+    lora_config: Path | None = field(
+        default=None,
+        metadata={"help": "adapter_config.json of the adapter that training began with", "metavar": "FILE"},
+    )
+    memory_budget: int = _size("1GiB", help="bytes of buffers per worker", metavar="B")
+    trust_remote_code: bool = _rule(False, help="let the model's own code run")
+    external_lib: str | None = None
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,163 +249,9 @@ class AutoExportConfig:
     chain_callback: str | None = _rule(None, convert=_class_path)
 
 
-def load_config(node: DictConfig | Mapping[str, Any]) -> AutoExportConfig:
-    """Check the node `autoexport` and return it with types, defaults and absolute paths.
-
-    Raises ConfigError naming the key, the value, what was expected and what to do.
-    """
-    config = _read(AutoExportConfig, _plain(node), ROOT)
-    _check_best(config.trigger.best)
-    _check_threshold(config.trigger.threshold)
-    if config.verify.load is False and config.verify.generate is True:
-        raise ConfigError(f"{ROOT}.verify.generate=true needs {ROOT}.verify.load=true or auto; found load=false.")
-    if config.weights.carry_unread and config.weights.base_check == "off":
-        raise ConfigError(
-            f"{ROOT}.weights.carry_unread=true needs the comparison with the base model; found "
-            f"{ROOT}.weights.base_check=off."
-        )
-    if config.keep.best is not None and not config.trigger.best:
-        raise ConfigError(f"{ROOT}.keep.best={config.keep.best} needs {ROOT}.trigger.best, whose metric it ranks by.")
-    return config
+def refused(key: str, value: Any, expected: str, hint: str = "") -> ConfigError:
+    return ConfigError(f"{key}: expected {expected}, found {show(value)}.{hint and f' {hint}'}")
 
 
-def _plain(node: Any) -> Any:
-    """`node` without interpolations; what is no mapping is left to `_read` to refuse."""
-    if not isinstance(node, Mapping):
-        return node
-    try:
-        node = node if isinstance(node, DictConfig) else OmegaConf.create(dict(node))
-        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as e:
-        key = f"{ROOT}.{(e.full_key or '').removeprefix(f'{ROOT}.')}"
-        raise ConfigError(f"{key} has no value: {str(e).splitlines()[0]}. Set it.") from e
-
-
-def config_dir() -> Path:
-    """The directory with `autoexport/default.yaml`: in the package (wheel) or beside it (source checkout)."""
-    package = Path(__file__).resolve().parents[1]
-    for parent in (package, package.parent):
-        if (parent / "configs" / ROOT / "default.yaml").is_file():
-            return parent / "configs"
-    raise ConfigError(f"{package}/configs/{ROOT}/default.yaml is missing: reinstall verl_autoexport.")
-
-
-def _read(cls: type, data: Any, key: str) -> Any:
-    """An instance of the dataclass `cls` from the mapping `data` found at `key`."""
-    hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
-    if not isinstance(data, Mapping):
-        raise _refused(key, data, f"a mapping (keys: {', '.join(fields)})")
-    values = {}
-    for name, value in data.items():
-        if name not in fields:
-            raise _unknown(str(name), key, list(fields))
-        values[name] = _read_field(cls, fields[name], hints[name], value, f"{key}.{name}")
-    for f in fields.values():
-        if f.name not in values and f.default is f.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{key}.{f.name} is required and not set.")
-    return cls(**values)
-
-
-def _read_field(cls: type, f: dataclasses.Field, hint: Any, value: Any, key: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _read(hint, value, key)
-    item = (*get_args(hint), None)[0]
-    if dataclasses.is_dataclass(item):
-        if isinstance(value, list):
-            return tuple(_read(item, v, f"{key}[{i}]") for i, v in enumerate(value))
-        return () if value is None else (_read(item, value, key),)
-    convert = f.metadata.get("convert")
-    if convert and not (value is None and f.default is None):
-        return convert(value, key)
-    value = _typed(cls, f.name, hint, value, key)
-    for v in value if isinstance(value, tuple) else (value,):
-        _check_rule(f, v, key)
-    return value
-
-
-def _typed(cls: type, name: str, hint: Any, value: Any, key: str) -> Any:
-    """`value` as the field's type; OmegaConf converts, but for two liberties of its own."""
-    kind = next((e for t, e in _EXPECTED if hint == t or t in get_args(hint)), str(hint))
-    schema = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(schema, False)  # frozen dataclasses come as read-only nodes
-    try:
-        if (hint is bool and not isinstance(value, bool | str)) or (hint is str and not isinstance(value, str)):
-            raise ValueError  # OmegaConf would take 5 as true, and make "5" of 5
-        schema[name] = value
-        typed = schema[name]
-    except (OmegaConfBaseException, ValueError) as e:
-        raise _refused(key, value, kind) from e
-    if isinstance(typed, ListConfig):
-        return tuple(sorted(set(typed)))
-    if isinstance(typed, float) and not math.isfinite(typed):
-        raise _refused(key, value, "a finite number")
-    if typed == "":
-        raise _refused(key, value, kind)
-    return typed
-
-
-_EXPECTED: tuple[tuple[Any, str], ...] = (
-    (tuple[int, ...], "a list of whole numbers such as [10, 50]"),
-    (bool | str, "one of true | false | auto"),
-    (bool, "true or false"),
-    (int, "a whole number"),
-    (float, "a number"),
-    (str, "a text"),
-)
-
-
-def _check_rule(f: dataclasses.Field, value: Any, key: str) -> None:
-    one_of, least, above = (f.metadata.get(k) for k in ("one_of", "least", "above"))
-    if value is None:
-        return
-    if one_of and value not in one_of:
-        raise _refused(key, value, f"one of {' | '.join(v if isinstance(v, str) else _show(v) for v in one_of)}")
-    if least is not None and value < least:
-        raise _refused(key, value, f"{least} or more")
-    if above is not None and value <= above:
-        raise _refused(key, value, f"more than {above}")
-
-
-def _check_best(best: Iterable[BestConfig]) -> None:
-    seen: set[str] = set()
-    for b in best:
-        key = f"{ROOT}.trigger.best.name"
-        if not _NAME.fullmatch(b.name) or b.name.strip(".") == "":
-            raise _refused(key, b.name, "at most 100 letters, digits, '_', '.' and '-'", "It becomes a file name.")
-        if b.name in seen:
-            raise _refused(key, b.name, "a different name for each entry", "Two have this one.")
-        seen.add(b.name)
-
-
-def _check_threshold(threshold: Iterable[ThresholdConfig]) -> None:
-    seen: set[str] = set()
-    for t in threshold:
-        if (t.above is None) == (t.below is None):
-            found = f"above={_show(t.above)} and below={_show(t.below)}"
-            raise ConfigError(f"{ROOT}.trigger.threshold ({t.metric}): expected one of above, below; found {found}.")
-        if t.name in seen:
-            raise _refused(f"{ROOT}.trigger.threshold", t.name, "each threshold once", "Two are the same.")
-        seen.add(t.name)
-
-
-def _unknown(name: str, key: str, valid: list[str]) -> ConfigError:
-    near = [f"{key}.{n}" for n in difflib.get_close_matches(name, valid, n=2)]
-    near = near or [full for full in _all_keys() if full.rsplit(".", 1)[1] == name]
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return ConfigError(f"{key}.{name} is not a key.{hint} Keys of {key}: {', '.join(valid)}.")
-
-
-def _all_keys(cls: type = AutoExportConfig, key: str = ROOT) -> Iterable[str]:
-    for name, hint in get_type_hints(cls).items():
-        yield f"{key}.{name}"
-        for part in (hint, *get_args(hint)):
-            if dataclasses.is_dataclass(part):
-                yield from _all_keys(part, f"{key}.{name}")
-
-
-def _refused(key: str, value: Any, expected: str, hint: str = "") -> ConfigError:
-    return ConfigError(f"{key}: expected {expected}, found {_show(value)}.{hint and f' {hint}'}")
-
-
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     return json.dumps(value, default=str, ensure_ascii=False)  # as in YAML: null, true, false

@@ -20,9 +20,9 @@ from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, Pla
 from verl_autoexport.export import by_hand, places
 from verl_autoexport.export.destinations import appears_whole
 from verl_autoexport.export.record import make_record
+from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
 from verl_autoexport.merge.job import MergeJob, WrittenFile, one_torch_thread
 from verl_autoexport.merge.plan import MergePlan
-from verl_autoexport.milestones.events import ExportRecord
 from verl_autoexport.model import assets
 from verl_autoexport.model import skeleton as naming
 from verl_autoexport.model.assets import Reference
@@ -31,7 +31,7 @@ from verl_autoexport.model.lora import adapter as lora
 from verl_autoexport.model.lora import peft_config
 from verl_autoexport.model.planner import ADAPTER_FOLDER, Planned, plan_model
 from verl_autoexport.model.saved_config import settled
-from verl_autoexport.model.spec import ExportSpec, checkpoint_spec
+from verl_autoexport.registry.record import ExportRecord
 from verl_autoexport.registry.shared_files import Twins, find_twins, link_twin
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.shards.checksums import join
@@ -145,7 +145,7 @@ def export_to_directory(
 
     Raises ConfigError when `output` exists and is not an empty directory, or is no place for one.
     """
-    places.check_output(output, spec.base_model)
+    places.check_output(output, spec.options.base_model)
     with appears_whole(output) as staging:
         record = run_export(spec, staging, runner, progress)
         (staging / RECORD_NAME).write_text(json.dumps(record.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -185,8 +185,10 @@ def _run(
     with ExitStack() as stack:
         with _timed(timings, "gather"):
             manifest = source.manifest()
-            spec, notes = stack.enter_context(settled(spec, manifest))
-            planned = plan_model(spec, manifest)
+            saved, notes = stack.enter_context(settled(spec.options, spec.saved, manifest))
+            planned = plan_model(
+                spec.options, spec.checkpoint, saved, manifest, frozen=spec.frozen, grouped=spec.grouped
+            )
             _check_adapter(spec, planned)
             _check_space(target, planned.plan)
         with _timed(timings, "merge"):
@@ -196,7 +198,7 @@ def _run(
             runs = join({*planned.read, *(run for file in written for run in file.read)})
             source.check_sums(manifest, runs, progress.advance)
             written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
-            more, reference = _write_beside(spec, planned, written, target)
+            more, reference = _write_beside(spec, saved, planned, written, target)
             notes = [
                 *manifest.notes,
                 *planned.contract.notes,
@@ -206,7 +208,7 @@ def _run(
             ]
         with _timed(timings, "verify"):
             progress.stage(VERIFYING)
-            checks = _verify(spec, target, planned, reference)
+            checks = _verify(spec, saved, target, planned, reference)
             source.check_unchanged()
     architectures = (naming.architecture(planned.skeleton.config),)
     return make_record(
@@ -228,21 +230,21 @@ def _open_source(spec: ExportSpec) -> ShardSource:
 
 
 def _check_fetched(spec: ExportSpec) -> None:
-    folders = [spec.model_dir, *([Path(spec.base_model).expanduser()] if spec.base_model else [])]
+    folders = [spec.saved, *([Path(spec.options.base_model).expanduser()] if spec.options.base_model else [])]
     check_fetched([] if spec.source else rank_files(spec.checkpoint))
     check_fetched(path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()))
 
 
 def _jobs(spec: ExportSpec, planned: Planned, target: Path) -> list[MergeJob]:
     jobs = []
-    read_again = spec.verify.load is not False and planned.plan.nbytes <= spec.verify.max_memory
+    read_again = spec.options.verify.load is not False and planned.plan.nbytes <= spec.options.verify.max_memory
     for file in planned.plan.files:
         path = target / file.name
         path.parent.mkdir(exist_ok=True)
         needed = {fqn: planned.manifest.tensors[fqn] for fqn in file.sources}
         sums = dict.fromkeys(planned.manifest.records, ())  # which files have them is all that a job needs to know
         manifest, cached = replace(planned.manifest, tensors=needed, records=sums), spec.cached or read_again
-        jobs.append(MergeJob(file, manifest, path, spec.memory_budget, cached, read_again))
+        jobs.append(MergeJob(file, manifest, path, spec.options.memory_budget, cached, read_again))
     return jobs
 
 
@@ -257,35 +259,37 @@ def _kept_apart(versions: Sequence[Version]) -> frozenset[str]:
 
 
 def _write_beside(
-    spec: ExportSpec, planned: Planned, written: Sequence[WrittenFile], target: Path
+    spec: ExportSpec, saved: Path, planned: Planned, written: Sequence[WrittenFile], target: Path
 ) -> tuple[list[str], Reference]:
     """Everything but the weights; returns notes, and what the tokenizer and processor must equal."""
+    options = spec.options
     skeleton, base, adapter = planned.skeleton, planned.contract.base, planned.adapter
     notes = []
     if planned.plan.index is not None:
         (target / INDEX_NAME).write_text(json.dumps(planned.plan.index, indent=2) + "\n", encoding="utf-8")
-    if spec.lora != "adapter":
-        dtype = None if spec.dtype == "base" else naming.model_dtype(skeleton, planned.manifest, spec.dtype)
+    if options.lora != "adapter":
+        dtype = None if options.dtype == "base" else naming.model_dtype(skeleton, planned.manifest, options.dtype)
         values = planned.contract.config_values
-        notes += assets.write_config(skeleton, dtype, target, base, spec.trust_remote_code, values)
+        notes += assets.write_config(skeleton, dtype, target, base, options.trust_remote_code, values)
         if base is None:
             notes.append(f"not compared with the base model: {planned.contract.reason}")
     more, reference = assets.write_assets(
-        spec.model_dir, base_directory(spec.base_model), target,
-        generates=skeleton.can_generate(), trust_remote_code=spec.trust_remote_code,
+        saved, base_directory(options.base_model), target,
+        generates=skeleton.can_generate(), trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     notes += more
     if adapter is None:
         return notes, reference
-    if spec.lora != "fused":
-        folder = target / ADAPTER_FOLDER if spec.lora == "both" else target
-        peft_config.write_config(adapter.config, spec.base_model, folder)
-    return notes + lora.check_written(adapter, written, spec.lora, spec.dtype), reference
+    if options.lora != "fused":
+        folder = target / ADAPTER_FOLDER if options.lora == "both" else target
+        peft_config.write_config(adapter.config, options.base_model, folder)
+    return notes + lora.check_written(adapter, written, options.lora, options.dtype), reference
 
 
 def _check_adapter(spec: ExportSpec, planned: Planned) -> None:
-    if planned.adapter is None and spec.by_hand and spec.lora_config is not None:
-        raise PlanError(f"--lora-config {spec.lora_config}: given, but {spec.checkpoint} holds no LoRA weights.")
+    given = spec.options.lora_config
+    if planned.adapter is None and spec.by_hand and given is not None:
+        raise PlanError(f"--lora-config {given}: given, but {spec.checkpoint} holds no LoRA weights.")
 
 
 def _check_space(target: Path, plan: MergePlan) -> None:
@@ -297,38 +301,39 @@ def _check_space(target: Path, plan: MergePlan) -> None:
         )
 
 
-def _verify(spec: ExportSpec, target: Path, planned: Planned, reference: Reference) -> dict[str, Any]:
+def _verify(spec: ExportSpec, saved: Path, target: Path, planned: Planned, reference: Reference) -> dict[str, Any]:
+    options = spec.options
     checks: dict[str, Any] = {
         "structure": verify.check_structure(target, planned.plan),
         "contract": planned.contract.to_check(),
     }
     check = partial(
         verify.check_loading,
-        load=spec.verify.load,
-        generate=spec.verify.generate,
-        max_memory=spec.verify.max_memory,
-        timeout_s=spec.verify.timeout_s,
-        trust_remote_code=spec.trust_remote_code,
-        external_lib=spec.external_lib,
+        load=options.verify.load,
+        generate=options.verify.generate,
+        max_memory=options.verify.max_memory,
+        timeout_s=options.verify.timeout_s,
+        trust_remote_code=options.trust_remote_code,
+        external_lib=options.external_lib,
         carried=planned.contract.carried,
     )
-    nbytes, source, beside = planned.plan.nbytes, _source(spec, planned), reference.to_json()
-    if planned.adapter is None or spec.lora == "fused":
+    nbytes, source, beside = planned.plan.nbytes, _source(spec, saved, planned), reference.to_json()
+    if planned.adapter is None or options.lora == "fused":
         return checks | check(target, nbytes, source=source, assets=beside)
-    if spec.lora == "adapter":
-        return checks | check(target, nbytes, adapter_of=spec.model_dir, assets=beside)
-    adapter = check(target / ADAPTER_FOLDER, planned.plan.files[-1].nbytes, adapter_of=spec.model_dir)
+    if options.lora == "adapter":
+        return checks | check(target, nbytes, adapter_of=saved, assets=beside)
+    adapter = check(target / ADAPTER_FOLDER, planned.plan.files[-1].nbytes, adapter_of=saved)
     return checks | check(target, nbytes, source=source, assets=beside) | {"adapter": adapter["load"]}
 
 
-def _source(spec: ExportSpec, planned: Planned) -> verify.Source | None:
+def _source(spec: ExportSpec, saved: Path, planned: Planned) -> verify.Source | None:
     if spec.source is not None:
         return None
     if planned.adapter is None:
-        return verify.Source(spec.checkpoint, spec.model_dir)
-    base = None if planned.adapter.base else base_directory(spec.base_model)
+        return verify.Source(spec.checkpoint, saved)
+    base = None if planned.adapter.base else base_directory(spec.options.base_model)
     nbytes = sum(t.nbytes for t in planned.manifest.tensors.values())
-    return verify.Source(spec.checkpoint, spec.model_dir, planned.adapter.config, base, nbytes)
+    return verify.Source(spec.checkpoint, saved, planned.adapter.config, base, nbytes)
 
 
 @contextmanager
@@ -343,11 +348,11 @@ def export_checkpoint(
     output: str | os.PathLike[str],
     *,
     dtype: str = "bfloat16",
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
     base_model: str | None = None,
     lora: str = "fused",
     workers: int | None = None,
-    memory_budget: str = "1GiB",
+    memory_budget: int | str = "1GiB",
     verify: bool = True,
     trust_remote_code: bool = False,
     lora_config: str | os.PathLike[str] | None = None,
@@ -356,7 +361,7 @@ def export_checkpoint(
 ) -> ExportRecord:
     """Export one verl checkpoint (`global_step_N` or its `actor/`) to the new directory `output`.
 
-    Blocks until it is there, verified, and returns what its `export.json` holds. Needs no
+    Blocks until it is there, verified, and returns the content of its `export.json`. Needs no
     verl and starts no Ray. Raises AutoExportError; then `output` does not exist.
     """
     if workers is not None and workers < 1:
@@ -365,9 +370,10 @@ def export_checkpoint(
         if lora_config is not None:
             by_hand.check_lora_config(Path(lora_config))
         spec = checkpoint_spec(
-            Path(checkpoint), dtype=dtype, max_shard_size=max_shard_size, base_model=base_model, lora=lora,
-            memory_budget=memory_budget, verify=verify, trust_remote_code=trust_remote_code, lora_config=lora_config,
-            base_check=base_check, carry_unread=carry_unread,
+            Path(checkpoint), verify=verify, dtype=dtype, max_shard_size=max_shard_size, base_model=base_model,
+            lora=lora, memory_budget=memory_budget, trust_remote_code=trust_remote_code,
+            lora_config=None if lora_config is None else Path(lora_config), base_check=base_check,
+            carry_unread=carry_unread,
         )  # fmt: skip
         return export_to_directory(spec, Path(output), LocalRunner(workers))
     except (OSError, ValueError) as e:  # paths that are too long, not to be read, or none

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from verl_autoexport.errors import ConfigError, RegistryError
 from verl_autoexport.registry import journal, lease, staging, state
+from verl_autoexport.registry.record import RECORD
 from verl_autoexport.registry.store import Registry
-from verl_autoexport.registry.versions import RECORD, names_like_versions
+from verl_autoexport.registry.versions import names_like_versions
 from verl_autoexport.sources.fsdp.discovery import ROLES, STEP, absence, has_shards
 
 _MARKS = (state.FILE, journal.NAME, lease.NAME, staging.NAME)

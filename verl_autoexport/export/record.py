@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from verl_autoexport import __version__
+from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.merge.job import WrittenFile
 from verl_autoexport.merge.plan import MergePlan
-from verl_autoexport.milestones.events import ExportRecord
-from verl_autoexport.model.spec import ExportSpec
+from verl_autoexport.registry.record import ExportRecord
 from verl_autoexport.shards.manifest import ShardManifest
+from verl_autoexport.system.installed import versions
 
 
 def make_record(
@@ -45,14 +44,14 @@ def make_record(
             "backend": manifest.backend,
             "fingerprint": manifest.fingerprint,
         },
-        base_model=spec.base_model,
+        base_model=spec.options.base_model,
         architectures=architectures,
-        dtype=spec.dtype,
+        dtype=spec.options.dtype,
         num_parameters=plan.num_parameters,
         files=tuple(_file_entries(target, {w.name: w for w in written})),
         verification=dict(checks),
         timings_s={k: round(v, 4) for k, v in timings.items()},
-        versions={name: _installed(name) for name in ("verl_autoexport", "verl", "torch", "transformers")},
+        versions=versions("verl"),
         notes=tuple(notes),
     )
 
@@ -65,12 +64,3 @@ def _file_entries(target: Path, written: Mapping[str, WrittenFile]) -> Iterator[
             yield {"name": name, "bytes": file.nbytes, "sha256": file.sha256, **marks}
         else:
             yield {"name": name, "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
-def _installed(name: str) -> str | None:
-    if name == "verl_autoexport":
-        return __version__
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -22,7 +22,6 @@ from verl_autoexport.errors import MergeError
 from verl_autoexport.merge.plan import Output, Piece, PlannedFile, nbytes
 from verl_autoexport.merge.reader import MAX_BLOCK, Range, ShardReader, as_bytes, boxes, within
 from verl_autoexport.merge.writer import FileWriter
-from verl_autoexport.model.lora import adapter as lora
 from verl_autoexport.shards.checksums import Run, Sums
 from verl_autoexport.shards.manifest import FLOATING, ITEMSIZE, ShardManifest
 from verl_autoexport.shards.tiling import Index, overlap
@@ -35,8 +34,8 @@ _WORTH_A_COPY = 1 << 20  # bytes; below that a system call costs more than it sa
 class WrittenFile:
     """Name, size in bytes and sha256 (hex) of a file that is on disk and fsynced.
 
-    Of the tensors with LoRA fused in: those whose lora_B is not zero (`trained`), and those
-    that came out different from the base (`changed`). `apart`: its tensors do not change between
+    Of the tensors with a transform: those on which it should have an effect (`affected`), and those
+    that came out different (`changed`). `apart`: its tensors do not change between
     versions; `linked`: it is the same file as that of an earlier one. `read` is all that was read of files
     with records.
     """
@@ -44,7 +43,7 @@ class WrittenFile:
     name: str
     nbytes: int
     sha256: str
-    trained: frozenset[str] = frozenset()
+    affected: frozenset[str] = frozenset()
     changed: frozenset[str] = frozenset()
     apart: bool = False
     linked: bool = False
@@ -70,11 +69,11 @@ class MergeJob:
     def run(self, progress: Progress = lambda nbytes: None) -> WrittenFile:
         """Write the file (which must not exist) and fsync it; `progress` is called with the bytes of each block.
 
-        Holds at most `memory_budget` bytes of buffers, and one tensor with LoRA fused into it.
+        Holds at most `memory_budget` bytes of buffers, and one transformed tensor with what its transform takes.
         Raises MergeError (tensor named) for NaN, Inf or an overflow in the cast and for write
         errors, SourceError when a shard is shorter than it was.
         """
-        threads = 1 if self.planned.fusions else self.threads  # each would fuse the same tensor
+        threads = 1 if self.planned.transforms else self.threads  # each would transform the same tensor
         # Each thread has buffers for two output blocks and, of at most 4x the width, what is read for one;
         # what training had cast to another dtype is held in that too, of at most 2x.
         largest = max((getattr(file, "block", MAX_BLOCK) for file in self.manifest.files), default=MAX_BLOCK)
@@ -87,9 +86,9 @@ class MergeJob:
             digest, size = writer.finish()
         if size != self.planned.nbytes:
             raise MergeError(f"{self.path}: {size} bytes written, {self.planned.nbytes} planned; please report this.")
-        trained, changed = frozenset(work.trained), frozenset(work.changed)
+        affected, changed = frozenset(work.affected), frozenset(work.changed)
         read = work.sums.runs()
-        return WrittenFile(self.planned.name, size, digest, trained, changed, self.planned.apart, read=read)
+        return WrittenFile(self.planned.name, size, digest, affected, changed, self.planned.apart, read=read)
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class _Work:
         self.job, self.writer, self.size, self.progress = job, writer, size, progress
         self.blocks = self._blocks()
         self.lock = Lock()
-        self.trained: set[str] = set()
+        self.affected: set[str] = set()
         self.changed: set[str] = set()
         self.sums = Sums()
 
@@ -164,7 +163,7 @@ class _Work:
     def _unchanged(self, output: Output) -> bool:
         piece = output.pieces[0]
         entry = self.job.manifest.tensors[piece.fqn]
-        same = output.dtype == entry.dtype == entry.value_dtype and piece.fqn not in self.job.planned.fusions
+        same = output.dtype == entry.dtype == entry.value_dtype and piece.fqn not in self.job.planned.transforms
         return same and _straight(output) and nbytes(output) >= _WORTH_A_COPY
 
     def _write(self, block: _Block, source: _Source, buffer: _Buffer) -> None:
@@ -213,34 +212,32 @@ def one_torch_thread() -> Iterator[None]:
 
 
 class _Source:
-    """Source tensors as the plan wants them: from the shards, and with LoRA fused in where it says so."""
+    """Source tensors as the plan wants them: from the shards, and transformed where it says so."""
 
     def __init__(self, reader: ShardReader, planned: PlannedFile, work: _Work) -> None:
         self.reader = reader
-        self.fusions = planned.fusions
+        self.transforms = planned.transforms
         self.work = work
-        self.last: tuple[str, torch.Tensor] | None = None  # a fused tensor is read in several boxes
+        self.last: tuple[str, torch.Tensor] | None = None  # a transformed tensor is read in several boxes
 
     def fill(self, fqn: str, offsets: Index, shape: Index, out: torch.Tensor) -> None:
-        if fqn not in self.fusions:
+        if fqn not in self.transforms:
             self.reader.fill(fqn, offsets, shape, out)
             return
         if self.last is None or self.last[0] != fqn:
             self.last = None  # freed before the next one is made
-            self.last = fqn, self._fused(fqn, out.dtype)
+            self.last = fqn, self._transformed(fqn, out.dtype)
         out.copy_(self.last[1][within(offsets, shape)])
 
-    def _fused(self, fqn: str, dtype: torch.dtype) -> torch.Tensor:
-        fusion, base = self.fusions[fqn], self.reader.whole(fqn)
-        a, b, magnitude = (
-            None if name is None else self.reader.whole(name) for name in (fusion.a, fusion.b, fusion.magnitude)
-        )
-        fused = lora.fuse(fusion, base, a, b, magnitude).to(dtype)
-        if b.any():
-            self.work.trained.add(fqn)
-        if not torch.equal(fused, base.to(dtype)):
+    def _transformed(self, fqn: str, dtype: torch.dtype) -> torch.Tensor:
+        transform, before = self.transforms[fqn], self.reader.whole(fqn)
+        others = [self.reader.whole(name) for name in transform.sources]
+        after = transform.apply(before, *others).to(dtype)
+        if transform.has_effect(*others):
+            self.work.affected.add(fqn)
+        if not torch.equal(after, before.to(dtype)):
             self.work.changed.add(fqn)
-        return fused
+        return after
 
 
 def _straight(output: Output) -> bool:

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from verl_autoexport.errors import PlanError
+from verl_autoexport.merge.transforms import Transform
 from verl_autoexport.shards.manifest import ITEMSIZE, ShardManifest
 from verl_autoexport.shards.safetensors_files import TORCH_DTYPE
 from verl_autoexport.shards.tiling import Box, Flaw, find_flaw
@@ -86,28 +87,8 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Fusion:
-    """LoRA to add to a source tensor, in its own dtype, before anything else is done with it.
-
-    `kind`: `linear`, `embedding` or `bias` (then `a` is None). `a`, `b` and `magnitude`
-    (DoRA) name tensors of the manifest; `transposed`: the weight is stored as (in, out).
-    """
-
-    kind: str
-    a: str | None
-    b: str
-    scaling: float
-    magnitude: str | None = None
-    transposed: bool = False
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return tuple(fqn for fqn in (self.a, self.b, self.magnitude) if fqn is not None)
-
-
-@dataclass(frozen=True)
 class PlannedFile:
-    """One output file: `header` bytes, then the tensors one after the other; `fusions` are by source tensor.
+    """One output file: `header` bytes, then the tensors one after the other; `transforms` are by source tensor.
 
     `apart`: it holds only tensors that do not change between versions.
     """
@@ -116,14 +97,14 @@ class PlannedFile:
     header: bytes
     outputs: tuple[Output, ...]
     nbytes: int
-    fusions: Mapping[str, Fusion] = field(default_factory=dict)
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
     apart: bool = False
 
     @property
     def sources(self) -> set[str]:
         """Every tensor of the manifest that is read."""
         read = {p.fqn for o in self.outputs for p in o.pieces}
-        return read.union(*(f.sources for f in self.fusions.values()))
+        return read.union(*(t.sources for t in self.transforms.values()))
 
 
 @dataclass(frozen=True)
@@ -151,7 +132,7 @@ def make_plan(
     manifest: ShardManifest,
     outputs: Sequence[Output],
     max_shard_size: int,
-    fusions: Mapping[str, Fusion] = MappingProxyType({}),
+    transforms: Mapping[str, Transform] = MappingProxyType({}),
     apart: Collection[str] = (),
 ) -> MergePlan:
     """Split `outputs` into files of at most `max_shard_size` bytes of data each; a larger tensor gets its own.
@@ -168,7 +149,7 @@ def make_plan(
     names = ["model.safetensors"]
     if len(bins) > 1:
         names = [f"model-{i:05d}-of-{len(bins):05d}.safetensors" for i in range(1, len(bins) + 1)]
-    files = tuple(_plan_file(name, held, fusions, kept) for name, (kept, held) in zip(names, bins, strict=True))
+    files = tuple(_plan_file(name, held, transforms, kept) for name, (kept, held) in zip(names, bins, strict=True))
     numel = sum(math.prod(o.shape) for o in outputs)
     index = _index(files, numel) if len(files) > 1 else None
     return MergePlan(files, index, numel)
@@ -231,7 +212,7 @@ def _explain(flaw: Flaw, boxes: Sequence[Box]) -> str:
     return f"{which} lies outside" if flaw.kind == "outside" else f"{which} overlap"
 
 
-def _plan_file(name: str, outputs: Sequence[Output], fusions: Mapping[str, Fusion], apart: bool) -> PlannedFile:
+def _plan_file(name: str, outputs: Sequence[Output], transforms: Mapping[str, Transform], apart: bool) -> PlannedFile:
     # Wider elements first keeps every tensor aligned to its own element size.
     outputs = sorted(outputs, key=lambda o: -ITEMSIZE[o.dtype])
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -247,7 +228,7 @@ def _plan_file(name: str, outputs: Sequence[Output], fusions: Mapping[str, Fusio
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    needed = {p.fqn: fusions[p.fqn] for o in outputs for p in o.pieces if p.fqn in fusions}
+    needed = {p.fqn: transforms[p.fqn] for o in outputs for p in o.pieces if p.fqn in transforms}
     return PlannedFile(name, header, tuple(outputs), len(header) + position, needed, apart)
 
 

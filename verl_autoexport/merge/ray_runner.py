@@ -11,24 +11,22 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from verl_autoexport import __version__
 from verl_autoexport.errors import MergeError, SourceError
 from verl_autoexport.merge.job import MergeJob, WrittenFile, one_torch_thread
 from verl_autoexport.shards.manifest import ITEMSIZE
-from verl_autoexport.sources.fsdp.discovery import stats
+from verl_autoexport.system.file_identity import stats
+from verl_autoexport.system.installed import versions
 
 logger = logging.getLogger(__name__)
 _POLL_S = 1.0
 _CANCEL_S = 10.0
 _RETRIES = 3
-_PACKAGES = ("torch", "transformers")
 
 
 class NotShared(Exception):
@@ -260,14 +258,3 @@ def merge_task(job: MergeJob, home: Home, started: str) -> WrittenFile:
         for file in job.manifest.files:
             if not isinstance(file, Path):
                 file.let_go()
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of the packages that decide what is written."""
-    found: dict[str, str | None] = {"verl_autoexport": __version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found

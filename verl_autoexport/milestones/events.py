@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 DROPPABLE_POLICIES = frozenset({"every_n_steps", "every_seconds", "on_save"})
@@ -90,70 +90,6 @@ class Decision:
         return all(t.droppable for t in self.triggers)
 
 
-@dataclass(frozen=True)
-class ExportRecord:
-    """What `export.json` holds; field by field the contract of a published version.
-
-    `timings_s` are seconds per stage, `files` lists name, bytes and sha256 of every file
-    but `export.json` itself, `verification` maps each check to its status and detail.
-    `version` is 0 for an export outside a registry.
-    """
-
-    version: int
-    step: int
-    created_at: str
-    run: Mapping[str, Any]
-    triggers: tuple[Mapping[str, Any], ...]
-    metrics: Mapping[str, float | None]
-    measured_on: str | None
-    source: Mapping[str, Any]
-    base_model: str | None
-    architectures: tuple[str, ...]
-    dtype: str
-    num_parameters: int
-    files: tuple[Mapping[str, Any], ...]
-    verification: Mapping[str, Mapping[str, Any]]
-    timings_s: Mapping[str, float]
-    versions: Mapping[str, str | None]
-    notes: tuple[str, ...] = ()
-    schema_version: int = field(default=1)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ExportRecord:
-        """Raises KeyError or TypeError where a required field is missing, or it or what it holds is of a wrong type."""
-        _check_types(data)
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {k: v for k, v in data.items() if k in known}
-        for key in ("triggers", "architectures", "files", "notes"):
-            values[key] = tuple(values.get(key, ()))
-        return cls(**values)
-
-
-_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
-    "schema_version": int, "version": int, "step": int, "created_at": str, "run": Mapping, "triggers": (list, tuple),
-    "metrics": Mapping, "source": Mapping, "architectures": (list, tuple), "dtype": str, "num_parameters": int,
-    "files": (list, tuple), "verification": Mapping, "timings_s": Mapping, "versions": Mapping,
-}  # fmt: skip
-
-
-def _check_types(data: Mapping[str, Any]) -> None:
-    for key, kind in _FIELD_TYPES.items():
-        if not isinstance(data[key], kind) or (kind is int and isinstance(data[key], bool)):
-            raise TypeError(f"{key}: expected {kind}, found {type(data[key]).__name__}")
-    for key, (expected, holds) in _INNER.items():
-        found = data.get(key) or ()
-        items = found.values() if isinstance(found, Mapping) else found
-        if not all(map(holds, items)):
-            wrong = next(item for item in items if not holds(item))
-            raise TypeError(f"{key}: expected {expected}, found {wrong!r:.80}")
-    for key, value in (("source", data["source"].get("fingerprint")), *((k, data.get(k)) for k in _TEXTS)):
-        if not isinstance(value, str | None):
-            raise TypeError(f"{key}: expected a text or null, found {value!r:.80}")
-
-
 def as_number(value: Any) -> float | None:
     """A metric as a float; None for what is no number, whatever it raises when it is asked."""
     try:
@@ -174,10 +110,6 @@ def is_measured(value: Any) -> bool:
         return False
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def is_trigger(value: Any) -> bool:
     """Whether `Trigger.from_dict` can take it as somebody wrote it."""
     # The value is judged where it is compared.
@@ -188,29 +120,3 @@ def is_trigger(value: Any) -> bool:
         and all(isinstance(value.get(key), str | None) for key in texts)
         and isinstance(value.get("value"), int | float | str | None)
     )
-
-
-def _is_file(value: Any) -> bool:
-    size = value.get("bytes", 0) if isinstance(value, Mapping) else None
-    whole = isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 1 << 63
-    return whole and all(isinstance(value.get(key, ""), str) for key in ("name", "sha256"))
-
-
-def _is_check(value: Any) -> bool:
-    if not isinstance(value, Mapping) or not isinstance(value.get("status"), str):
-        return False
-    lists = (value.get("transposed", ()), value.get("carried", ()))
-    return all(isinstance(names, (list, tuple)) and all(map(_is_text, names)) for names in lists)
-
-
-_TEXTS = ("measured_on", "base_model")
-_INNER: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "triggers": ("objects with a policy", is_trigger),
-    "metrics": ("finite numbers or null", lambda value: value is None or is_measured(value)),
-    "architectures": ("texts", _is_text),
-    "files": ("objects with name, bytes and sha256", _is_file),
-    "verification": ("objects with a status", _is_check),
-    "timings_s": ("finite numbers", is_measured),
-    "versions": ("texts or null", lambda value: isinstance(value, str | None)),
-    "notes": ("texts", _is_text),
-}

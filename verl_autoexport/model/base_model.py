@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from verl_autoexport.errors import PlanError, SourceError, VerifyError
+from verl_autoexport.errors import PlanError, SourceError
 from verl_autoexport.shards.manifest import FLOATING, ShardManifest, TensorEntry
 from verl_autoexport.shards.safetensors_files import INDEX_NAME, model_files, weight_files
-from verl_autoexport.verify.checks import read_json
+from verl_autoexport.system.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,22 @@ def find_base(path: str | None) -> tuple[BaseModel | None, str]:
             return None, f"the base model {directory} has no config.json: {_WITHOUT}"
         if cached and (lost := [f.name for f in files if not f.is_file()]):
             return None, f"the base model {path} is in the Hugging Face cache without {brief(lost)}: {_WITHOUT}"
-        config = read_json(directory / "config.json")
+        config = _read_config(directory)
         if config.get("quantization_config"):
             return None, f"the base model {directory} is quantized; its tensors are not those of training"
         held = model_files(directory)
-    except (SourceError, VerifyError, TypeError) as e:
+    except (SourceError, TypeError) as e:
         raise PlanError(f"the base model {directory} is damaged: {type(e).__name__}: {e}") from e
     tensors = {name: BaseTensor(t.shape, t.dtype) for name, t in held.tensors.items()}
     return BaseModel(directory, tensors, config, held), ""
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as e:
+        raise SourceError(f"{path}: not readable as JSON: {e}") from e
 
 
 def base_directory(base_model: str | None) -> Path | None:

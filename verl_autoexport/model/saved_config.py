@@ -11,16 +11,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from verl_autoexport.config.schema import ExportOptions
 from verl_autoexport.errors import PlanError, SourceError
 from verl_autoexport.model import custom_code
 from verl_autoexport.model import skeleton as naming
 from verl_autoexport.model.asset_facts import WEIGHTS
 from verl_autoexport.model.base_model import base_directory
-from verl_autoexport.model.spec import ExportSpec
 from verl_autoexport.shards.manifest import FLOATING, ShardManifest
 from verl_autoexport.system.untrusted import read_json
 
@@ -33,24 +32,24 @@ _QUANTIZED_NAMES = (
 
 
 @contextmanager
-def settled(spec: ExportSpec, manifest: ShardManifest) -> Iterator[tuple[ExportSpec, list[str]]]:
-    """`spec` with a `model_dir` that agrees with the weights, as long as the context lasts; and notes on what did not.
+def settled(options: ExportOptions, saved: Path, manifest: ShardManifest) -> Iterator[tuple[Path, list[str]]]:
+    """`saved`, or as long as the context lasts a copy that agrees with the weights; and notes on what did not.
 
     Raises PlanError where it cannot agree.
     """
     try:
-        config = read_json(spec.model_dir / _CONFIG)
+        config = read_json(saved / _CONFIG)
     except (OSError, ValueError):
-        yield spec, []  # what reads it next says what is wrong
+        yield saved, []  # what reads it next says what is wrong
         return
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="verl-autoexport-") as folder:
-        changed = _without_quantization(config, manifest, spec, notes)
-        changed, code = _with_code(changed, spec, notes)
-        changed = _with_architecture(changed, spec, notes)
+        changed = _without_quantization(config, manifest, options, saved, notes)
+        changed, code = _with_code(changed, options, saved, notes)
+        changed = _with_architecture(changed, saved, notes)
         if changed != config or code:
-            spec = replace(spec, saved=_copied(spec.model_dir, Path(folder) / "huggingface", changed, code))
-        yield spec, notes
+            saved = _copied(saved, Path(folder) / "huggingface", changed, code)
+        yield saved, notes
 
 
 def _copied(saved: Path, directory: Path, config: Mapping[str, Any], code: Mapping[Path, Path]) -> Path:
@@ -72,17 +71,17 @@ def _copied(saved: Path, directory: Path, config: Mapping[str, Any], code: Mappi
 
 
 def _without_quantization(
-    config: Mapping[str, Any], manifest: ShardManifest, spec: ExportSpec, notes: list[str]
+    config: Mapping[str, Any], manifest: ShardManifest, options: ExportOptions, saved: Path, notes: list[str]
 ) -> dict[str, Any]:
     """The weights that were trained are plain numbers: an engine told otherwise would misread them."""
     nested = {key: node for key, node in config.items() if isinstance(node, dict) and key.endswith("_config")}
     found = [key for node in (config, *nested.values()) for key in _QUANTIZED if node.get(key)]
-    if not found or spec.lora == "adapter":
+    if not found or options.lora == "adapter":
         return dict(config)
     for name, tensor in manifest.tensors.items():
         if tensor.dtype.startswith(("float8", "int8", "uint8")) or name.endswith(_QUANTIZED_NAMES):
             raise PlanError(
-                f"{spec.model_dir / _CONFIG}: {found[0]}, and {name} is {tensor.dtype}: quantized weights are not "
+                f"{saved / _CONFIG}: {found[0]}, and {name} is {tensor.dtype}: quantized weights are not "
                 "exported. Train a dequantized copy of the model, or export the LoRA adapter alone (lora: adapter)."
             )
     dtypes = sorted({t.dtype for t in manifest.tensors.values() if t.dtype in FLOATING})
@@ -92,13 +91,13 @@ def _without_quantization(
 
 
 def _with_code(
-    config: dict[str, Any], spec: ExportSpec, notes: list[str]
+    config: dict[str, Any], options: ExportOptions, saved: Path, notes: list[str]
 ) -> tuple[dict[str, Any], Mapping[Path, Path]]:
     """An `auto_map` whose code is there: the run's, the base model's with its files, or none if none is needed."""
-    auto_map = custom_code.localized(config.get("auto_map") or {}, spec.model_dir)
-    if not isinstance(auto_map, Mapping) or not (lost := custom_code.broken(auto_map, spec.model_dir)):
+    auto_map = custom_code.localized(config.get("auto_map") or {}, saved)
+    if not isinstance(auto_map, Mapping) or not (lost := custom_code.broken(auto_map, saved)):
         return (config | {"auto_map": auto_map}) if auto_map and isinstance(auto_map, Mapping) else config, {}
-    base = base_directory(spec.base_model)
+    base = base_directory(options.base_model)
     theirs: Any = {}
     if base is not None:
         with suppress(OSError, ValueError):
@@ -111,17 +110,17 @@ def _with_code(
         notes.append(f"auto_map is left out of config.json: {lost[0]} was not saved, and transformers has the class")
         return {key: value for key, value in config.items() if key != "auto_map"}, {}
     raise PlanError(
-        f"{spec.model_dir / _CONFIG}: auto_map leads to {lost[0]}, which is not beside it: no reader could load the "
+        f"{saved / _CONFIG}: auto_map leads to {lost[0]}, which is not beside it: no reader could load the "
         "model. Name the directory of the model that was trained, with its code (--base-model, the run's model path)."
     )
 
 
-def _with_architecture(config: dict[str, Any], spec: ExportSpec, notes: list[str]) -> dict[str, Any]:
+def _with_architecture(config: dict[str, Any], saved: Path, notes: list[str]) -> dict[str, Any]:
     """The class that `model_type` means, where `architectures` names one of another type."""
     if config.get("auto_map") or not _known_to_transformers(config):
         return config
     try:
-        right = naming.model_class(naming.load_config(spec.model_dir), spec.model_dir).__name__
+        right = naming.model_class(naming.load_config(saved), saved).__name__
     except PlanError:  # whoever plans says so
         return config
     said = naming.first_architecture(config["architectures"])

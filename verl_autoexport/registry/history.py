@@ -8,8 +8,9 @@ from typing import Any
 
 from verl_autoexport.milestones.events import Milestone, Trigger, is_measured
 from verl_autoexport.registry import journal
+from verl_autoexport.registry.record import created_at
 from verl_autoexport.registry.state import State, is_name, number_of
-from verl_autoexport.registry.versions import Version, created_at
+from verl_autoexport.registry.versions import Version
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from typing import Any
 from verl_autoexport.registry import journal
 from verl_autoexport.registry.history import Exported
 from verl_autoexport.registry.journal_reader import Notes
+from verl_autoexport.registry.record import RECORD
 from verl_autoexport.registry.retention import Keep, Verdict
 from verl_autoexport.registry.state import Facts, State, load
-from verl_autoexport.registry.versions import RECORD
 from verl_autoexport.system.durable_files import fsync_dir, is_full
 
 TRASH = ".trash"

@@ -27,23 +27,16 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.milestones.events import ExportRecord
 from verl_autoexport.registry import compaction, lease, pointers, removal, requests, retention, staging
 from verl_autoexport.registry import state as states
 from verl_autoexport.registry.lease import Lease, Owner
 from verl_autoexport.registry.lock import RootLock
 from verl_autoexport.registry.reading import Reader
+from verl_autoexport.registry.record import RECORD, ExportRecord, read_record
 from verl_autoexport.registry.retention import Judgement, Keep
 from verl_autoexport.registry.staging import Staging
 from verl_autoexport.registry.state import State
-from verl_autoexport.registry.versions import (
-    LIKE_A_NAME,
-    RECORD,
-    Version,
-    names_like_versions,
-    read_record,
-    version_name,
-)
+from verl_autoexport.registry.versions import LIKE_A_NAME, Version, names_like_versions, version_name
 from verl_autoexport.system.durable_files import fsync_dir, fsync_tree, is_temp, temp_path, write_json_atomic
 
 __all__ = ["Registry", "Staging", "Version", "read_record", "write_json_atomic"]

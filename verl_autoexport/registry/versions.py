@@ -5,16 +5,12 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.milestones.events import ExportRecord
-from verl_autoexport.system.untrusted import read_json
+from verl_autoexport.registry.record import RECORD, ExportRecord, read_record
 
-RECORD = "export.json"
-SCHEMA_VERSION = 1
 NAME = re.compile(r"v([0-9]{4,})-step([0-9]+)")
 # Whatever looks like a version takes its number, so that no number is ever used twice.
 LIKE_A_NAME = re.compile(r"v([0-9]+)-step([0-9]+)")
@@ -38,34 +34,6 @@ class Version:
 
 def version_name(number: int, step: int) -> str:
     return f"v{number:04d}-step{step}"
-
-
-def read_record(path: Path | str) -> ExportRecord:
-    """The record in `path`, an `export.json` or the directory that holds one; RegistryError says what is wrong."""
-    path = Path(path)
-    path = path / RECORD if path.is_dir() else path
-    try:
-        data = read_json(path)
-        if data.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(f"schema_version {data.get('schema_version')!r}, expected {SCHEMA_VERSION}")
-        record = ExportRecord.from_dict(data)
-        _check(record)
-    except FileNotFoundError:
-        raise RegistryError(f"{path}: missing, so this is not a published export") from None
-    except KeyError as e:
-        raise RegistryError(f"{path}: not a valid export record: {e} is missing") from e
-    except (ValueError, TypeError) as e:
-        raise RegistryError(f"{path}: not a valid export record: {e}") from e
-    except OSError as e:
-        raise RegistryError(f"{path}: cannot be read: {e}") from e
-    return record
-
-
-def created_at(record: ExportRecord) -> float:
-    """Unix time of `record.created_at`; ValueError if it is no ISO 8601 time."""
-    # Before Python 3.11 fromisoformat knows no "Z".
-    time = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", record.created_at))
-    return (time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp()
 
 
 class Catalog:
@@ -133,12 +101,3 @@ def _read_version(path: Path) -> ExportRecord:
         found = f"version {record.version}, step {record.step}"
         raise RegistryError(f"{path / RECORD}: expected version {number}, step {step} as in the name, found {found}")
     return record
-
-
-def _check(record: ExportRecord) -> None:
-    if record.version < 0 or record.step < 0:
-        raise ValueError(f"version {record.version} and step {record.step} cannot be negative")
-    try:
-        created_at(record)
-    except (ValueError, OverflowError) as e:
-        raise ValueError(f"created_at: expected an ISO 8601 time: {e}") from None

@@ -16,11 +16,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_autoexport.config.schema import AutoExportConfig
-from verl_autoexport.errors import AutoExportError, RegistryBusy
+from verl_autoexport.errors import AutoExportError, RegistryBusy, shown
 from verl_autoexport.export.pipeline import VERIFYING, MergeRunner, export_to_registry
+from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.merge.ray_runner import RayRunner
 from verl_autoexport.milestones.events import Trigger
-from verl_autoexport.model.spec import ExportSpec
 from verl_autoexport.registry.retention import Keep, show_size
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.bookings import Bookings
@@ -29,7 +29,6 @@ from verl_autoexport.sources.fsdp import holds
 from verl_autoexport.sources.live.snapshot import Deliveries
 from verl_autoexport.sources.nodes.cluster import Nodes, SpreadFiles
 from verl_autoexport.system.deadlines import Bounded, GivenUp, Watch, start
-from verl_autoexport.system.untrusted import shown
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")

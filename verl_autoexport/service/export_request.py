@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from verl_autoexport.config.schema import AutoExportConfig
+from verl_autoexport.config.schema import AutoExportConfig, ExportOptions
+from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.milestones.events import Decision, StepEvent, Trigger, is_measured, is_trigger
 from verl_autoexport.milestones.triggers import measured_on
-from verl_autoexport.model.spec import ExportSpec
 from verl_autoexport.sources.fsdp.holds import Pin
 from verl_autoexport.system.untrusted import is_count
 
@@ -88,27 +88,26 @@ def check_request(request: Mapping[str, Any], step: int) -> None:
 
 def make_spec(request: Mapping[str, Any], settings: AutoExportConfig) -> ExportSpec:
     """The export that a request asks for, under the run's settings."""
+    adapter, names, weights = request.get("lora_adapter"), request.get("frozen"), settings.weights
     return ExportSpec(
         checkpoint=Path(request["directory"]),
         step=request["step"],
-        dtype=settings.weights.dtype,
-        max_shard_size=settings.weights.max_shard_size,
-        memory_budget=settings.merge.memory_budget,
-        verify=settings.verify,
-        trust_remote_code=request["trust_remote_code"],
-        external_lib=request["external_lib"],
+        options=ExportOptions(
+            **{f.name: getattr(weights, f.name) for f in fields(weights)},
+            memory_budget=settings.merge.memory_budget,
+            verify=settings.verify,
+            trust_remote_code=request["trust_remote_code"],
+            external_lib=request["external_lib"],
+            base_model=request["base_model"],
+            lora_config=Path(adapter) if adapter else None,
+        ),
         triggers=tuple(map(Trigger.from_dict, request["triggers"])),
         metrics=request["metrics"],
         measured_on=request["measured_on"],
         run=request["run"],
-        base_model=request["base_model"],
         origin=request["origin"],
         stall_s=request["stall_s"],
         fingerprint=request["fingerprint"],
-        lora=settings.weights.lora,
-        base_check=settings.weights.base_check,
-        carry_unread=settings.weights.carry_unread,
-        frozen=None if (names := request.get("frozen")) is None else frozenset(names),
+        frozen=None if names is None else frozenset(names),
         cached=False,
-        lora_config=Path(adapter) if (adapter := request.get("lora_adapter")) else None,
     )

@@ -9,12 +9,12 @@ from typing import Any
 
 import ray
 
+from verl_autoexport.errors import shown
 from verl_autoexport.milestones.events import Decision, Milestone
 from verl_autoexport.milestones.triggers import History
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.actor import Outcome
 from verl_autoexport.service.bookings import Bookings
-from verl_autoexport.system.untrusted import shown
 
 logger = logging.getLogger(__name__)
 

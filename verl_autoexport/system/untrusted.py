@@ -20,12 +20,6 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def shown(text: object) -> str:
-    """`text` for a person to read: what moves the cursor, colours, reorders or breaks the line is escaped."""
-    text = str(text)
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; ValueError says what is wrong with the file, OSError that it cannot be read."""
     # O_NONBLOCK: a FIFO of this name must not hang the reader.

@@ -11,12 +11,11 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from verl_autoexport.config.reading import load_config
 from verl_autoexport.config.run_rules import check_hook, check_run
-from verl_autoexport.config.schema import load_config
-from verl_autoexport.errors import AutoExportError, ConfigError
+from verl_autoexport.errors import AutoExportError, ConfigError, shown
 from verl_autoexport.milestones.events import is_measured
 from verl_autoexport.registry.store import Registry
-from verl_autoexport.system.untrusted import shown
 
 HOOK = "verl.trainer.ppo.checkpoint_callback"
 VERSIONS_WITH_HOOK = "0.9.1"

@@ -23,16 +23,17 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils.import_utils import load_class_from_fqn
 from verl.utils.tracking import Tracking
 
+from verl_autoexport.config.reading import load_config
 from verl_autoexport.config.run_rules import check_length, check_run, choose_source
-from verl_autoexport.config.schema import AutoExportConfig, load_config
-from verl_autoexport.errors import ConfigError, PlanError, SourceError
+from verl_autoexport.config.schema import AutoExportConfig
+from verl_autoexport.errors import ConfigError, PlanError, SourceError, shown
 from verl_autoexport.model.base_compatibility import check_start
 from verl_autoexport.service.controller import ExportDriver, ExportFailed
 from verl_autoexport.service.export_request import RunInfo
+from verl_autoexport.service.live_start import start_live
 from verl_autoexport.sources.live import in_worker
-from verl_autoexport.sources.live.coordinator import LiveSource, start_live
+from verl_autoexport.sources.live.coordinator import LiveSource
 from verl_autoexport.sources.nodes.cluster import Nodes, find_nodes
-from verl_autoexport.system.untrusted import shown
 
 logger = logging.getLogger(__name__)
 _ASK_S = 60.0

@@ -10,13 +10,12 @@ from typing import Any
 
 from verl_autoexport.errors import AutoExportError, VerifyError
 from verl_autoexport.merge.plan import SAFETENSORS_DTYPE
-from verl_autoexport.milestones.events import ExportRecord
 from verl_autoexport.model import skeleton as naming
 from verl_autoexport.model.base_model import base_directory
 from verl_autoexport.model.lora.adapter import WEIGHTS_NAME
 from verl_autoexport.model.lora.peft_config import CONFIG_NAME, read_settings
 from verl_autoexport.model.planner import ADAPTER_FOLDER
-from verl_autoexport.registry.store import read_record
+from verl_autoexport.registry.record import ExportRecord, read_record
 from verl_autoexport.shards.manifest import ITEMSIZE
 from verl_autoexport.shards.safetensors_files import INDEX_NAME
 from verl_autoexport.sources.download_stubs import check_fetched

@@ -13,20 +13,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from verl_autoexport.errors import MergeError, PlanError
-from verl_autoexport.merge.plan import Fusion, Output, PlannedFile, plan_one, whole
+from verl_autoexport.merge.job import WrittenFile
+from verl_autoexport.merge.plan import Output, PlannedFile, plan_one, whole
 from verl_autoexport.model import skeleton as naming
 from verl_autoexport.model.base_model import base_directory, with_files
 from verl_autoexport.model.lora import peft_config
+from verl_autoexport.model.lora.fusion import Fusion
 from verl_autoexport.shards.manifest import FLOATING, ShardManifest, TensorEntry
 from verl_autoexport.shards.safetensors_files import model_files
-
-if TYPE_CHECKING:
-    from verl_autoexport.merge.job import WrittenFile
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -223,25 +222,6 @@ def _module_names(modules: Sequence[str], skeleton: torch.nn.Module, loose: bool
     return leaves if meant == set(modules) else list(modules)
 
 
-def fuse(
-    fusion: Fusion, base: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor, magnitude: torch.Tensor | None
-) -> torch.Tensor:
-    """`base` with LoRA in it, operation by operation as PEFT's `merge` on a CPU, so that the bits are the same."""
-    if a is None:
-        return base.clone().add_(b * fusion.scaling)
-    half = b.dtype in (torch.float16, torch.bfloat16)
-    delta = b.float() @ a.float() if half else b @ a
-    flipped = fusion.transposed or fusion.kind == "embedding"
-    delta = (delta.T if flipped else delta) * fusion.scaling
-    delta = delta.to(b.dtype) if half else delta
-    if magnitude is None:
-        return base.clone().add_(delta)
-    summed = (base.T + delta.T) if flipped else (base + delta)
-    norm = torch.linalg.norm(summed, dim=1).to(summed.dtype)
-    factor = (magnitude / norm).view((1, -1) if flipped else (-1, 1))
-    return (factor * (base + delta)).to(base.dtype)
-
-
 def model_outputs(
     adapter: Adapter, manifest: ShardManifest, skeleton: torch.nn.Module, dtype: str, base_model: str | None
 ) -> tuple[ShardManifest, list[Output]]:
@@ -345,7 +325,7 @@ def check_written(adapter: Adapter, written: Sequence[WrittenFile], mode: str, d
     size = f"r {r}, lora_alpha {alpha}"
     if mode == "adapter":
         return [f"LoRA adapter of {len(adapter.tensors)} tensors, {size}; the base model is not in here"]
-    trained = frozenset().union(*(w.trained for w in written))
+    trained = frozenset().union(*(w.affected for w in written))
     changed = frozenset().union(*(w.changed for w in written))
     if not trained:
         return [

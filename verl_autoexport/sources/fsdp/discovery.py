@@ -12,6 +12,7 @@ from pathlib import Path
 
 from verl_autoexport.errors import SourceError
 from verl_autoexport.shards.archive_records import Mark, mark
+from verl_autoexport.system.file_identity import stats
 from verl_autoexport.system.untrusted import is_count, leads_out, read_json
 
 _PUBLISHED = ("huggingface", "huggingface/config.json", "huggingface/adapter_config.json", "adapter_config.json",
@@ -23,8 +24,6 @@ ROLES = ("actor", "policy", "critic")
 _TRACKERS = ("latest_checkpointed_iteration.txt", "latest_ckpt_global_step.txt")
 BLOCK = 1 << 20
 """Bytes read at a time where whole files or tensors are compared."""
-Stat = tuple[str, int, int, int]
-"""Name, inode, size and mtime (ns) of a file."""
 
 
 def find_checkpoint(path: Path, role: str = "actor") -> Path:
@@ -177,14 +176,6 @@ def digest(marks: Sequence[Mark]) -> str:
 def earlier_fingerprint(directory: Path) -> str:
     """The fingerprint as holds of the first versions have it, of name, inode, size and mtime."""
     return hashlib.sha256(json.dumps(stats(rank_files(directory))).encode()).hexdigest()[:32]
-
-
-def stats(paths: Sequence[Path]) -> list[Stat]:
-    """Which files these are; raises SourceError where one is gone."""
-    try:
-        return [(p.name, s.st_ino, s.st_size, s.st_mtime_ns) for p in paths for s in (os.stat(p),)]
-    except OSError as e:
-        raise SourceError(f"{e.filename}: {e.strerror}; the checkpoint was removed while it was being used.") from e
 
 
 def brief(ranks: Sequence[int]) -> str:

@@ -10,21 +10,15 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
-from verl_autoexport.config.schema import AutoExportConfig
 from verl_autoexport.errors import SourceError
-from verl_autoexport.model.planner import capture_dtypes, plan_model, tied_names
-from verl_autoexport.model.spec import ExportSpec
 from verl_autoexport.shards.manifest import ShardManifest
 from verl_autoexport.sources.live import in_worker
 from verl_autoexport.sources.live.copier import Box, Layout, make_manifest
 from verl_autoexport.sources.live.in_worker import Busy
-
-if TYPE_CHECKING:
-    from verl_autoexport.service.export_request import RunInfo
 
 logger = logging.getLogger(__name__)
 FOLDER = ".live"
@@ -34,9 +28,20 @@ _SHARE = 0.3  # of the object store, for snapshots in flight
 
 
 class LiveSource:
-    """The driver's side. Raises SourceError where a worker fails, Busy where one is not ready."""
+    """The driver's side. Raises SourceError where a worker fails, Busy where one is not ready.
 
-    def __init__(self, workers: Sequence[Any], role: str, output_dir: Path, inflight_bytes: int | None) -> None:
+    `read_files`, called in a worker with its module and verl's tokenizer or processor, returns by name what
+    verl saves beside the shards.
+    """
+
+    def __init__(
+        self,
+        workers: Sequence[Any],
+        role: str,
+        output_dir: Path,
+        inflight_bytes: int | None,
+        read_files: Callable[[Any, Any], dict[str, bytes]],
+    ) -> None:
         self.workers, self.role = list(workers), role
         self.directory = output_dir / FOLDER
         found = self._call(in_worker.describe, role, timeout_s=_START_S)
@@ -44,7 +49,7 @@ class LiveSource:
         self.nodes = [worker.node for worker in found]
         self.backend = found[0].backend
         self.inflight_bytes = inflight_bytes or int(_SHARE * _stores(set(self.nodes)))
-        self._write(self._call(in_worker.read_assets, role, timeout_s=_START_S)[0])
+        self._write(self._call(in_worker.read_files, role, read_files, timeout_s=_START_S)[0])
 
     def manifest(self) -> ShardManifest:
         """What a snapshot will hold; its bytes are nowhere yet. Raises SourceError unless it is the whole model."""
@@ -111,26 +116,6 @@ class LiveSource:
             path = self.directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-
-
-def start_live(workers: Sequence[Any], settings: AutoExportConfig, info: RunInfo) -> LiveSource:
-    """The live source of a run whose workers are up; raises PlanError or SourceError where it could export nothing."""
-    source = LiveSource(workers, settings.role, settings.output_dir, settings.queue.inflight_bytes)
-    spec = ExportSpec(
-        checkpoint=source.directory, step=0, dtype=settings.weights.dtype, base_model=info.base_model,
-        trust_remote_code=info.trust_remote_code, external_lib=info.external_lib, lora=settings.weights.lora,
-        frozen=None if info.frozen is None else frozenset(info.frozen),
-        base_check=settings.weights.base_check, carry_unread=settings.weights.carry_unread,
-    )  # fmt: skip
-    planned = plan_model(spec, source.manifest(), values=False)
-    groups: dict[str, int] = {}
-    for number, file in enumerate(planned.plan.files):  # so that a merge task pulls no blocks of another file
-        groups |= dict.fromkeys(file.sources - groups.keys() - set(planned.contract.carried), number)
-    tied = tied_names(planned)
-    for alias in split_otherwise(source.layouts, tied):  # the export then compares them
-        groups[alias] = groups[tied[alias]]
-    source.prepare(capture_dtypes(spec, planned), groups, settings.queue.device_clone, tied)
-    return source
 
 
 def split_otherwise(layouts: Iterable[Layout], tied: Mapping[str, str]) -> set[str]:

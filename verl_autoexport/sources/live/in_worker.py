@@ -15,7 +15,6 @@ from typing import Any
 import ray
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.model.assets import model_files
 from verl_autoexport.sources.live.copier import Copier, Layout, frozen_names, held_parts, is_flat, lay_out
 from verl_autoexport.system.host_memory import headroom
 
@@ -142,10 +141,10 @@ def _delivered(actor: Any, ident: str, rank: int, blocks: list[list[Any]] | None
         return False
 
 
-def read_assets(worker: Any, rank: int, role: str) -> dict[str, bytes]:
-    """What verl saves beside the shards, by path; that of rank 0 is enough."""
+def read_files(worker: Any, rank: int, role: str, read: Callable[[Any, Any], dict[str, bytes]]) -> dict[str, bytes]:
+    """What verl saves beside the shards, by path, as `read` finds it; that of rank 0 is enough."""
     if rank:
         return {}
     engine = find_engine(worker, role)
     module = getattr(engine.module, "_fsdp_wrapped_module", engine.module)
-    return model_files(module, getattr(getattr(engine, "checkpoint_manager", None), "processing_class", None))
+    return read(module, getattr(getattr(engine, "checkpoint_manager", None), "processing_class", None))

@@ -16,7 +16,6 @@ import numpy as np
 import ray
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.merge.ray_runner import versions
 from verl_autoexport.shards.archive_records import Mark, Record, mark, read_records
 from verl_autoexport.shards.checksums import Run
 from verl_autoexport.sources.fsdp import holds
@@ -29,6 +28,7 @@ from verl_autoexport.sources.fsdp.discovery import (
 )
 from verl_autoexport.sources.fsdp.rank_files import Piece, compare, read_rank_file
 from verl_autoexport.sources.fsdp.same_save import scheduler_at
+from verl_autoexport.system.installed import versions
 from verl_autoexport.system.page_cache import drop_cache
 
 _READ_S = 120.0  # a block

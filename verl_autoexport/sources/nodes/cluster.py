@@ -19,7 +19,6 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_autoexport.errors import AutoExportError, ConfigError, SourceError
-from verl_autoexport.merge.ray_runner import versions
 from verl_autoexport.shards.archive_records import Mark
 from verl_autoexport.shards.checksums import Run
 from verl_autoexport.shards.manifest import ShardManifest
@@ -28,6 +27,7 @@ from verl_autoexport.sources.fsdp.discovery import brief, digest
 from verl_autoexport.sources.fsdp.rank_files import CHANGED, make_manifest, runs_by_file
 from verl_autoexport.sources.fsdp.same_save import check_schedulers
 from verl_autoexport.sources.nodes.agent import NodeFiles, Part, RemoteFile, answer
+from verl_autoexport.system.installed import versions
 
 logger = logging.getLogger(__name__)
 _START_S = 60.0  # until an actor answers first: its process starts, torch is imported
