@@ -418,9 +418,9 @@ def test_workers_are_not_asked_for_what_is_carried(tmp_path):
     base = mtp_base(tmp_path / "base")
     spec = checkpoint_spec(train(base, tmp_path), base_model=str(base), carry_unread=True)
     manifest = FsdpFiles(spec.checkpoint).manifest()
-    planned = plan_model(spec, manifest)
+    planned = plan_model(spec.options, spec.checkpoint, spec.saved, manifest)
     assert planned.contract.carried
-    assert capture_dtypes(spec, planned).keys() == manifest.tensors.keys()
+    assert capture_dtypes(spec.options, planned).keys() == manifest.tensors.keys()
 
 
 # -- a base named by its id ----------------------------------------------------------------------

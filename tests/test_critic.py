@@ -100,7 +100,7 @@ def refused(made: Path, change: Callable[[dict[str, Any]], Any], tmp_path: Path)
     torch.save(state, tmp_path / "critic/model_world_size_1_rank_0.pt")
     spec = checkpoint_spec(tmp_path / "critic")
     with pytest.raises(PlanError) as caught:
-        plan_model(spec, FsdpFiles(spec.checkpoint).manifest())
+        plan_model(spec.options, spec.checkpoint, spec.saved, FsdpFiles(spec.checkpoint).manifest())
     return str(caught.value)
 
 

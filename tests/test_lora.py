@@ -113,7 +113,7 @@ def test_fused_equals_pefts_merge_of_the_shards(name, made, tmp_path):
     path = made[name]
     export(path, tmp_path / "out", **options(name, path))
     spec = checkpoint_spec(path, **options(name, path))
-    adapter = plan_model(spec, FsdpFiles(spec.checkpoint).manifest()).adapter
+    adapter = plan_model(spec.options, spec.checkpoint, spec.saved, FsdpFiles(spec.checkpoint).manifest()).adapter
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     base = path / "base" if name in ONLY else None
     found = compare(model, path / "actor", path / "actor/huggingface", adapter.config, base)

@@ -8,7 +8,6 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -242,7 +241,7 @@ class At(Silent):
 
 
 def export(made: Path, out: Path, progress: Silent | None = None, runner: LocalRunner | None = None, **options):
-    spec = replace(checkpoint_spec(made, **{"dtype": "source", "verify": False} | options), memory_budget=BUDGET)
+    spec = checkpoint_spec(made, **{"dtype": "source", "verify": False, "memory_budget": BUDGET} | options)
     return export_to_directory(spec, out, runner or LocalRunner(1, 1), progress)
 
 

@@ -179,7 +179,7 @@ def test_the_command_line_merges_in_a_cluster_if_asked(cluster, source, tmp_path
 def test_a_node_where_something_is_otherwise_does_not_merge(cluster, source, tmp_path):
     """Compared in this process, as if it were a task on another node."""
     spec = checkpoint_spec(source, verify=False)
-    planned = plan_model(spec, FsdpFiles(spec.checkpoint).manifest())
+    planned = plan_model(spec.options, spec.checkpoint, spec.saved, FsdpFiles(spec.checkpoint).manifest())
     (job,) = pipeline._jobs(spec, planned, tmp_path)
     (nonce := tmp_path / "nonce").touch()
     home = replace(Home.here([job], nonce), node="another")

@@ -147,7 +147,7 @@ def _merge(source: Path, out: Path, bare: bool, workers: int = 1, threads: int |
             return "", self.hashed
 
     spec = checkpoint_spec(source, verify=False, max_shard_size="480MB" if threads else "50GB")
-    planned = plan_model(spec, FsdpFiles(source).manifest())
+    planned = plan_model(spec.options, spec.checkpoint, spec.saved, FsdpFiles(source).manifest())
     if bare:
         merge.FileWriter = Bare
     for _ in range(2):
