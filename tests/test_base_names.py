@@ -340,7 +340,7 @@ def test_keys_and_options(tmp_path, capsys):
         load_config({"output_dir": str(tmp_path), "weights": {"base_check": "off", "carry_unread": True}})
     base = mtp_base(tmp_path / "base")
     step = train(base, tmp_path)
-    with pytest.raises(ConfigError, match=r"base_check: expected one of strict \| warn \| off, found "lax""):
+    with pytest.raises(ConfigError, match=r'base_check: expected one of strict \| warn \| off, found "lax"'):
         export(step, tmp_path / "out", base_check="lax")
     command = ["export", str(step), "--base-model", str(base), "--no-verify", "--output"]
     assert main([*command, str(tmp_path / "carried"), "--carry-unread"]) == 0
