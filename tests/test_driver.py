@@ -28,7 +28,7 @@ from verl_autoexport.service import controller as driver_module
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo, check_request, make_request
 from verl_autoexport.sources.fsdp import holds
-from verl_autoexport.sources.fsdp.holds import MAX_ATTEMPTS, find_pins
+from verl_autoexport.sources.fsdp.holds import MAX_ATTEMPTS, find_holds
 
 METRIC = "val-core/x/acc/mean@1"
 BEST = {"metric": METRIC}
@@ -122,7 +122,7 @@ def test_a_start_at_a_wrong_step_that_never_trains_takes_nothing(run):
     run.start(4, at_steps=[4], on_train_end=False)
     run.finish(False)
     assert run.live() == {4: {"at_steps"}}
-    assert find_pins(run.root) == []
+    assert find_holds(run.root) == []
 
 
 @pytest.mark.parametrize("logs_again", [True, False])
@@ -134,7 +134,7 @@ def test_a_run_that_died_validating_its_last_step_exports_it_at_the_next_start(r
         run.driver.logged(4, {METRIC: 0.5})
     run.finish()
     assert run.live() == {4: {"on_train_end"}}
-    assert find_pins(run.root) == []
+    assert find_holds(run.root) == []
 
 
 @pytest.mark.parametrize("logs_again", [True, False])
@@ -149,7 +149,7 @@ def test_a_checkpoint_that_verl_saved_just_before_the_run_was_killed_is_judged_a
         run.step(3, 0.4)
     run.finish(False)
     assert run.live() == {1: {"best"}, 2: {"at_steps", "best"} if logs_again else {"at_steps"}}
-    assert find_pins(run.root) == []
+    assert find_holds(run.root) == []
 
 
 def test_a_step_that_was_judged_is_not_judged_again_at_the_next_start(run):
@@ -157,7 +157,7 @@ def test_a_step_that_was_judged_is_not_judged_again_at_the_next_start(run):
     run.step(2)
     run.driver.ledger.wait(60)
     run.start(2, at_steps=[2], on_train_end=False)
-    assert run.driver.pins == {}
+    assert run.driver.holds == {}
     run.step(3)
     run.finish(False)
     assert [v.step for v in run.registry.versions()] == [2]
@@ -168,7 +168,7 @@ def test_a_run_that_ended_leaves_nothing_to_be_judged(run):
     run.step(1)
     run.finish()
     run.start(1, 1)
-    assert run.driver.pins == {}
+    assert run.driver.holds == {}
     run.finish()
     assert run.live() == {}
 
@@ -255,16 +255,16 @@ def test_a_hold_whose_export_fails_is_tried_again_a_few_times_and_then_named(clu
     shutil.rmtree(run.root)
     moved = Script(run.source, other)
     moved.driver = run.driver
-    (pin,) = find_pins(other)
+    (pin,) = find_holds(other)
     for attempts in range(1, MAX_ATTEMPTS):
-        (pin,) = find_pins(other)
+        (pin,) = find_holds(other)
         assert pin.request["attempts"] == attempts
         moved.start(2, at_steps=[2], on_train_end=False)
         assert "1 failed (step 2: PlanError" in moved.finish(False)
     moved.start(2, at_steps=[2], on_train_end=False)
     assert "0 published; in " in moved.finish(False)
     assert f"export {pin.path} --registry {other / 'exports'}; to give it up: rm -r {pin.path}" in caplog.text
-    assert [p.path for p in find_pins(other)] == [pin.path]
+    assert [p.path for p in find_holds(other)] == [pin.path]
 
 
 # -- a registry that somebody else has locked -------------------------------------------------
@@ -338,7 +338,7 @@ def test_what_a_held_lock_kept_from_being_booked_is_booked_later_and_in_order(ru
     with locked(run.exports):
         run.step(3)
         run.step(4)
-        assert {p.step for p in find_pins(run.root)} == {3, 4}, "the checkpoints are held"
+        assert {p.step for p in find_holds(run.root)} == {3, 4}, "the checkpoints are held"
         assert not any(v.superseded for v in run.registry.versions())
     run.step(5)
     report = run.finish(False)
@@ -454,19 +454,19 @@ def test_a_hold_with_wrong_inner_types_stops_nothing(run):
     run.start(at_steps=[1, 2], on_train_end=False)
     run.step(1)
     ray.kill(run.driver.actor)
-    (pin,) = find_pins(run.root)
+    (pin,) = find_holds(run.root)
     holds.choose(pin, dict(pin.request) | {"time": "x", "triggers": [None]})
     shutil.rmtree(run.root / "global_step_1")
     run.start(1, at_steps=[1, 2], on_train_end=False)
     run.step(2)
     assert "cannot be read: time: not what a request holds: 'x'" in run.finish(False)
     assert run.live()[2] == {"at_steps"}
-    assert [p.path for p in find_pins(run.root)] == [pin.path], "it may be the last copy"
+    assert [p.path for p in find_holds(run.root)] == [pin.path], "it may be the last copy"
 
 
 @pytest.mark.parametrize("odd", [{"attempts": "1"}, {"attempts": None}, {"live": 5}, {"live": {"a": 1}}])
 def test_a_hold_of_odd_content_does_not_stop_the_start_of_training(odd, run):
-    run.save_pin = holds.make_pin(run.saved(1), 1, "actor")
+    run.save_pin = holds.make_hold(run.saved(1), 1, "actor")
     holds.choose(run.save_pin, {"step": 1, **odd})
     run.start(1, at_steps=[2], on_train_end=False)
     run.step(2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.sources.live.coordinator import pinned_ranks
+from verl_autoexport.sources.live.coordinator import page_locked_ranks
 from verl_autoexport.sources.live.copier import Layout
 from verl_autoexport.system.host_memory import headroom
 
@@ -79,8 +79,8 @@ LAYOUT = Layout(0, (), (64 * MIB, 33 * MIB))  # pinned: 64 and 64 MiB
 
 
 def test_pinned_memory_is_counted_in_powers_of_two():
-    assert (LAYOUT.nbytes, LAYOUT.pinned_bytes) == (97 * MIB, 128 * MIB)
-    assert Layout(0, (), (0,)).pinned_bytes == 0
+    assert (LAYOUT.nbytes, LAYOUT.page_locked_bytes) == (97 * MIB, 128 * MIB)
+    assert Layout(0, (), (0,)).page_locked_bytes == 0
 
 
 def test_the_workers_of_a_node_share_what_is_left(caplog):
@@ -88,10 +88,10 @@ def test_the_workers_of_a_node_share_what_is_left(caplog):
     nodes, layouts = ["a", "b", "b", "c", "c"], [LAYOUT] * 5
     needed = 2 * (97 + 128) * MIB
     left = [GIB, needed - 1, needed - 1, needed, needed]
-    assert pinned_ranks(nodes, layouts, left) == {0, 3, 4}
-    assert "node b: pinned memory would not fit" in caplog.text
+    assert page_locked_ranks(nodes, layouts, left) == {0, 3, 4}
+    assert "node b: page-locked memory would not fit" in caplog.text
 
 
 def test_a_node_without_memory_for_the_copies_is_refused():
     with pytest.raises(SourceError, match=r"node b: copies of the shards of its 2 workers take 0.41 GB .* 0.39 GB are"):
-        pinned_ranks(["a", "b", "b"], [LAYOUT] * 3, [GIB, 370 * MIB, GIB])
+        page_locked_ranks(["a", "b", "b"], [LAYOUT] * 3, [GIB, 370 * MIB, GIB])

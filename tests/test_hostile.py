@@ -81,7 +81,7 @@ def test_links_and_pipes_beside_the_shards_stay_where_they_are(own_checkpoint, t
     (beside / "up.json").symlink_to("../../../secret/key.json")
     os.mkfifo(beside / "pipe.json")
     os.mkfifo(made / "actor/lora_train_meta.json")
-    pin = holds.make_pin(made, STEP, "actor")
+    pin = holds.make_hold(made, STEP, "actor")
     for number, source in enumerate((made, pin.directory)):
         output = tmp_path / f"out{number}"
         export_to_directory(checkpoint_spec(source, **ARGUMENTS), output, LocalRunner(1))
@@ -102,7 +102,7 @@ def test_what_is_published_is_no_link_out_of_the_checkpoint(name, own_checkpoint
     assert str(path) in message
     assert f"leads to {elsewhere}, which is outside" in message
     with pytest.raises(SourceError, match="outside"):
-        holds.make_pin(made, STEP, "actor")
+        holds.make_hold(made, STEP, "actor")
     path.unlink()
     path.symlink_to(path)  # in a circle: as if it were not there
     check_links(made / "actor")
@@ -156,7 +156,7 @@ def test_files_have_the_rights_that_the_umask_leaves(umask, checkpoint, tmp_path
         version = export_to_registry(spec, registry, LocalRunner(1))
         registry.pin(version)
         copied = Path(shutil.copytree(checkpoint("even"), tmp_path / f"global_step_{STEP}"))
-        pin = holds.make_pin(copied, STEP, "actor")
+        pin = holds.make_hold(copied, STEP, "actor")
     finally:
         os.umask(before)
     made = [root, *(p for p in root.rglob("*") if not p.is_symlink()), pin.path, pin.path / "pin.json"]
@@ -405,7 +405,7 @@ def test_json_bombs_give_one_clear_error_each(kind, own_checkpoint, tmp_path):
         with pytest.raises(SourceError, match=INDEX_NAME):
             weight_files(plant(tmp_path / "base" / INDEX_NAME).parent)
     plant(tmp_path / ".autoexport/step_1-x/pin.json")
-    assert holds.find_pins(tmp_path) == []
+    assert holds.find_holds(tmp_path) == []
     if kind not in ("folder", "huge"):
         with pytest.raises(AutoExportError, match=r"export\.json"):
             read_record(plant(tmp_path / "v1/export.json"))
@@ -495,7 +495,7 @@ def fuzz_json(examples: int) -> Callable[..., None]:
         only_errors_of_ours(lambda: state.load(folder))
         only_errors_of_ours(lambda: read_record(folder))
         only_errors_of_ours(lambda: lease.living(folder, 0, 0))
-        holds.find_pins(folder)
+        holds.find_holds(folder)
 
     return run
 

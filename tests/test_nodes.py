@@ -23,7 +23,7 @@ from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import SourceError
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo
-from verl_autoexport.sources.fsdp.holds import find_pins
+from verl_autoexport.sources.fsdp.holds import find_holds
 from verl_autoexport.sources.nodes.cluster import SpreadFiles, find_nodes
 
 RAY = Path(sys.executable).with_name("ray")
@@ -158,7 +158,7 @@ def test_shards_on_three_nodes_make_the_same_model(cluster, source, start, tmp_p
     """What only the head sees is merged there."""
     driver = start(tmp_path if output == "seen by all" else cluster.private)
     driver.saved(1, cluster.spread(source, 1))
-    (pin,) = find_pins(cluster.shared)
+    (pin,) = find_holds(cluster.shared)
     assert (pin.spread, pin.linked) == (True, True)
     for rank in range(WORLD):
         shutil.rmtree(cluster.own(rank) / "global_step_1")  # verl rotates it away

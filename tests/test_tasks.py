@@ -26,7 +26,7 @@ from verl_autoexport.model.planner import plan_model
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo
-from verl_autoexport.sources.fsdp.holds import find_pins, make_pin
+from verl_autoexport.sources.fsdp.holds import find_holds, make_hold
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
 
 WIDE = QWEN2 | {"vocab_size": 60_000, "hidden_size": 512}  # long enough to be killed in
@@ -136,7 +136,7 @@ def test_a_killed_actor_restarts_and_exports_each_step_once(cluster, source, tmp
     assert "2 published" in report
     assert sorted(v.step for v in Registry(tmp_path / "exports").versions()) == [2, 4]
     assert list((tmp_path / "exports" / ".staging").iterdir()) == []
-    assert find_pins(tmp_path) == []
+    assert find_holds(tmp_path) == []
 
 
 def test_too_little_time_to_drain_is_reported_and_the_next_start_finishes(cluster, source, tmp_path):
@@ -144,7 +144,7 @@ def test_too_little_time_to_drain_is_reported_and_the_next_start_finishes(cluste
     save_and_log(made, source, 2)
     assert "not finished in time: step 2" in made.drain(0)
     ray.kill(made.actor)
-    assert [p.step for p in find_pins(tmp_path)] == [2]
+    assert [p.step for p in find_holds(tmp_path)] == [2]
     again = ExportDriver(made.settings, made.info)
     again.begin(2, None)
     assert "1 published (v0001-step2)" in again.drain(120)
@@ -162,7 +162,7 @@ def test_overflow_drops_only_what_may_be_dropped(cluster, source, tmp_path):
     assert published | dropped == set(range(1, 9))
     assert not published & dropped
     assert dropped
-    assert find_pins(tmp_path) == []
+    assert find_holds(tmp_path) == []
 
 
 def test_the_command_line_merges_in_a_cluster_if_asked(cluster, source, tmp_path):
@@ -209,7 +209,7 @@ def test_where_links_are_impossible_the_pin_reads_the_original(source, tmp_path)
     try:
         with pytest.raises(PermissionError):
             os.link(shard, tmp_path / "link")
-        pin = make_pin(checkpoint, 2, "actor")
+        pin = make_hold(checkpoint, 2, "actor")
         assert not pin.linked
         assert pin.directory == checkpoint / "actor"
     finally:

@@ -79,7 +79,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if GPU else "CPU"
     print(f"{name}, {os.cpu_count()} CPUs, torch {torch.__version__}, {numel / 1e9:.3f} B fp32 parameters, FSDP2\n")
     table.limit = _pinned_limit(numel * 2, args.repeat)
-    table.seconds("copying the bf16 bytes from the device to pinned memory: the limit", table.limit)
+    table.seconds("copying the bf16 bytes from the device to page-locked memory: the limit", table.limit)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         _live(model, args.repeat, args.tokens, Path(folder), table)
         _others(model, Path(folder), table)
@@ -126,7 +126,7 @@ def _live(model: torch.nn.Module, repeat: int, tokens: int, folder: Path, table:
             straight.copy()()
     _check(model, straight)
     size = straight.layout.nbytes
-    table.other("live: the buffer, and in pinned memory", f"{_gb(size)}, {_gb(straight.layout.pinned_bytes)}")
+    table.other("live: the buffer, and in page-locked memory", f"{_gb(size)}, {_gb(straight.layout.page_locked_bytes)}")
     for kind, now in _memory().items():
         most = max(sample[kind] for sample in sampled)
         grown = f"{_gb(now - before[kind])}; {_gb(most - before[kind])}"
@@ -323,7 +323,7 @@ def _offloaded(model: torch.nn.Module, repeat: int) -> float:
 
 
 def _memory() -> dict[str, int]:
-    """What the kernel says of this process, in bytes; the driver's pinned memory shows in one of them."""
+    """What the kernel says of this process, in bytes; the driver's page-locked memory shows in one of them."""
     status = Path("/proc/self/status").read_text()
     kinds = ("VmRSS", "RssAnon", "RssFile", "RssShmem", "VmLck", "VmPin")
     return {kind: int(re.search(rf"{kind}:\s+(\d+) kB", status)[1]) << 10 for kind in kinds}

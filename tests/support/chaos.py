@@ -113,16 +113,16 @@ def train(root: Path, source: Path, steps: int, killer: Killer) -> None:
     actor = ExportActor(settings, lease.token, ForkedMerges())
     known = {m.step for m in registry.milestones()}
     trained = max((step_of(p) for p in root.glob("global_step_*")), default=0)
-    found = holds.find_pins(root)
+    found = holds.find_holds(root)
     if trained and trained not in known | {p.step for p in found}:
-        found.append(holds.make_pin(root / f"global_step_{trained}", trained, "actor"))
+        found.append(holds.make_hold(root / f"global_step_{trained}", trained, "actor"))
     for pin in found:
         export(actor, pin)
     for step in range(trained + 1, trained + 1 + steps):
         folder = root / f"global_step_{step}"
         shutil.copytree(source, folder.with_suffix(".saving"))
         folder.with_suffix(".saving").rename(folder)
-        pin = holds.make_pin(folder, step, "actor")
+        pin = holds.make_hold(folder, step, "actor")
         for old in (p for p in root.glob("global_step_*") if p != folder):
             shutil.rmtree(old)  # as with max_actor_ckpt_to_keep=1: from here on the links are the only source
         export(actor, pin)
@@ -155,7 +155,7 @@ def instrument(killer: Killer) -> None:
     from verl_autoexport.sources.fsdp import holds
 
     for owner, name, phase in (
-        (holds, "make_pin", "pin"), (holds, "choose", "pin"), (staging, "create", "stage"),
+        (holds, "make_hold", "pin"), (holds, "choose", "pin"), (staging, "create", "stage"),
         (merge.MergeJob, "run", "write"), (merge.FileWriter, "write", "write"), (pipeline, "_write_beside", "write"),
         (pipeline, "_verify", "verify"), (pipeline, "make_record", "verify"), (Registry, "publish", "publish"),
         (Registry, "_book", "pointers"), (Registry, "prune", "retention"),

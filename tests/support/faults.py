@@ -36,7 +36,7 @@ class Run:
 
         node = {"output_dir": str(root / "exports"), "verify": {"load": False}, "keep": {"last": 1}}
         self.root, self.actor = root, ExportActor(load_config(node), None, LocalRunner(1))
-        for pin in holds.find_pins(root):
+        for pin in holds.find_holds(root):
             self.actor.export(chaos.request_for(pin))
 
     def save(self, source: Path, step: int) -> None:
@@ -47,7 +47,7 @@ class Run:
         from verl_autoexport.sources.fsdp import holds
 
         try:
-            pin = holds.make_pin(self.root / f"global_step_{step}", step, "actor")
+            pin = holds.make_hold(self.root / f"global_step_{step}", step, "actor")
         except AutoExportError as e:
             return {"status": "failed", "reason": f"{type(e).__name__}: {e}"}
         try:

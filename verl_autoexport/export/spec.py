@@ -79,7 +79,7 @@ def checkpoint_spec(
 
 
 def step_of(directory: Path) -> int:
-    """N of the nearest `global_step_N`, or of a pin of it, in the path; 0 where there is none."""
+    """N of the nearest `global_step_N`, or of a hold of it, in the path; 0 where there is none."""
     for part in reversed(directory.absolute().parts):
         if found := _STEP.fullmatch(part):
             return int(found[1] or found[2])

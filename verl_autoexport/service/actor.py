@@ -97,7 +97,7 @@ class ExportActor:
         threading.Thread(target=self._work, name="autoexport", daemon=True).start()
 
     def export(self, request: Mapping[str, Any]) -> Outcome:
-        """Queue one chosen step and wait for its outcome; `request` is what `driver` wrote into the pin."""
+        """Queue one chosen step and wait for its outcome; `request` is what `driver` wrote into the hold."""
         job = _Job(request)
         if live := request.get("live"):
             self.deliveries.ask(live["id"])
@@ -133,7 +133,7 @@ class ExportActor:
         self.deliveries.forget(ident)
 
     def _release(self, request: Mapping[str, Any]) -> None:
-        if request["pin"] is not None and not self._taken_over():  # then the pin is the other run's to export
+        if request["pin"] is not None and not self._taken_over():  # then the hold is the other run's to export
             holds.release(Path(request["pin"]))
             if self.nodes is not None and request.get("spread"):
                 self.nodes.release(Path(request["pin"]))
@@ -141,7 +141,7 @@ class ExportActor:
             self.deliveries.forget(live["id"])
 
     def _is_last_copy(self, request: Mapping[str, Any]) -> bool:
-        """Whether nothing but the pin holds the step any more, so that another try needs it."""
+        """Whether nothing but the hold holds the step any more, so that another try needs it."""
         if request["pin"] is None or self._taken_over():
             return False
         if not request.get("spread"):

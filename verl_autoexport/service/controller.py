@@ -23,7 +23,7 @@ from verl_autoexport.service.export_request import RunInfo, check_request, make_
 from verl_autoexport.service.ledger import Ledger
 from verl_autoexport.service.requests import Asked
 from verl_autoexport.sources.fsdp import holds
-from verl_autoexport.sources.fsdp.holds import Pin
+from verl_autoexport.sources.fsdp.holds import Hold
 from verl_autoexport.sources.live.coordinator import Busy, LiveSource
 from verl_autoexport.sources.nodes.cluster import Nodes
 from verl_autoexport.system.deadlines import Bounded, GivenUp
@@ -59,16 +59,16 @@ class ExportDriver:
         self.ledger = Ledger(self.registry, self.actor)
         self.live: LiveSource | None = None
         self.nodes: Nodes | None = None
-        self.saved_step = 0  # of a checkpoint that is not pinned
-        self.pins: dict[int, Pin] = {}
-        self.undecided: list[tuple[StepEvent, Pin | None]] = []  # the live source needs no pin
-        self.held: tuple[StepEvent, Pin | None] | None = None
-        self.beyond: list[Pin] = []
+        self.saved_step = 0  # of a checkpoint that is not held
+        self.holds: dict[int, Hold] = {}
+        self.undecided: list[tuple[StepEvent, Hold | None]] = []  # the live source needs no hold
+        self.held: tuple[StepEvent, Hold | None] | None = None
+        self.beyond: list[Hold] = []
         self.requests = Asked(self.registry.root)
         self.trained = self.past_cut = False
         self.logged_step = 0
         self.metrics_checked = not settings.trigger.metrics
-        self.pin_s = 0.0
+        self.hold_s = 0.0
         self.entered = time.monotonic()
 
     # -- the run's events --------------------------------------------------------------
@@ -88,17 +88,17 @@ class ExportDriver:
     def _begin(self, step: int, last_step: int | None) -> None:
         self.start, self.last_step, self.logged_step = RunStart(step, time.time()), last_step, step
         self.ledger.history = self.registry.milestones(up_to_step=step)
-        found = holds.find_pins(self.info.checkpoints)
+        found = holds.find_holds(self.info.checkpoints)
         if self.nodes is not None:
             known = (self.info.checkpoints / holds.FOLDER).glob("step_*")  # those that cannot be read, too
             self.nodes.ask("release_others", str(self.info.checkpoints), [path.name for path in known])
-        for pin in found:
-            if pin.request is None and pin.step == step:
-                self.pins[step] = pin  # saved, but the run died before it was decided
-            elif pin.request is not None and pin.step <= step:
-                self._resubmit(pin)
+        for hold in found:
+            if hold.request is None and hold.step == step:
+                self.holds[step] = hold  # saved, but the run died before it was decided
+            elif hold.request is not None and hold.step <= step:
+                self._resubmit(hold)
             else:
-                self.beyond.append(pin)
+                self.beyond.append(hold)
         self._pin_unseen(step)
         resumed = {p.decision.step for p in self.ledger.pending}
         for lost in [m for m in self.ledger.history if m.status == "pending" and m.step not in resumed]:
@@ -109,11 +109,11 @@ class ExportDriver:
     def _pin_unseen(self, step: int) -> None:
         """The run before was killed: perhaps after verl had saved this step, and before anything here knew of it."""
         judged = any(m.step == step and {t.policy for t in m.triggers} != {"command"} for m in self.ledger.history)
-        if not step or judged or step in self.pins or self.settings.source == "live" or self.lease.before is None:
+        if not step or judged or step in self.holds or self.settings.source == "live" or self.lease.before is None:
             return
         try:
             folder = self.info.checkpoints / f"global_step_{step}"
-            self.pins[step] = self._pin(folder, step)
+            self.holds[step] = self._hold(folder, step)
         except SourceError as e:  # resumed from elsewhere, say
             logger.warning("verl_autoexport: step %s, resumed from, cannot be judged any more: %s", step, e)
 
@@ -130,21 +130,21 @@ class ExportDriver:
             return
         started = time.monotonic()
         try:
-            pin = self._pin(checkpoint_dir, step)
+            hold = self._hold(checkpoint_dir, step)
         except SourceError as e:
             if self.live is None:
                 raise
             logger.info("verl_autoexport: step %s is not exported from its checkpoint: %s", step, e)
             return
-        if not pin.linked:
+        if not hold.linked:
             logger.warning(
                 "verl_autoexport: %s: no hard links on this file system; verl may delete step %s before it is exported",
-                pin.path,
+                hold.path,
                 step,
             )
-        self.pins[step] = pin
+        self.holds[step] = hold
         self.trained = self.trained or step > self.start.step
-        self.pin_s = time.monotonic() - started
+        self.hold_s = time.monotonic() - started
         self._book()  # before its validation, which the run may not survive
 
     def logged(self, step: int, data: Mapping[str, Any]) -> None:
@@ -158,12 +158,12 @@ class ExportDriver:
             self.metrics_checked = check_logged(self.settings.trigger, data, trained)
         self.logged_step = max(step, self.logged_step)
         asked = self.requests.look if self.settings.trigger.on_request else bool
-        copied = self.live is not None and step > self.start.step and step not in self.pins
-        for saved in sorted(s for s in self.pins if s <= step):
+        copied = self.live is not None and step > self.start.step and step not in self.holds
+        for saved in sorted(s for s in self.holds if s <= step):
             # An earlier one is the resumed step, which not every run logs again.
             metrics, requested = (numbers(data), asked()) if saved == step else ({}, False)
             event = StepEvent(saved, metrics, time.time(), requested=requested)
-            self.undecided.append((event, self.pins.pop(saved)))
+            self.undecided.append((event, self.holds.pop(saved)))
         if copied:
             event = StepEvent(step, numbers(data), time.time(), step == self.saved_step, asked())
             self.undecided.append((event, None))
@@ -171,20 +171,20 @@ class ExportDriver:
         self._book()
 
     def end(self, succeeded: bool) -> None:
-        """`fit` is over. A pin that is left was never logged, since training failed: a resumed run decides it."""
+        """`fit` is over. A hold that is left was never logged, since training failed: a resumed run decides it."""
         self.entered = time.monotonic()
         self._bounded("end", self._end, succeeded)
 
     def _end(self, succeeded: bool) -> None:
         trained = self.logged_step > self.start.step
-        if succeeded and (pin := self.pins.pop(self.start.step, None)):
+        if succeeded and (hold := self.holds.pop(self.start.step, None)):
             event = StepEvent(self.start.step, {}, time.time(), last=self.start.step == self.last_step)
-            self.undecided.append((event, pin))
+            self.undecided.append((event, hold))
         if self.held is not None:
-            event, pin = self.held
+            event, hold = self.held
             # Trained by this process, or by one that died before it could decide on its last step.
             finished = event.step == self.logged_step and (trained or event.step == self.last_step)
-            self.undecided.append((replace(event, last=succeeded and finished), pin))
+            self.undecided.append((replace(event, last=succeeded and finished), hold))
             self.held = None
         self._decide_all(hold_last=False)
         wanted = self.settings.trigger.on_train_end and self.live is None and succeeded and trained
@@ -255,31 +255,31 @@ class ExportDriver:
         """From its first trained step on the run has a past of its own: what lies beyond the resumed step goes."""
         for version in self.registry.supersede_after(self.start.step):
             logger.warning("verl_autoexport: %s superseded: resumed at step %s", version.path, self.start.step)
-        mine = {p.path for p in self.pins.values()} | {p.path for _, p in self.undecided if p is not None}
-        for pin in self.beyond:
-            if pin.request is not None:
+        mine = {p.path for p in self.holds.values()} | {p.path for _, p in self.undecided if p is not None}
+        for hold in self.beyond:
+            if hold.request is not None:
                 self.ledger.note(
-                    pin.step, "dropped", f"the run went back to step {self.start.step} before it was exported"
+                    hold.step, "dropped", f"the run went back to step {self.start.step} before it was exported"
                 )
-            if pin.path not in mine:  # the same bytes, saved again, have the same hold
-                self._release(pin)
+            if hold.path not in mine:  # the same bytes, saved again, have the same hold
+                self._release(hold)
         self.past_cut = True
 
     def _decide_all(self, hold_last: bool) -> None:
         """Decide what is waiting for it, without the output directory, which may be out of reach."""
         while self.undecided:
-            event, pin = self.undecided[0]
+            event, hold = self.undecided[0]
             self.trained = self.trained or event.step > self.start.step
             if hold_last and self.last_step is not None and event.step >= self.last_step:
                 if self.held is not None:  # it was not the last step after all
                     self._decide(*self.held)
-                self.held = event, pin  # `on_train_end` may become one more reason of this version
+                self.held = event, hold  # `on_train_end` may become one more reason of this version
             else:
-                self._decide(event, pin)
+                self._decide(event, hold)
             self.undecided.pop(0)
 
-    def _decide(self, event: StepEvent, pin: Pin | None) -> None:
-        if pin is None and event.step != self.logged_step:  # the workers hold later weights by now
+    def _decide(self, event: StepEvent, hold: Hold | None) -> None:
+        if hold is None and event.step != self.logged_step:  # the workers hold later weights by now
             if (missed := decide(self.policies, event, self.ledger.history, self.start)) is not None:
                 self.ledger.lost(missed, "it could not be judged while the workers held its weights")
             return
@@ -289,32 +289,32 @@ class ExportDriver:
         decision = decide(
             self.policies, event, self.ledger.history, self.start, self.settings.trigger.min_steps_between
         )
-        if decision is None or not self._make_room(decision, pin is None):
-            if pin is not None:
-                self._release(pin)
+        if decision is None or not self._make_room(decision, hold is None):
+            if hold is not None:
+                self._release(hold)
             return
-        if pin is None:
+        if hold is None:
             request = self._captured(decision, event)
         else:
-            request = self._request(decision, event, pin)
+            request = self._request(decision, event, hold)
             try:
-                holds.choose(pin, request)
+                holds.choose(hold, request)
             except OSError as e:
-                logger.warning("verl_autoexport: %s: %s; step %s would not survive a kill", pin.path, e, pin.step)
+                logger.warning("verl_autoexport: %s: %s; step %s would not survive a kill", hold.path, e, hold.step)
         if request is None:
             return
         self.ledger.submit(decision, request)
         if event.requested:
             self.requests.taken_by(event.step)
 
-    def _pin(self, checkpoint_dir: Path, step: int) -> Pin:
-        make = holds.make_pin if self.nodes is None else self.nodes.pin
+    def _hold(self, checkpoint_dir: Path, step: int) -> Hold:
+        make = holds.make_hold if self.nodes is None else self.nodes.hold
         return make(checkpoint_dir, step, self.settings.role)
 
-    def _release(self, pin: Pin) -> None:
-        holds.release(pin.path)
-        if pin.spread and self.nodes is not None:
-            self.nodes.release(pin.path)
+    def _release(self, hold: Hold) -> None:
+        holds.release(hold.path)
+        if hold.spread and self.nodes is not None:
+            self.nodes.release(hold.path)
 
     def _make_room(self, decision: Decision, copied: bool) -> bool:
         """Hold training until an export has finished, or the time is up: where `queue.overflow=wait` says so.
@@ -383,21 +383,26 @@ class ExportDriver:
             "directory": live["directory"], "fingerprint": live["id"], "live": live,
         }  # fmt: skip
 
-    def _request(self, decision: Decision, event: StepEvent, pin: Pin | None) -> dict[str, Any]:
-        stall_s = (self.pin_s if pin else 0.0) + time.monotonic() - self.entered
-        return make_request(self.info, decision, event, pin, stall_s)
+    def _request(self, decision: Decision, event: StepEvent, hold: Hold | None) -> dict[str, Any]:
+        stall_s = (self.hold_s if hold else 0.0) + time.monotonic() - self.entered
+        return make_request(self.info, decision, event, hold, stall_s)
 
-    def _resubmit(self, pin: Pin) -> None:
+    def _resubmit(self, hold: Hold) -> None:
         # The run directory may have been moved since.
-        request = {**(pin.request or {}), "pin": str(pin.path), "directory": str(pin.directory), "origin": pin.origin}
+        request = {
+            **(hold.request or {}),
+            "pin": str(hold.path),
+            "directory": str(hold.directory),
+            "origin": hold.origin,
+        }
         try:
-            check_request(request, pin.step)
+            check_request(request, hold.step)
             if request.get("attempts", 0) >= holds.MAX_ATTEMPTS:
-                logger.warning("verl_autoexport: %s", holds.given_up(pin, self.settings.output_dir))
+                logger.warning("verl_autoexport: %s", holds.given_up(hold, self.settings.output_dir))
                 return
-            decision = Decision(pin.step, request["time"], tuple(map(Trigger.from_dict, request["triggers"])))
+            decision = Decision(hold.step, request["time"], tuple(map(Trigger.from_dict, request["triggers"])))
         except ValueError as e:
-            self.ledger.note(pin.step, "failed", f"its request in {pin.path}, which is kept, cannot be read: {e}")
+            self.ledger.note(hold.step, "failed", f"its request in {hold.path}, which is kept, cannot be read: {e}")
             return
-        logger.warning("verl_autoexport: step %s was interrupted; exporting it now", pin.step)
+        logger.warning("verl_autoexport: step %s was interrupted; exporting it now", hold.step)
         self.ledger.submit(decision, request)

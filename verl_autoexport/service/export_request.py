@@ -1,4 +1,4 @@
-"""What the driver asks the export actor for: JSON on its way (a pin holds it too), a spec at its end."""
+"""What the driver asks the export actor for: JSON on its way (a hold holds it too), a spec at its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from verl_autoexport.config.schema import AutoExportConfig, ExportOptions
 from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.milestones.events import Decision, StepEvent, Trigger, is_measured, is_trigger
 from verl_autoexport.milestones.triggers import measured_on
-from verl_autoexport.sources.fsdp.holds import Pin
+from verl_autoexport.sources.fsdp.holds import Hold
 from verl_autoexport.system.untrusted import is_count
 
 
@@ -34,7 +34,7 @@ class RunInfo:
 
 
 def make_request(
-    info: RunInfo, decision: Decision, event: StepEvent, pin: Pin | None, stall_s: float
+    info: RunInfo, decision: Decision, event: StepEvent, hold: Hold | None, stall_s: float
 ) -> dict[str, Any]:
     """A milestone of the run; `stall_s` is what training waited for it."""
     return {
@@ -43,11 +43,11 @@ def make_request(
         "triggers": [t.to_dict() for t in decision.triggers],
         "metrics": {k: v if math.isfinite(v) else None for k, v in event.metrics.items()},
         "measured_on": measured_on(decision.triggers),
-        "pin": pin and str(pin.path),
-        "spread": pin is not None and pin.spread,
-        "directory": pin and str(pin.directory),
-        "origin": pin and pin.origin,
-        "fingerprint": pin and pin.fingerprint,
+        "pin": hold and str(hold.path),
+        "spread": hold is not None and hold.spread,
+        "directory": hold and str(hold.directory),
+        "origin": hold and hold.origin,
+        "fingerprint": hold and hold.fingerprint,
         "stall_s": round(stall_s, 6),
         "run": dict(info.run),
         "base_model": info.base_model,
@@ -60,7 +60,7 @@ def make_request(
 
 
 def check_request(request: Mapping[str, Any], step: int) -> None:
-    """Raises ValueError unless what a pin holds is a request for `step`, as `make_request` makes it."""
+    """Raises ValueError unless what a hold holds is a request for `step`, as `make_request` makes it."""
     texts = ("pin", "directory", "fingerprint")
     maybe = ("origin", "measured_on", "base_model", "lora_adapter", "external_lib")
     triggers, metrics = request.get("triggers"), request.get("metrics")
@@ -77,7 +77,7 @@ def check_request(request: Mapping[str, Any], step: int) -> None:
         "frozen": names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names)),
         "homes": isinstance(homes, list | tuple) and all(isinstance(n, str) for n in homes),
         "attempts": is_count(request.get("attempts", 0)),
-        "live": request.get("live") is None,  # a pin holds no snapshot
+        "live": request.get("live") is None,  # a hold holds no snapshot
     }
     sound |= {key: isinstance(request.get(key), str) for key in texts}
     sound |= {key: isinstance(request.get(key), str | None) for key in maybe}

@@ -1,10 +1,10 @@
-"""Hard links that keep a checkpoint's files while they are chosen and exported.
+"""Holds: hard links that keep a checkpoint's files while they are chosen and exported.
 
-A pin is `<default_local_dir>/.autoexport/step_N-XXXXXXXX/`, beside the checkpoints, with
+A hold is `<default_local_dir>/.autoexport/step_N-XXXXXXXX/`, beside the checkpoints, with
 links to the shards and the `huggingface/` files, and `pin.json`: what it is, and, once
 the step is chosen, the export request. So a request survives the processes that made it.
 A link keeps the file, not its content: the fingerprint tells when verl wrote it again. A run
-directory may be copied to another disk with its pins, whose links then are files of their own.
+directory may be copied to another disk with its holds, whose links then are files of their own.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ EXTRA = ("fsdp_config.json", "lora_train_meta.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
-class Pin:
-    """A pinned step. `directory` is where to read from: the links, or, where there can be none, the original.
+class Hold:
+    """A held step. `directory` is where to read from: the links, or, where there can be none, the original.
 
     `spread`: each node has a directory of this name with the shards on its own disk.
     """
@@ -54,38 +54,38 @@ class Pin:
         return self.path if self.linked else Path(self.origin)
 
 
-def make_pin(checkpoint_dir: Path, step: int, role: str) -> Pin:
-    """Pin the `role` of `global_step_N`; raises SourceError when its shards are not all there.
+def make_hold(checkpoint_dir: Path, step: int, role: str) -> Hold:
+    """Hold the `role` of `global_step_N`; raises SourceError when its shards are not all there.
 
-    Where the file system has no hard links, the pin only records the step (`linked` is
+    Where the file system has no hard links, the hold only records the step (`linked` is
     False): then verl may delete the files before they are exported.
     """
     source = find_checkpoint(checkpoint_dir, role)
     paths, mark = rank_files(source), fingerprint(source)
-    path = pin_path(checkpoint_dir, step, mark)
-    pin = Pin(path, step, str(source.absolute()), mark, link_files(source, paths, path))
-    record(pin)
-    return pin
+    path = hold_path(checkpoint_dir, step, mark)
+    hold = Hold(path, step, str(source.absolute()), mark, link_files(source, paths, path))
+    record(hold)
+    return hold
 
 
-def pin_path(checkpoint_dir: Path, step: int, mark: str) -> Path:
-    """Where the pin of a step is, by the last characters of its fingerprint."""
+def hold_path(checkpoint_dir: Path, step: int, mark: str) -> Path:
+    """Where the hold of a step is, by the last characters of its fingerprint."""
     return checkpoint_dir.absolute().parent / FOLDER / f"step_{step}-{mark[-8:]}"
 
 
-def link_files(source: Path, paths: Iterable[Path], pin: Path) -> bool:
-    """Link these rank files, and what lies beside them, into the new directory `pin`; False where links cannot be.
+def link_files(source: Path, paths: Iterable[Path], hold: Path) -> bool:
+    """Link these rank files, and what lies beside them, into the new directory `hold`; False where links cannot be.
 
     Raises SourceError, and leaves nothing, where the directory cannot be made.
     """
     files = [*paths, *(source / name for name in EXTRA), *config_files(source)]
     try:
-        shutil.rmtree(pin, ignore_errors=True)
-        pin.mkdir(parents=True)
-        return all(_link(file, pin / file.relative_to(source)) for file in files)
+        shutil.rmtree(hold, ignore_errors=True)
+        hold.mkdir(parents=True)
+        return all(_link(file, hold / file.relative_to(source)) for file in files)
     except OSError as e:
-        release(pin)  # links left behind would keep the space that verl frees
-        raise SourceError(f"{pin}: cannot be pinned: {e}") from e
+        release(hold)  # links left behind would keep the space that verl frees
+        raise SourceError(f"{hold}: cannot be held: {e}") from e
 
 
 def config_files(source: Path) -> list[Path]:
@@ -98,51 +98,51 @@ def config_files(source: Path) -> list[Path]:
     return sorted(p for p in found if not p.is_symlink() or not leads_out(p, source))
 
 
-def record(pin: Pin) -> None:
-    """Write what `find_pins` finds; raises SourceError, and leaves no links, where that cannot be."""
+def record(hold: Hold) -> None:
+    """Write what `find_holds` finds; raises SourceError, and leaves no links, where that cannot be."""
     try:
-        _write(pin)
+        _write(hold)
     except OSError as e:
-        release(pin.path)
-        raise SourceError(f"{pin.path}: step {pin.step} cannot be pinned: {e}") from e
+        release(hold.path)
+        raise SourceError(f"{hold.path}: step {hold.step} cannot be held: {e}") from e
 
 
-def choose(pin: Pin, request: Mapping[str, Any]) -> None:
-    """Record durably that the pinned step is to be exported as `request` (JSON) says."""
-    _write(replace(pin, request=request))
+def choose(hold: Hold, request: Mapping[str, Any]) -> None:
+    """Record durably that the held step is to be exported as `request` (JSON) says."""
+    _write(replace(hold, request=request))
 
 
 def count_attempt(path: Path) -> int:
     """Record durably that one more export of the chosen step has failed; returns how many have."""
-    pin = _read(path)
-    attempts = int((pin.request or {}).get("attempts", 0)) + 1
-    choose(pin, {**(pin.request or {}), "attempts": attempts})
+    hold = _read(path)
+    attempts = int((hold.request or {}).get("attempts", 0)) + 1
+    choose(hold, {**(hold.request or {}), "attempts": attempts})
     return attempts
 
 
-def too_many(checkpoints: Path) -> list[Pin]:
+def too_many(checkpoints: Path) -> list[Hold]:
     """Of the steps whose exports failed those beyond the newest `MAX_KEPT`: kept, they would fill training's disk."""
     failed = []
     for path in (checkpoints / FOLDER).glob("step_*"):
         with suppress(OSError, ValueError, KeyError, TypeError):  # being made, or for a person to look at
-            failed += [pin] if ((pin := _read(path)).request or {}).get("attempts") else []
-    return sorted(failed, key=lambda pin: pin.step)[:-MAX_KEPT]
+            failed += [hold] if ((hold := _read(path)).request or {}).get("attempts") else []
+    return sorted(failed, key=lambda hold: hold.step)[:-MAX_KEPT]
 
 
 def is_last_copy(path: Path) -> bool:
-    """Whether the checkpoint that the pin was made of is gone, or has other content; False where it holds none."""
+    """Whether the checkpoint that the hold was made of is gone, or has other content; False where it holds none."""
     try:
-        pin = _read(path)
-        return pin.linked and fingerprint(Path(pin.origin)) != fingerprint(path)
+        hold = _read(path)
+        return hold.linked and fingerprint(Path(hold.origin)) != fingerprint(path)
     except (SourceError, OSError, ValueError, KeyError, TypeError):
         return path.exists()
 
 
-def given_up(pin: Pin, output_dir: Path) -> str:
+def given_up(hold: Hold, output_dir: Path) -> str:
     """What a person may do about a step that is not tried again."""
     return (
-        f"step {pin.step} has failed {MAX_ATTEMPTS} times and is not tried again. By hand: verl-autoexport export "
-        f"{pin.path} --registry {output_dir}; to give it up: rm -r {pin.path}"
+        f"step {hold.step} has failed {MAX_ATTEMPTS} times and is not tried again. By hand: verl-autoexport export "
+        f"{hold.path} --registry {output_dir}; to give it up: rm -r {hold.path}"
     )
 
 
@@ -151,12 +151,12 @@ def release(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def find_pins(checkpoints: Path) -> list[Pin]:
-    """All pins beside the checkpoints, by step; what is half made is removed, what cannot be read is left."""
-    pins = []
+def find_holds(checkpoints: Path) -> list[Hold]:
+    """All holds beside the checkpoints, by step; what is half made is removed, what cannot be read is left."""
+    found = []
     for path in (checkpoints / FOLDER).glob("step_*"):
         try:
-            pins.append(_read(path))
+            found.append(_read(path))
         except FileNotFoundError:
             release(path)
         except (OSError, ValueError, KeyError, TypeError) as e:
@@ -164,20 +164,20 @@ def find_pins(checkpoints: Path) -> list[Pin]:
                 "verl_autoexport: %s cannot be read (%r); it may be the last copy of a step: export it by hand, or "
                 "remove it: rm -r %s", path / _INFO, e, path,
             )  # fmt: skip
-    return sorted(pins, key=lambda p: p.step)
+    return sorted(found, key=lambda p: p.step)
 
 
-def _read(path: Path) -> Pin:
+def _read(path: Path) -> Hold:
     info = read_json(path / _INFO)
     kinds = {"origin": str, "fingerprint": str, "linked": bool, "spread": bool, "request": dict | None}
-    pin = Pin(path, info["step"], **{key: info.get(key, False) if key == "spread" else info[key] for key in kinds})
-    if not is_count(pin.step) or not all(isinstance(getattr(pin, key), kind) for key, kind in kinds.items()):
+    hold = Hold(path, info["step"], **{key: info.get(key, False) if key == "spread" else info[key] for key in kinds})
+    if not is_count(hold.step) or not all(isinstance(getattr(hold, key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{path / _INFO}: fields of wrong types")
-    return replace(pin, origin=str(_beside(path, pin.step, Path(pin.origin))))
+    return replace(hold, origin=str(_beside(path, hold.step, Path(hold.origin))))
 
 
 def _beside(path: Path, step: int, origin: Path) -> Path:
-    """Where the checkpoint of a pin is: with it, also after both were moved."""
+    """Where the checkpoint of a hold is: with it, also after both were moved."""
     name = f"global_step_{step}"
     if name not in origin.parts:
         return origin
@@ -200,18 +200,18 @@ def _is_weights(path: Path) -> bool:
     return path.name.endswith((".safetensors", ".bin", ".index.json"))
 
 
-def _write(pin: Pin) -> None:
+def _write(hold: Hold) -> None:
     info = {
-        "step": pin.step, "origin": pin.origin, "fingerprint": pin.fingerprint, "linked": pin.linked,
-        "spread": pin.spread, "request": pin.request,
+        "step": hold.step, "origin": hold.origin, "fingerprint": hold.fingerprint, "linked": hold.linked,
+        "spread": hold.spread, "request": hold.request,
     }  # fmt: skip
-    temporary = pin.path / f".{_INFO}.tmp"
+    temporary = hold.path / f".{_INFO}.tmp"
     with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(info))
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(pin.path / _INFO)
-    for folder in (pin.path, pin.path.parent):
+    temporary.replace(hold.path / _INFO)
+    for folder in (hold.path, hold.path.parent):
         _sync(folder)
 
 

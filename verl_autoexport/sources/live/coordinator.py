@@ -79,8 +79,8 @@ class LiveSource:
                 f"{self.inflight_bytes / 1e9:.2f} GB may be in flight (autoexport.queue.inflight_bytes): give Ray a "
                 "larger store (ray_kwargs.ray_init.object_store_memory), or use autoexport.source=checkpoint."
             )
-        pinned = pinned_ranks(self.nodes, self.layouts, [left for _, left in found])
-        self._call(in_worker.allocate, pinned, timeout_s=_START_S)
+        page_locked = page_locked_ranks(self.nodes, self.layouts, [left for _, left in found])
+        self._call(in_worker.allocate, page_locked, timeout_s=_START_S)
         self.known = ray.put(self.layouts)
 
     def capture(self, actor: Any, wait_s: float, needed: Collection[str] = ()) -> dict[str, Any]:
@@ -129,13 +129,13 @@ def split_otherwise(layouts: Iterable[Layout], tied: Mapping[str, str]) -> set[s
     return found
 
 
-def pinned_ranks(nodes: Sequence[str], layouts: Sequence[Layout], left: Sequence[int]) -> set[int]:
-    """The ranks whose copies may be pinned: those of nodes where the copies of all workers fit. All arguments by rank.
+def page_locked_ranks(nodes: Sequence[str], layouts: Sequence[Layout], left: Sequence[int]) -> set[int]:
+    """The ranks whose copies may be page-locked: those of nodes where the copies of all workers fit. All arguments by rank.
 
     Beside the copies, as many bytes of a snapshot come to lie in the object store. Raises
     SourceError for a node that has not even pageable memory for both.
     """
-    ranks, pinned = defaultdict(list), set()
+    ranks, page_locked = defaultdict(list), set()
     for rank, node in enumerate(nodes):
         ranks[node].append(rank)
     for node, members in ranks.items():
@@ -146,11 +146,11 @@ def pinned_ranks(nodes: Sequence[str], layouts: Sequence[Layout], left: Sequence
                 f"host memory, half of it in the object store, and {free / 1e9:.2f} GB are left below the limit of "
                 "the machine or its control group: allow more, or use autoexport.source=checkpoint."
             )
-        if store + sum(layouts[r].pinned_bytes for r in members) <= free:
-            pinned.update(members)
+        if store + sum(layouts[r].page_locked_bytes for r in members) <= free:
+            page_locked.update(members)
         else:
-            logger.warning("verl_autoexport: node %s: pinned memory would not fit; copies may be slower", node)
-    return pinned
+            logger.warning("verl_autoexport: node %s: page-locked memory would not fit; copies may be slower", node)
+    return page_locked
 
 
 def _stores(nodes: set[str]) -> float:

@@ -76,8 +76,8 @@ class Layout:
         return sum(self.chunks)
 
     @property
-    def pinned_bytes(self) -> int:
-        """The same in pinned memory, which torch takes in powers of two."""
+    def page_locked_bytes(self) -> int:
+        """The same in page-locked memory, which torch takes in powers of two."""
         return sum(1 << (n - 1).bit_length() for n in self.chunks if n)
 
 
@@ -246,14 +246,14 @@ class Copier:
         self.layout = lay_out(rank, self.parts, dtypes, chunk_bytes, groups or {})
         self.chunks: list[torch.Tensor] = []
 
-    def allocate(self, pinned: bool = True) -> None:
-        """Takes seconds for gigabytes of pinned memory; where that cannot be had, it is pageable."""
+    def allocate(self, page_locked: bool = True) -> None:
+        """Takes seconds for gigabytes of page-locked memory; where that cannot be had, it is pageable."""
         sizes = self.layout.chunks
-        pinned = pinned and torch.accelerator.is_available()
+        page_locked = page_locked and torch.accelerator.is_available()
         try:
-            self.chunks = [torch.empty(n, dtype=torch.uint8, pin_memory=pinned) for n in sizes]
+            self.chunks = [torch.empty(n, dtype=torch.uint8, pin_memory=page_locked) for n in sizes]
         except RuntimeError as e:
-            logger.warning("verl_autoexport: rank %s: no pinned memory (%s); copies will be slower", self.rank, e)
+            logger.warning("verl_autoexport: rank %s: no page-locked memory (%s); copies will be slower", self.rank, e)
             self.chunks = [torch.empty(n, dtype=torch.uint8) for n in sizes]
 
     def copy(self) -> Callable[[], None]:

@@ -19,7 +19,7 @@ from verl_autoexport.sources.live.copier import Copier, Layout, frozen_names, he
 from verl_autoexport.system.host_memory import headroom
 
 logger = logging.getLogger(__name__)
-CHUNK = 64 << 20  # bytes of a block in the object store; a power of two, as pinned memory is taken
+CHUNK = 64 << 20  # bytes of a block in the object store; a power of two, as page-locked memory is taken
 _AGAIN_S = 2.0  # between two words with the export actor
 
 _copier: Copier | None = None
@@ -81,13 +81,13 @@ def prepare(
     return _copier.layout, headroom()
 
 
-def allocate(worker: Any, rank: int, pinned: Collection[int]) -> None:
-    """Begin to take the memory, pinned for the ranks in `pinned`, behind training."""
+def allocate(worker: Any, rank: int, page_locked: Collection[int]) -> None:
+    """Begin to take the memory, page-locked for the ranks in `page_locked`, behind training."""
     _free.clear()
 
     def take() -> None:
         try:
-            _copier.allocate(rank in pinned)
+            _copier.allocate(rank in page_locked)
         finally:
             _free.set()
 

@@ -109,15 +109,15 @@ class NodeFiles:
             )
         return {p.relative_to(directory).as_posix(): p.read_bytes() for p in files}
 
-    def pin(self, directory: Path, paths: Sequence[Path], pin: Path) -> bool:
+    def hold(self, directory: Path, paths: Sequence[Path], hold: Path) -> bool:
         """Link these rank files, and what lies beside them; whether that was possible."""
-        return holds.link_files(directory, paths, pin)
+        return holds.link_files(directory, paths, hold)
 
-    def release(self, pin: str) -> None:
-        holds.release(Path(pin))
+    def release(self, hold: str) -> None:
+        holds.release(Path(hold))
 
     def release_others(self, checkpoints: str, names: Sequence[str]) -> None:
-        """Drop what no run knows of any more: it was killed while it pinned, or released."""
+        """Drop what no run knows of any more: it was killed while it made the hold, or while it released it."""
         for path in (Path(checkpoints) / holds.FOLDER).glob("step_*"):
             if path.name not in names:
                 holds.release(path)

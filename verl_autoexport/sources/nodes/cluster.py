@@ -108,27 +108,27 @@ class Nodes:
             ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
         return {node: answer(ref, 0, f"node {self.names[node]} ({node[:8]})") for node, ref in refs.items()}
 
-    def pin(self, checkpoint_dir: Path, step: int, role: str) -> holds.Pin:
-        """As `holds.make_pin`, on every node that holds shards of the step."""
+    def hold(self, checkpoint_dir: Path, step: int, role: str) -> holds.Hold:
+        """As `holds.make_hold`, on every node that holds shards of the step."""
         parts = self.ask("look", str(checkpoint_dir), role)
         ranks = _one_of_each(checkpoint_dir, parts, self, self.homes)
         origin, mark = parts[ranks[0][0]].directory, digest([seen for _, _, seen in ranks])
-        path = holds.pin_path(checkpoint_dir, step, uuid.uuid4().hex)
+        path = holds.hold_path(checkpoint_dir, step, uuid.uuid4().hex)
         held = {n: (parts[n].directory, list(files.values()), path) for n, files in _by_node(ranks).items()}
         try:
-            linked = all(self.ask_each("pin", held).values())
+            linked = all(self.ask_each("hold", held).values())
             path.mkdir(parents=True, exist_ok=True)  # this node may hold none of the shards
-            pin = holds.Pin(path, step, str(origin), mark, linked, spread=True)
-            holds.record(pin)
+            hold = holds.Hold(path, step, str(origin), mark, linked, spread=True)
+            holds.record(hold)
         except (SourceError, OSError):
             self.release(path)
             raise
-        return pin
+        return hold
 
-    def release(self, pin: Path) -> None:
+    def release(self, hold: Path) -> None:
         """Drop the links on every node; nothing waits for it."""
         for server in self.servers.values():
-            server.release.remote(str(pin))
+            server.release.remote(str(hold))
 
     def close(self) -> None:
         """End the actors."""
