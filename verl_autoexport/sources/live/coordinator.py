@@ -130,7 +130,7 @@ def split_otherwise(layouts: Iterable[Layout], tied: Mapping[str, str]) -> set[s
 
 
 def page_locked_ranks(nodes: Sequence[str], layouts: Sequence[Layout], left: Sequence[int]) -> set[int]:
-    """The ranks whose copies may be page-locked: those of nodes where the copies of all workers fit. All arguments by rank.
+    """The ranks whose copies may be page-locked: those of nodes where all copies fit. All arguments are by rank.
 
     Beside the copies, as many bytes of a snapshot come to lie in the object store. Raises
     SourceError for a node that has not even pageable memory for both.
