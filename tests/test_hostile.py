@@ -24,8 +24,8 @@ from verl_autoexport.cli.main import main
 from verl_autoexport.errors import AutoExportError, PlanError, SourceError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_directory, export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
-from verl_autoexport.model import skeleton as naming
 from verl_autoexport.model.lora import peft_config
+from verl_autoexport.model.skeleton import build_skeleton
 from verl_autoexport.registry import lease, state
 from verl_autoexport.registry.record import read_record
 from verl_autoexport.registry.store import Registry
@@ -510,7 +510,7 @@ def fuzz_config(examples: int) -> Callable[..., None]:
     @example({"rope_parameters": None, "dtype": None, "auto_map": [None]})
     def run(folder: Path, good: dict[str, Any], value: dict[str, Any]) -> None:
         (folder / "config.json").write_text(json.dumps(good | value))
-        only_errors_of_ours(lambda: naming.build_skeleton(folder, "bfloat16"))
+        only_errors_of_ours(lambda: build_skeleton(folder, "bfloat16"))
 
     return run
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from verl_autoexport.errors import PlanError
 from verl_autoexport.merge.plan import Output
-from verl_autoexport.model.conversion import trace
+from verl_autoexport.model.trace import trace
 
 Tensors = dict[str, torch.Tensor]
 

@@ -24,13 +24,14 @@ from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
 from verl_autoexport.merge.job import MergeJob, WrittenFile, one_torch_thread
 from verl_autoexport.merge.plan import MergePlan
 from verl_autoexport.model import assets
-from verl_autoexport.model import skeleton as naming
 from verl_autoexport.model.assets import Reference
 from verl_autoexport.model.base_model import base_directory
+from verl_autoexport.model.dtypes import model_dtype
 from verl_autoexport.model.lora import adapter as lora
 from verl_autoexport.model.lora import peft_config
 from verl_autoexport.model.planner import ADAPTER_FOLDER, Planned, plan_model
 from verl_autoexport.model.saved_config import settled
+from verl_autoexport.model.skeleton import architecture
 from verl_autoexport.registry.record import ExportRecord
 from verl_autoexport.registry.shared_files import Twins, find_twins, link_twin
 from verl_autoexport.registry.store import Registry, Version
@@ -210,7 +211,7 @@ def _run(
             progress.stage(VERIFYING)
             checks = _verify(spec, saved, target, planned, reference)
             source.check_unchanged()
-    architectures = (naming.architecture(planned.skeleton.config),)
+    architectures = (architecture(planned.skeleton.config),)
     return make_record(
         spec, source.kind, target, manifest, planned.plan, written, checks, timings, architectures, notes
     )
@@ -268,7 +269,7 @@ def _write_beside(
     if planned.plan.index is not None:
         (target / INDEX_NAME).write_text(json.dumps(planned.plan.index, indent=2) + "\n", encoding="utf-8")
     if options.lora != "adapter":
-        dtype = None if options.dtype == "base" else naming.model_dtype(skeleton, planned.manifest, options.dtype)
+        dtype = None if options.dtype == "base" else model_dtype(skeleton, planned.manifest, options.dtype)
         values = planned.contract.config_values
         notes += assets.write_config(skeleton, dtype, target, base, options.trust_remote_code, values)
         if base is None:

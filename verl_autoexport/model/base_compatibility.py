@@ -17,8 +17,10 @@ from typing import Any
 
 from verl_autoexport.errors import ConfigError, PlanError
 from verl_autoexport.merge.plan import SAFETENSORS_DTYPE, Output, whole
-from verl_autoexport.model import skeleton as naming
 from verl_autoexport.model.base_model import BaseModel, BaseTensor, brief, find_base, with_files
+from verl_autoexport.model.conversion import Loading, Spelling, class_outputs, reverse, spell
+from verl_autoexport.model.dtypes import OWN_DTYPES
+from verl_autoexport.model.skeleton import build_skeleton, load_config, tied_names
 from verl_autoexport.model.value_head import Head
 from verl_autoexport.shards.manifest import FLOATING, ShardManifest
 
@@ -44,7 +46,7 @@ class Contract:
     reason: str = ""
     explained: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
-    spelling: naming.Spelling = field(default_factory=naming.Spelling)
+    spelling: Spelling = field(default_factory=Spelling)
     unread: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
     differs: str = ""
@@ -124,7 +126,7 @@ def check_contract(
     if isinstance(found, Contract):
         return found
     excuses = _excuses(skeleton, head, found, trust_remote_code)
-    spelling = naming.spell(skeleton, outputs, found.tensors)
+    spelling = spell(skeleton, outputs, found.tensors)
     return compare(outputs, found, excuses, spelling, base_check=base_check, carry_unread=carry_unread)
 
 
@@ -147,12 +149,10 @@ def check_start(
         return found
     if not found.config.get("architectures"):
         return Contract(reason=f"{found.directory / 'config.json'} names no architecture; exports are compared")
-    skeleton = naming.build_skeleton(
-        found.directory, "source", trust_remote_code=trust_remote_code, external_lib=external_lib
-    )
-    outputs = naming.class_outputs(skeleton)
+    skeleton = build_skeleton(found.directory, "source", trust_remote_code=trust_remote_code, external_lib=external_lib)
+    outputs = class_outputs(skeleton)
     excuses = _excuses(skeleton, None, found, trust_remote_code, own=skeleton)
-    spelling = naming.spell(skeleton, outputs, found.tensors)
+    spelling = spell(skeleton, outputs, found.tensors)
     return compare(outputs, found, excuses, spelling, base_check=base_check, carry_unread=carry_unread)
 
 
@@ -187,7 +187,7 @@ def compare(
     outputs: Iterable[Output],
     base: BaseModel,
     excuses: Excuses,
-    spelling: naming.Spelling,
+    spelling: Spelling,
     *,
     base_check: str = "strict",
     carry_unread: bool = False,
@@ -269,7 +269,7 @@ def carry(
     for name, entry in tensors.items():
         if entry.dtype not in SAFETENSORS_DTYPE:
             raise PlanError(f"{base.directory}: {name}: its dtype {entry.dtype} is not supported; leave out {_CARRY}.")
-        cast = entry.dtype if dtype in naming.OWN_DTYPES or entry.dtype != usual else dtype
+        cast = entry.dtype if dtype in OWN_DTYPES or entry.dtype != usual else dtype
         outputs.append(Output(name, entry.shape, cast, whole(name, entry.shape)))
     return with_files(manifest, base.files, tensors), outputs
 
@@ -293,15 +293,15 @@ def _swapped(shape: tuple[int, ...]) -> tuple[int, ...] | None:
 
 def _excuses(skeleton: Any, head: Head | None, base: BaseModel, trust_remote_code: bool, own: Any = None) -> Excuses:
     """`own`: the base's skeleton by its own configuration, where it is at hand."""
-    loading, name = naming.Loading(skeleton), type(skeleton).__name__
-    tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
+    loading, name = Loading(skeleton), type(skeleton).__name__
+    tied = tied_names(skeleton)
     unsaved = set(skeleton._keys_to_ignore_on_save or ())
-    base_config = naming.load_config(base.directory, trust_remote_code, named=False)
+    base_config = load_config(base.directory, trust_remote_code, named=False)
     own_head = frozenset() if tied or not _ties(base_config) else _output_embeddings(skeleton)
 
     @cache
-    def theirs() -> naming.Loading:
-        return naming.Loading(own or _own_skeleton(skeleton, base, trust_remote_code))
+    def theirs() -> Loading:
+        return Loading(own or _own_skeleton(skeleton, base, trust_remote_code))
 
     def lacking(key: str) -> str | None:
         if loading.parameter(key) in tied:
@@ -330,9 +330,9 @@ def _excuses(skeleton: Any, head: Head | None, base: BaseModel, trust_remote_cod
 def _own_skeleton(skeleton: Any, base: BaseModel, trust_remote_code: bool) -> Any:
     """The base as its own `config.json` has it; as the trained class, where the one named there is not to be had."""
     try:
-        return naming.build_skeleton(base.directory, "source", trust_remote_code=trust_remote_code)
+        return build_skeleton(base.directory, "source", trust_remote_code=trust_remote_code)
     except PlanError:
-        return naming.build_skeleton(
+        return build_skeleton(
             base.directory, "source", trust_remote_code=trust_remote_code, architecture=type(skeleton).__name__
         )
 
@@ -349,7 +349,7 @@ def _output_embeddings(skeleton: Any) -> frozenset[str]:
     module = skeleton.get_output_embeddings()
     names = {f"{path}.weight" for path, m in skeleton.named_modules() if module is not None and m is module}
     state = skeleton.state_dict()
-    return frozenset(naming.reverse(skeleton, {k: state[k] for k in names & state.keys()}))
+    return frozenset(reverse(skeleton, {k: state[k] for k in names & state.keys()}))
 
 
 def _vocabulary(config: Any) -> int | None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from verl_autoexport.model import skeleton as naming
 from verl_autoexport.model.base_model import BaseModel
+from verl_autoexport.model.skeleton import load_config
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _NOT_THE_MODEL = frozenset({
@@ -44,12 +44,12 @@ def write_base_config(
     path = target / _CONFIG_NAME
     before = path.read_text(encoding="utf-8")
     wanted = plain(config.to_dict()) | {"architectures": [architecture]}
-    known = plain(naming.load_config(base.directory, trust_remote_code, named=False).to_dict())
+    known = plain(load_config(base.directory, trust_remote_code, named=False).to_dict())
     changed = overlay(base.config, known, wanted, _aliases(config), _is_old(base.config))
     if dtype is not None:
         set_dtype(changed, dtype)
     path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    differ = list(differences(plain(naming.load_config(target, trust_remote_code).to_dict()), wanted))
+    differ = list(differences(plain(load_config(target, trust_remote_code).to_dict()), wanted))
     if differ:
         path.write_text(before, encoding="utf-8")
         return differ[0]

@@ -1,140 +1,218 @@
-"""What each tensor on disk is made of, read off transformers' own conversion as it runs on meta tensors.
+"""Names in memory → names on disk, by transformers' own rules on a skeleton.
 
-Views keep the storage, strides and offset of what they were taken from, on the meta device
-too. So the conversion runs once, without data, and its results tell which box of which
-source tensor they are. Copies are made aliases meanwhile, and joins are remembered.
+`save_pretrained` writes what `revert_weight_conversion` makes of the state dict
+(transformers 5: packed experts are unpacked, prefixes renamed back). Here the same
+function runs on meta tensors, so that the names are known before a byte is read.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from verl_autoexport.errors import PlanError
-from verl_autoexport.merge.plan import Output, Piece, whole
+from verl_autoexport.merge.plan import Output, whole
+from verl_autoexport.model.dtypes import DtypeRule
+from verl_autoexport.model.skeleton import tied_names
+from verl_autoexport.model.trace import trace
+from verl_autoexport.shards.manifest import FLOATING, ShardManifest
 
-Tensors = Mapping[str, torch.Tensor]
-_aten = torch.ops.aten
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def trace(convert: Callable[[Tensors], Tensors], sources: Tensors) -> list[Output]:
-    """Run `convert` on `sources` (contiguous meta tensors by name) and describe the pieces of its results.
+def name_outputs(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str) -> list[Output]:
+    """What is written, in the order of `save_pretrained`; raises PlanError unless the model is whole.
 
-    Raises PlanError where a result is more than a rearrangement of its sources' values.
+    Tied aliases are dropped (equality of values is the planner's to check: see
+    `tied_aliases`), `dtype` is applied to floating tensors only, and what transformers
+    keeps in float32 for that dtype stays float32.
     """
-    ops = _Ops()
-    with ops, torch.no_grad():
-        made = convert(sources)
-    known = {_storage(t): fqn for fqn, t in sources.items()}
-    outputs = []
-    for name, tensor in made.items():
-        try:
-            pieces = _pieces(tensor, known, sources, ops)
-        except _Unknown as e:
-            raise PlanError(
-                f"{name}: transformers makes it on the way to disk in a way that cannot be followed ({e}); nothing is "
-                "written, since it could be wrong."
-            ) from e
-        for piece in pieces:
-            if (held := sources[piece.fqn].dtype) != tensor.dtype:
-                raise PlanError(f"{name}: {tensor.dtype} on disk, but made of {piece.fqn} in {held}; not supported.")
-        outputs.append(Output(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), pieces))
+    kept = _check_complete(skeleton, manifest)
+    dropped = tied_aliases(skeleton, manifest).keys() | set(skeleton._keys_to_ignore_on_save or ())
+    rule = DtypeRule(skeleton, dtype)
+    metas = {}
+    for fqn in (k for k in kept if k not in dropped):
+        entry = manifest.tensors[fqn]
+        target = getattr(torch, rule(fqn, entry.value_dtype))
+        metas[fqn] = torch.empty(entry.shape, dtype=target, device="meta")
+    outputs = trace(partial(reverse, skeleton), metas)
+    if lost := sorted(metas.keys() - {piece.fqn for output in outputs for piece in output.pieces}):
+        raise PlanError(
+            f"{type(skeleton).__name__}: transformers writes nothing of {_brief(lost)} on the way to disk; "
+            "an export would lack what was trained."
+        )
     return outputs
 
 
-class _Unknown(Exception):
-    pass
+def class_outputs(skeleton: PreTrainedModel) -> list[Output]:
+    """What a saved model of this class holds, tied aliases and ignored keys left out, in the skeleton's dtypes."""
+    ignored = tied_names(skeleton).keys() | set(skeleton._keys_to_ignore_on_save or ())
+    state = {k: v for k, v in skeleton.state_dict().items() if k not in ignored}
+    metas = {k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in state.items()}
+    return trace(partial(reverse, skeleton), metas)
+
+
+def tied_aliases(skeleton: PreTrainedModel, manifest: ShardManifest) -> dict[str, str]:
+    """{alias: name it is tied to} of the aliases that the shards hold too; only the latter is written."""
+    tied = tied_names(skeleton)
+    return {a: b for a, b in tied.items() if a in manifest.tensors and b in manifest.tensors}
+
+
+def _check_complete(skeleton: PreTrainedModel, manifest: ShardManifest) -> list[str]:
+    name = type(skeleton).__name__
+    state = skeleton.state_dict()
+    expected = {k: tuple(v.shape) for k, v in state.items()}
+    tied = tied_names(skeleton)
+    missing = [k for k in expected if k not in manifest.tensors and tied.get(k) not in manifest.tensors]
+    unexpected = [k for k in manifest.tensors if k not in expected]
+    wrong = [
+        f"{k}: {name} has {list(expected[k])}, the shards have {list(t.shape)}"
+        for k, t in manifest.tensors.items()
+        if k in expected and tuple(t.shape) != expected[k]
+    ]
+    wrong += [
+        f"{k}: {name} has {str(state[k].dtype).removeprefix('torch.')}, the shards have {t.value_dtype}"
+        for k, t in manifest.tensors.items()
+        if k in expected and state[k].is_floating_point() != (t.value_dtype in FLOATING)
+    ]
+    if missing or unexpected or wrong:
+        raise PlanError(
+            f"the shards are not a complete {name}: missing {_brief(missing)}; unexpected {_brief(unexpected)}; "
+            f"wrong shape or kind {_brief(wrong)}. {_advice(skeleton, manifest, missing, expected)}"
+        )
+    return [k for k in expected if k in manifest.tensors]
+
+
+def _advice(
+    skeleton: PreTrainedModel, manifest: ShardManifest, missing: list[str], expected: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Which key of `config.json` contradicts the shards, as far as they tell."""
+    config, said = skeleton.config.get_text_config(), []
+    head = skeleton.get_output_embeddings()
+    heads = [f"{path}.weight" for path, module in skeleton.named_modules() if head is not None and module is head]
+    if missing and set(missing) <= set(heads):
+        said.append("tie_word_embeddings is false, and they hold no output embeddings: was it trained tied?")
+    rows = {(expected[k][:1], tuple(t.shape)[:1]) for k, t in manifest.tensors.items() if k in expected}
+    for key in ("vocab_size", "num_labels"):
+        size = getattr(config if key == "vocab_size" else skeleton.config, key, None)
+        if found := sorted({theirs[0] for ours, theirs in rows if ours == (size,) and theirs and theirs != ours}):
+            said.append(f"{key} is {size}, they hold {found[0]} rows")
+    return f"In config.json {'; '.join(said)}." if said else "Is config.json that of the trained model?"
+
+
+def reverse(skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' own way back from in-memory tensors to those on disk; raises PlanError if it cannot."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        return revert_weight_conversion(skeleton, dict(tensors))
+    except Exception as e:
+        raise PlanError(
+            f"{type(skeleton).__name__}: transformers cannot convert {_brief(tensors)} back to names on disk: {e}"
+        ) from e
+
+
+class Loading:
+    """Where `from_pretrained` puts what it finds in files, by its name there; nothing is loaded.
+
+    The names in files may lack the base model's prefix or have one too many, and be those of
+    an older class: transformers renames them, and so it is asked here.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+
+        mapping = get_model_conversion_mapping(skeleton)
+        self.converters = [t for t in mapping if isinstance(t, WeightConverter)]
+        self.renamings = [t for t in mapping if not isinstance(t, WeightConverter)]
+        self.state = skeleton.state_dict()
+        self.prefix = skeleton.base_model_prefix
+        self.rename = rename_source_key
+
+    def place(self, name: str) -> tuple[str, str | None]:
+        """The in-memory name, and the pattern of the conversion that the tensor is a part of, if any."""
+        found = self.rename(name, self.renamings, self.converters, self.prefix, self.state)
+        if found[0] not in self.state and name in self.state:
+            found = self.rename(name, [], [], self.prefix, self.state)
+        return found
+
+    def parameter(self, name: str) -> str | None:
+        """The in-memory tensor that it becomes, or becomes a part of; None where the class reads no such tensor."""
+        found = self.place(name)[0]
+        return found if found in self.state else None
+
+    def unexpected(self, name: str) -> set[str]:
+        """What transformers calls it in its report, if the class does not read it."""
+        found, pattern = self.place(name)
+        converter = next((c for c in self.converters if pattern in c.source_patterns), None)
+        targets = converter.target_patterns if converter else ()
+        return {found, *(found.replace(targets[0], target) for target in targets)}
 
 
 @dataclass(frozen=True)
-class _Join:
-    result: torch.Tensor
-    parts: tuple[torch.Tensor, ...]
-    dim: int
+class Spelling:
+    """How other files name what a class writes: nothing else than transformers loads as the same tensors.
+
+    `names`: ours → theirs. `whole`: in-memory names of tensors that they hold as they are in
+    memory, where transformers would write parts of them or several in one → theirs; `shapes` are those.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def apply(self, outputs: Iterable[Output]) -> list[Output]:
+        """`outputs` as those files hold them."""
+        made: dict[str, Output] = {}
+        for output in outputs:
+            parts = [p for p in output.pieces if p.fqn in self.whole]
+            made |= {} if parts else {output.name: replace(output, name=self.names.get(output.name, output.name))}
+            for fqn in (p.fqn for p in parts if self.whole[p.fqn] not in made):
+                shape = self.shapes[fqn]
+                made[self.whole[fqn]] = Output(self.whole[fqn], shape, output.dtype, whole(fqn, shape))
+        return list(made.values())
 
 
-class _Ops(TorchDispatchMode):
-    """Makes copies aliases, and remembers by their storage what was concatenated and what was written to in place."""
+def spell(skeleton: PreTrainedModel, outputs: Sequence[Output], theirs: Collection[str]) -> Spelling:
+    """How files with the names `theirs` spell what is not among them of `outputs`."""
+    ours = {o.name: o for o in outputs if o.name not in theirs}
+    only_theirs = set(theirs) - {o.name for o in outputs}
+    if not ours or not only_theirs:
+        return Spelling()
+    loading, tied = Loading(skeleton), tied_names(skeleton)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.joins: dict[int, _Join] = {}
-        self.written: dict[int, torch.Tensor] = {}  # kept, so that no other storage gets the same id
+    def placed(names: Iterable[str]) -> dict[tuple[str, str | None], list[str]]:
+        places = defaultdict(list)
+        for name in sorted(names, key=_natural):  # the order in which transformers stacks the parts of a tensor
+            places[loading.place(name)].append(name)
+        return {place: found for place, found in places.items() if place[0] in loading.state}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is _aten.clone.default:
-            return _aten.alias.default(args[0])
-        if func is _aten.stack.default:
-            dim = args[1] if len(args) > 1 else 0
-            args = ([t.unsqueeze(dim) for t in args[0]], dim)
-            func = _aten.cat.default
-        result = func(*args, **(kwargs or {}))
-        if func._schema.is_mutable:
-            self.written |= {_storage(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        if func is _aten.cat.default:
-            dim = args[1] if len(args) > 1 else 0
-            self.joins[_storage(result)] = _Join(result, tuple(args[0]), dim % result.ndim)
-        return result
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _pieces(tensor: torch.Tensor, known: Mapping[int, str], sources: Tensors, ops: _Ops) -> tuple[Piece, ...]:
-    key = _storage(tensor)
-    if key in ops.written or tensor.is_neg() or tensor.is_conj():
-        raise _Unknown("values are changed in place")
-    if key in known:
-        return _view(tensor, known[key], sources[known[key]])
-    if key not in ops.joins:
-        raise _Unknown("new values are computed")
-    join = ops.joins[key]
-    if (tensor.shape, tensor.stride()) != (join.result.shape, join.result.stride()):
-        raise _Unknown("tensors are joined and split again")
-    found, position = [], 0
-    for part in join.parts:
-        for piece in _pieces(part, known, sources, ops):
-            if piece.dims is None:
-                raise _Unknown("reshaped tensors are joined")
-            at = list(piece.at)
-            at[join.dim] += position
-            found.append(replace(piece, at=tuple(at)))
-        position += part.shape[join.dim]
-    return tuple(found)
+    other, spelled = placed(only_theirs), {}
+    for (parameter, pattern), names in placed(ours).items():
+        same = [parameter, *(alias for alias, target in tied.items() if target == parameter)]
+        found = next((other[name, pattern] for name in same if (name, pattern) in other), [])
+        if len(found) == len(names):
+            spelled |= zip(names, found, strict=True)
+    made = [{p.fqn for p in output.pieces} for output in outputs]
+    written = frozenset().union(*made)
+    held = {place[0]: found[0] for place, found in other.items() if place[1] is None and len(found) == 1}
+    held = {fqn: name for fqn, name in held.items() if fqn in written and name not in spelled.values()}
+    while torn := {fqn for fqns in made if not fqns <= held.keys() for fqn in fqns & held.keys()}:
+        held = {fqn: name for fqn, name in held.items() if fqn not in torn}
+    return Spelling(spelled, held, {fqn: tuple(loading.state[fqn].shape) for fqn in held})
 
 
-def _view(tensor: torch.Tensor, fqn: str, source: torch.Tensor) -> tuple[Piece]:
-    shape = tuple(source.shape)
-    if tensor.shape == source.shape and tensor.stride() == source.stride():
-        return whole(fqn, shape)
-    zeros = (0,) * len(shape)
-    if tensor.is_contiguous() and tensor.numel() == source.numel():
-        return (Piece(fqn, zeros, shape, None, (0,) * tensor.ndim),)
-    start = _unravel(tensor.storage_offset(), shape)
-    extent, dims = [1] * len(shape), []
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        dim = None
-        if size != 1:
-            fitting = (d for d, n in enumerate(shape) if n > 1 and source.stride(d) == stride and d not in dims)
-            dim = next(fitting, None)
-            if dim is None or start[dim] + size > shape[dim]:
-                raise _Unknown(f"a view of {fqn} that is no box of it")
-            extent[dim] = size
-        dims.append(dim)
-    return (Piece(fqn, start, tuple(extent), tuple(dims), (0,) * tensor.ndim),)
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _unravel(offset: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    index = []
-    for dim in range(len(shape)):
-        inner = math.prod(shape[dim + 1 :])
-        index.append(offset // inner if inner else 0)
-        offset %= inner or 1
-    return tuple(index)
+def _brief(names: Iterable[str]) -> str:
+    names = list(names)
+    return "none" if not names else ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")

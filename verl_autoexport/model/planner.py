@@ -11,10 +11,12 @@ from verl_autoexport.config.schema import ExportOptions
 from verl_autoexport.errors import PlanError
 from verl_autoexport.merge.plan import MergePlan, Output, make_plan, one_file_plan
 from verl_autoexport.merge.reader import equal_values
-from verl_autoexport.model import skeleton as naming
 from verl_autoexport.model.base_compatibility import Contract, apply_base, carry, check_contract
+from verl_autoexport.model.conversion import name_outputs, tied_aliases
+from verl_autoexport.model.dtypes import OWN_DTYPES, DtypeRule
 from verl_autoexport.model.lora import adapter as lora
 from verl_autoexport.model.lora.fusion import Fusion
+from verl_autoexport.model.skeleton import build_skeleton, tied_names
 from verl_autoexport.model.value_head import Head, find_head
 from verl_autoexport.shards.checksums import Run, Sums
 from verl_autoexport.shards.manifest import ShardManifest, diverged
@@ -65,7 +67,7 @@ def plan_model(
             skeleton, manifest, plan, Contract(reason="an adapter holds none of the base's tensors"), adapter
         )
     if adapter is None:
-        held, outputs, fusions = manifest, naming.name_outputs(skeleton, manifest, options.dtype), {}
+        held, outputs, fusions = manifest, name_outputs(skeleton, manifest, options.dtype), {}
     else:
         held, outputs = lora.model_outputs(adapter, manifest, skeleton, options.dtype, options.base_model)
         held, fusions = lora.with_adapter(held, manifest, adapter), adapter.fusions
@@ -104,16 +106,16 @@ def _unchanging(
 
 def capture_dtypes(options: ExportOptions, planned: Planned) -> dict[str, str]:
     """{fqn: dtype} that a copy of the source tensors may have already; none where the merge needs their own."""
-    if planned.adapter is not None or options.dtype in naming.OWN_DTYPES:
+    if planned.adapter is not None or options.dtype in OWN_DTYPES:
         return {}
-    rule = naming.DtypeRule(planned.skeleton, options.dtype)
+    rule = DtypeRule(planned.skeleton, options.dtype)
     carried = planned.contract.carried
     return {fqn: rule(fqn, t.dtype) for fqn, t in planned.manifest.tensors.items() if fqn not in carried}
 
 
-def tied_names(planned: Planned) -> dict[str, str]:
+def tied_shards(planned: Planned) -> dict[str, str]:
     """{alias: name it is tied to} of the model, as the shards name them where they hold both."""
-    tied = getattr(planned.skeleton, "all_tied_weights_keys", None) or {}
+    tied = tied_names(planned.skeleton)
     if planned.adapter is None:
         return dict(tied)
     base = planned.adapter.base
@@ -123,15 +125,15 @@ def tied_names(planned: Planned) -> dict[str, str]:
 def _skeleton(options: ExportOptions, saved: Path, manifest: ShardManifest) -> tuple[Any, Head | None]:
     """The model of the shards: that of `config.json`, or the value model that was made of it."""
     how: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "external_lib": options.external_lib}
-    skeleton = naming.build_skeleton(saved, options.dtype, **how)
+    skeleton = build_skeleton(saved, options.dtype, **how)
     head = find_head(skeleton, saved, lora.plain_shapes(manifest), options.trust_remote_code)
     if head is not None:
         how |= {"architecture": head.architecture, "num_labels": head.num_labels}
-        skeleton = naming.build_skeleton(saved, options.dtype, **how)
+        skeleton = build_skeleton(saved, options.dtype, **how)
     return skeleton, head
 
 
 def _check_tied(skeleton: Any, manifest: ShardManifest, sums: Sums) -> None:
-    for alias, name in naming.tied_aliases(skeleton, manifest).items():
+    for alias, name in tied_aliases(skeleton, manifest).items():
         if not equal_values(manifest, alias, name, sums):
             raise PlanError(diverged(alias, name))

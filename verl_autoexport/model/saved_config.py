@@ -17,9 +17,9 @@ from typing import Any
 from verl_autoexport.config.schema import ExportOptions
 from verl_autoexport.errors import PlanError, SourceError
 from verl_autoexport.model import custom_code
-from verl_autoexport.model import skeleton as naming
 from verl_autoexport.model.asset_facts import WEIGHTS
 from verl_autoexport.model.base_model import base_directory
+from verl_autoexport.model.skeleton import first_architecture, load_config, model_class
 from verl_autoexport.shards.manifest import FLOATING, ShardManifest
 from verl_autoexport.system.untrusted import read_json
 
@@ -120,10 +120,10 @@ def _with_architecture(config: dict[str, Any], saved: Path, notes: list[str]) ->
     if config.get("auto_map") or not _known_to_transformers(config):
         return config
     try:
-        right = naming.model_class(naming.load_config(saved), saved).__name__
+        right = model_class(load_config(saved), saved).__name__
     except PlanError:  # whoever plans says so
         return config
-    said = naming.first_architecture(config["architectures"])
+    said = first_architecture(config["architectures"])
     if right == said:
         return config
     notes.append(f"architectures is {right} instead of {said}: model_type is {config['model_type']!r}")
@@ -134,5 +134,5 @@ def _known_to_transformers(config: Mapping[str, Any]) -> bool:
     import transformers
 
     names = config.get("architectures")
-    first = naming.first_architecture(names) if isinstance(names, list) and names else ""
+    first = first_architecture(names) if isinstance(names, list) and names else ""
     return first[:1].isupper() and hasattr(transformers, first)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl_autoexport.errors import PlanError
-from verl_autoexport.model import skeleton as naming
 from verl_autoexport.model.base_model import brief
+from verl_autoexport.model.conversion import reverse
+from verl_autoexport.model.skeleton import architecture, build_skeleton
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,7 +56,7 @@ def find_head(
         )
     fitting = {}
     for name in _candidates(named.config):
-        skeleton = naming.build_skeleton(directory, "source", trust_remote_code=trust_remote_code, architecture=name)
+        skeleton = build_skeleton(directory, "source", trust_remote_code=trust_remote_code, architecture=name)
         head = _head(skeleton, expected, shapes)
         if head is not None and head.added == surplus:
             fitting[name] = head
@@ -73,7 +74,7 @@ def find_head(
         )
     head = next(iter(fitting.values()))
     state = named.state_dict()
-    return replace(head, removed=frozenset(naming.reverse(named, {k: state[k] for k in head.removed})))
+    return replace(head, removed=frozenset(reverse(named, {k: state[k] for k in head.removed})))
 
 
 def _head(skeleton: Any, expected: Any, shapes: Mapping[str, tuple[int, ...]]) -> Head | None:
@@ -96,5 +97,5 @@ def _candidates(config: PretrainedConfig) -> Iterator[str]:
             continue
         for cls in found if isinstance(found, tuple) else (found,):
             name = cls.rpartition(".")[2] if isinstance(cls, str) else cls.__name__
-            if name != naming.architecture(config):
+            if name != architecture(config):
                 yield name

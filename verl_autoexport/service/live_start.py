@@ -8,7 +8,7 @@ from typing import Any
 
 from verl_autoexport.config.schema import AutoExportConfig, ExportOptions
 from verl_autoexport.model.assets import model_files
-from verl_autoexport.model.planner import capture_dtypes, plan_model, tied_names
+from verl_autoexport.model.planner import capture_dtypes, plan_model, tied_shards
 from verl_autoexport.service.export_request import RunInfo
 from verl_autoexport.sources.live.coordinator import LiveSource, split_otherwise
 
@@ -26,7 +26,7 @@ def start_live(workers: Sequence[Any], settings: AutoExportConfig, info: RunInfo
     groups: dict[str, int] = {}
     for number, file in enumerate(planned.plan.files):  # so that a merge task pulls no blocks of another file
         groups |= dict.fromkeys(file.sources - groups.keys() - set(planned.contract.carried), number)
-    tied = tied_names(planned)
+    tied = tied_shards(planned)
     for alias in split_otherwise(source.layouts, tied):  # the export then compares them
         groups[alias] = groups[tied[alias]]
     source.prepare(capture_dtypes(options, planned), groups, settings.queue.device_clone, tied)

@@ -10,11 +10,12 @@ from typing import Any
 
 from verl_autoexport.errors import AutoExportError, VerifyError
 from verl_autoexport.merge.plan import SAFETENSORS_DTYPE
-from verl_autoexport.model import skeleton as naming
 from verl_autoexport.model.base_model import base_directory
+from verl_autoexport.model.conversion import class_outputs, spell
 from verl_autoexport.model.lora.adapter import WEIGHTS_NAME
 from verl_autoexport.model.lora.peft_config import CONFIG_NAME, read_settings
 from verl_autoexport.model.planner import ADAPTER_FOLDER
+from verl_autoexport.model.skeleton import build_skeleton
 from verl_autoexport.registry.record import ExportRecord, read_record
 from verl_autoexport.shards.manifest import ITEMSIZE
 from verl_autoexport.shards.safetensors_files import INDEX_NAME
@@ -134,14 +135,14 @@ def _structure(
         found |= {name: (entry["dtype"], tuple(entry["shape"]), file.name) for name, entry in header.items()}
     if len(files) > 1:
         _check_index(directory, found)
-    skeleton = naming.build_skeleton(
+    skeleton = build_skeleton(
         directory,
         record.dtype if record and record.dtype in ITEMSIZE else "source",
         trust_remote_code=trust_remote_code,
     )
     carried = _listed(record, "carried")
-    outputs = naming.class_outputs(skeleton)
-    spelling = naming.spell(skeleton, outputs, found.keys() - set(carried))
+    outputs = class_outputs(skeleton)
+    spelling = spell(skeleton, outputs, found.keys() - set(carried))
     expected: dict[str, Any] = {o.name: o.shape for o in spelling.apply(outputs)}
     for name in _listed(record, "transposed"):
         if name in expected:

@@ -20,10 +20,12 @@ import torch
 from verl_autoexport.errors import MergeError, PlanError
 from verl_autoexport.merge.job import WrittenFile
 from verl_autoexport.merge.plan import Output, PlannedFile, plan_one, whole
-from verl_autoexport.model import skeleton as naming
 from verl_autoexport.model.base_model import base_directory, with_files
+from verl_autoexport.model.conversion import name_outputs, spell
+from verl_autoexport.model.dtypes import OWN_DTYPES, DtypeRule, in_dtype
 from verl_autoexport.model.lora import peft_config
 from verl_autoexport.model.lora.fusion import Fusion
+from verl_autoexport.model.skeleton import tied_names
 from verl_autoexport.shards.manifest import FLOATING, ShardManifest, TensorEntry
 from verl_autoexport.shards.safetensors_files import model_files
 
@@ -229,7 +231,7 @@ def model_outputs(
     if adapter.base:
         tensors = {name: replace(manifest.tensors[fqn], fqn=name) for name, fqn in adapter.base.items()}
         held = replace(manifest, tensors=tensors)
-        outputs = naming.name_outputs(skeleton, held, dtype)
+        outputs = name_outputs(skeleton, held, dtype)
     else:
         held, outputs = _from_base(adapter, manifest, skeleton, dtype, base_model)
     written = {p.fqn for o in outputs for p in o.pieces}
@@ -253,7 +255,7 @@ def with_adapter(held: ShardManifest, manifest: ShardManifest, adapter: Adapter)
 
 
 def _tied_with(skeleton: torch.nn.Module, name: str) -> list[str]:
-    tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
+    tied = tied_names(skeleton)
     return sorted({tied[name]} if name in tied else {alias for alias, target in tied.items() if target == name})
 
 
@@ -268,8 +270,8 @@ def _from_base(
             f"directory with safetensors files (`--base-model DIR`); found {base_model!r}."
         )
     disk = model_files(directory)
-    tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
-    loaded = naming.DtypeRule(naming.in_dtype(skeleton, adapter.dtype), adapter.dtype)
+    tied = tied_names(skeleton)
+    loaded = DtypeRule(in_dtype(skeleton, adapter.dtype), adapter.dtype)
     wanted = {
         name: TensorEntry(name, loaded(name, str(t.dtype).removeprefix("torch.")), tuple(t.shape), ())
         for name, t in skeleton.state_dict().items()
@@ -277,8 +279,8 @@ def _from_base(
     }
     tensors: dict[str, TensorEntry] = {}
     outputs = []
-    named = naming.name_outputs(skeleton, replace(disk, tensors=wanted), dtype)
-    for output in naming.spell(skeleton, named, disk.tensors).apply(named):
+    named = name_outputs(skeleton, replace(disk, tensors=wanted), dtype)
+    for output in spell(skeleton, named, disk.tensors).apply(named):
         sources = {p.fqn for p in output.pieces}
         entry = _of_base(disk, output, directory)
         straight = output.pieces == whole(output.pieces[0].fqn, output.shape)
@@ -314,7 +316,7 @@ def plan_adapter(adapter: Adapter, manifest: ShardManifest, dtype: str, folder: 
     outputs = []
     for name, fqn in sorted(adapter.tensors.items()):
         entry = manifest.tensors[fqn]
-        cast = entry.dtype if dtype in naming.OWN_DTYPES or entry.dtype not in FLOATING else dtype
+        cast = entry.dtype if dtype in OWN_DTYPES or entry.dtype not in FLOATING else dtype
         outputs.append(Output(name, entry.shape, cast, whole(fqn, entry.shape)))
     return plan_one(manifest, outputs, f"{folder}{WEIGHTS_NAME}")
 
