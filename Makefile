@@ -6,7 +6,8 @@ READER := .venv-reader
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.stamp
 # What must be equal with every transformers that is allowed.
-FIDELITY := contract layout export families base critic lora bad_input cross_check remote_code assets contradictions
+FIDELITY := unit/test_conversion.py upstream/test_contract.py upstream/test_families.py adversarial/test_bad_input.py \
+    $(patsubst %,integration/test_%.py,export base_model critic lora against_shards remote_code assets contradictions)
 DEMO := demo_out
 
 .DEFAULT_GOAL := help
@@ -42,12 +43,12 @@ test: $(STAMP)  ## what CI runs
 
 test-full: $(STAMP) $(OLDEST)/.stamp $(READER)/.stamp  ## the long proofs too, with the oldest transformers, read by 4.57
 	$(BIN)/python -m pytest
-	$(OLDEST)/bin/python -m pytest $(FIDELITY:%=tests/test_%.py)
+	$(OLDEST)/bin/python -m pytest $(addprefix tests/,$(FIDELITY))
 
 bench: $(STAMP)  ## table of benchmarks
-	$(BIN)/python tests/benchmarks/bench_export.py
-	$(BIN)/python tests/benchmarks/bench_plan.py
-	$(BIN)/python tests/benchmarks/bench_registry.py
+	$(BIN)/python -m tests.benchmarks.bench_export
+	$(BIN)/python -m tests.benchmarks.bench_plan
+	$(BIN)/python -m tests.benchmarks.bench_registry
 
 demo: $(STAMP)  ## train a tiny model with real GRPO on the CPU, list its versions, ask the best one
 	rm -rf $(DEMO)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import ray
-from sharding import QWEN2, QWEN3_MOE, make_checkpoint, make_checkpoints
 
+from tests.support.sharding import QWEN2, QWEN3_MOE, make_checkpoint, make_checkpoints
 from verl_autoexport.registry.store import Registry
 
 STEP = 7

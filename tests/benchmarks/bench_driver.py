@@ -1,6 +1,6 @@
 """What a training step pays on the driver: nothing fires, and a milestone fires.
 
-`python tests/benchmarks/bench_driver.py`: a real Ray, export actor, output directory and
+`python -m tests.benchmarks.bench_driver`: a real Ray, export actor, output directory and
 FSDP2 checkpoint; only the trainer that would call the driver is missing.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,9 +15,7 @@ from pathlib import Path
 
 import ray
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from sharding import QWEN2, make_checkpoint
-
+from tests.support.sharding import QWEN2, make_checkpoint
 from verl_autoexport.config.reading import load_config
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo

@@ -1,6 +1,6 @@
 """Exports side by side with verl's merger, torch's consolidation, `cp` and the disk itself.
 
-`python tests/benchmarks/bench_export.py [--case N …] [--repeat 3] [--where DIR]` prints one row a
+`python -m tests.benchmarks.bench_export [--case N …] [--repeat 3] [--where DIR]` prints one row a
 case, each differing in one thing from the second. What is compared in a row runs in turns, so that other
 work on the machine shifts all of it alike; medians. Figures in GB/s are of output. All but
 the whole processes run twice in a row, and the second time counts: a virtual machine's host may have
@@ -113,7 +113,7 @@ def _child(what: str, *args: str) -> float | str:
     import torch
 
     if what in ("make", "make_dcp"):
-        from large import write_dcp, write_verl
+        from tests.benchmarks.large import write_dcp, write_verl
 
         write = write_verl if what == "make" else write_dcp
         write(Path(args[0]), args[1], int(args[2]), int(args[3]), getattr(torch, args[4]))
@@ -176,7 +176,7 @@ def _consolidate(source: Path, out: Path) -> float:
 
 
 def _python(*args: object) -> str:
-    command = [sys.executable, __file__, "--child", *map(str, args)]
+    command = [sys.executable, "-m", "tests.benchmarks.bench_export", "--child", *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")

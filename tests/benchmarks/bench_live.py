@@ -1,6 +1,6 @@
 """What a live milestone costs training: stall, slow-down beside the copy and beside the merge, host memory.
 
-`python tests/benchmarks/bench_live.py` from the root of the repository, on a machine with one
+`python -m tests.benchmarks.bench_live` from the root of the repository, on a machine with one
 GPU and torch, transformers, safetensors and numpy; needs no ray and no verl. A Qwen2 of 3.4 B
 fp32 parameters is sharded by FSDP2 over the one GPU and compared with torch's own ways to
 save. Prints one Markdown table; times are medians of `--repeat`. `--layers 2 --hidden 64
@@ -30,12 +30,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.support.repository import environment
 from verl_autoexport.merge.job import MergeJob
 from verl_autoexport.merge.plan import Output, make_plan, whole
 from verl_autoexport.sources.live.copier import Copier, make_manifest
 
-ROOT = Path(__file__).parents[2]
 CHUNK = 64 << 20
 SHARD = 5 * 10**9  # bytes of an exported file, as `weights.max_shard_size` has it
 GPU = torch.cuda.is_available()
@@ -289,7 +288,7 @@ def _start(job: MergeJob, path: Path) -> subprocess.Popen[bytes]:
     """A process of its own, as each merge task is; one thread for each CPU that Ray gives it."""
     path.write_bytes(pickle.dumps(job))
     code = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb')).run()"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    env = environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     return subprocess.Popen([sys.executable, "-c", code, str(path)], env=env)
 
 

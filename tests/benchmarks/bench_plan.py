@@ -1,6 +1,6 @@
 """What a plan costs as models and world sizes grow, from synthetic metadata: no file is read or written.
 
-`python tests/benchmarks/bench_plan.py` plans mixtures of experts of up to 671 B parameters on
+`python -m tests.benchmarks.bench_plan` plans mixtures of experts of up to 671 B parameters on
 up to 1,024 ranks, laid out evenly, and one layout in which every piece stands for itself.
 """
 

@@ -1,6 +1,6 @@
 """What a long life costs: many versions, a long journal, many requests.
 
-`python tests/benchmarks/bench_registry.py [VERSIONS [LINES]]`: real files on the disk of the temporary directory, small
+`python -m tests.benchmarks.bench_registry [VERSIONS [LINES]]`: real files on the disk of the temporary directory, small
 ones. What training waits for is `decide`, a look for requests, and how long the lock is held.
 """
 

@@ -1,8 +1,9 @@
 """Short exports that are killed with SIGKILL at chosen system calls, and a reader that looks all along.
 
-`chaos.py zygote ROOT SOURCE` has imported everything and forks one process for each line on stdin: a training
-run that saves, pins and exports a few steps with the package's own pins, lease, export actor and registry, with
-merges in processes of their own. `chaos.py reader ROOT` checks the hashes of whatever it can see, until stdin ends.
+`python -m tests.support.chaos zygote ROOT SOURCE` has imported everything and forks one process for each line on
+stdin: a training run that saves, holds and exports a few steps with the package's own holds, lease, export actor and
+registry, with merges in processes of their own. `… reader ROOT` checks the hashes of whatever it can see, until stdin
+ends.
 """
 
 from __future__ import annotations

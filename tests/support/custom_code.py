@@ -1,6 +1,6 @@
 """A model with code of its own, and what verl's checkpoint manager and a live run save of it. Real FSDP, one rank.
 
-`python tests/support/custom_code.py BASE OUT fsdp|fsdp2` saves twice: the first save changes
+`python -m tests.support.custom_code BASE OUT fsdp|fsdp2` saves twice: the first save changes
 the configuration in memory. `OUT/global_step_2` is the second checkpoint, `OUT/live` the live run's.
 """
 

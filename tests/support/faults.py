@@ -1,7 +1,8 @@
 """One export in which one change to the disk fails, for each line on stdin, in a process forked from a warm one.
 
-`LD_PRELOAD=faults.so faults.py FOLDER SOURCE`. The parent has a run with one version and one more saved step as a
-template; each child takes a copy, arms the fault, exports that step, disarms it, and tells what it found.
+`LD_PRELOAD=faults.so python -m tests.support.faults FOLDER SOURCE`. The parent has a run with one version and one more
+saved step as a template; each child takes a copy, arms the fault, exports that step, disarms it, and tells what it
+found.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-import chaos
-
+from tests.support import chaos
 from verl_autoexport.errors import AutoExportError
 from verl_autoexport.registry.store import Registry
 

@@ -1,6 +1,6 @@
 """A node whose memory a merge task uses up, beside an actor that stands for training.
 
-`memory.py FOLDER`, with Ray's threshold in the environment, prints what became of both as JSON.
+`python -m tests.support.memory FOLDER`, with Ray's threshold in the environment, prints what became of both as JSON.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sharding import build
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+
+from tests.support.sharding import build
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 END, START, STOP = SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -18,9 +18,10 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
+from tests.support.repository import ROOT, environment
+
 TRAIN = ROOT / "examples" / "cpu_grpo" / "train.sh"
-CHAIN = "autoexport.chain_callback=archive_callback.Archive"
+CHAIN = "autoexport.chain_callback=tests.support.archive_callback.Archive"
 METRIC = "val-core/tiny/acc/mean@1"
 TIMEOUT_S = 400
 
@@ -56,14 +57,13 @@ class Run:
         `when`: what to do once, with the number of the launching process, when an expression is printed.
         `raise_at` and `break_at` are steps at which the user's own callback fails, or takes the exports away.
         """
-        env = os.environ | {
-            "PYTHON": sys.executable,
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))),
-            "ARCHIVE_DIR": str(self.out / "archive"),
-            "ARCHIVE_RAISE_AT": str(raise_at),
-            "ARCHIVE_BREAK_AT": str(break_at),
-            "ARCHIVE_BREAK": str(self.exports),
-        }
+        env = environment(
+            PYTHON=sys.executable,
+            ARCHIVE_DIR=str(self.out / "archive"),
+            ARCHIVE_RAISE_AT=str(raise_at),
+            ARCHIVE_BREAK_AT=str(break_at),
+            ARCHIVE_BREAK=str(self.exports),
+        )
         command = ["bash", str(TRAIN), str(self.out), "+autoexport=default", *overrides]
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         watchdog = time.monotonic() + TIMEOUT_S

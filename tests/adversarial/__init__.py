@@ -1,0 +1,1 @@
+"""Damage, hostile content, kills, faults, hangs and slips."""

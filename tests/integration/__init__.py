@@ -1,0 +1,1 @@
+"""Parts together: exports of real checkpoints, copies of live models, Ray actors, nodes, the command line."""

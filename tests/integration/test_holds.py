@@ -1,0 +1,192 @@
+"""What becomes of the hold on a chosen step when its export fails, or when the run directory is moved meanwhile."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.chaos import request_for
+from verl_autoexport.config.reading import load_config
+from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
+from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.registry.store import Registry
+from verl_autoexport.service.actor import ExportActor
+from verl_autoexport.sources.fsdp import holds
+from verl_autoexport.sources.fsdp.discovery import earlier_fingerprint
+
+STEP = 2
+
+
+@pytest.fixture
+def run(source, tmp_path) -> Callable[[], Path]:
+    """A run directory in which a step is chosen, and verl has rotated its checkpoint away."""
+    root = tmp_path / "run"
+    checkpoint = Path(shutil.copytree(source, root / f"global_step_{STEP}"))
+    pin = holds.make_hold(checkpoint, STEP, "actor")
+    holds.choose(pin, request_for(pin))
+    return root
+
+
+def rotate(root: Path) -> None:
+    shutil.rmtree(root / f"global_step_{STEP}")
+
+
+def moved(root: Path) -> Path:
+    """To another disk, as `cp -a` does it: links become files, what is gone from the old one is gone."""
+    there = root.with_name("other")
+    subprocess.run(["cp", "-a", root, there], check=True)
+    shutil.rmtree(root)
+    return there
+
+
+def start(root: Path) -> dict[str, Any]:
+    """What the next start of the run does with its one pin, by the actor alone."""
+    settings = load_config({"output_dir": str(root / "exports"), "verify": {"load": False}})
+    (pin,) = holds.find_holds(root)
+    where = {"pin": str(pin.path), "directory": str(pin.directory), "origin": pin.origin}
+    return ExportActor(settings, runner=LocalRunner(1)).export({**pin.request, **where})
+
+
+def spoil(root: Path) -> Callable[[], None]:
+    """What makes every export of the pin fail; returns what repairs it."""
+    (pin,) = holds.find_holds(root)
+    config = pin.path / "huggingface/config.json"
+    kept = config.rename(config.with_suffix(".away"))
+    return lambda: kept.rename(config)
+
+
+def attempts(root: Path) -> int:
+    (pin,) = holds.find_holds(root)
+    return pin.request.get("attempts", 0)
+
+
+def test_a_run_directory_that_was_copied_to_another_disk(run):
+    rotate(run)
+    there = moved(run)
+    (pin,) = holds.find_holds(there)
+    assert pin.origin == str(there / f"global_step_{STEP}/actor")
+    assert start(there)["status"] == "published"
+    assert holds.find_holds(there) == []
+    assert [v.step for v in Registry(there / "exports").versions()] == [STEP]
+
+
+def test_a_failure_keeps_the_last_copy(run):
+    rotate(run)
+    repair = spoil(run)
+    for number in (1, 2):
+        assert start(run)["status"] == "failed"
+        assert attempts(run) == number
+    repair()
+    assert start(run)["status"] == "published"
+    assert holds.find_holds(run) == []
+
+
+def test_a_failure_releases_what_the_checkpoint_still_has(run):
+    spoil(run)
+    assert start(run)["status"] == "failed"
+    assert holds.find_holds(run) == []
+    assert (run / f"global_step_{STEP}/actor").is_dir()
+
+
+def test_a_failure_keeps_it_where_the_checkpoint_was_saved_anew(run, own_checkpoint):
+    """Another save, in new files: the links are of the one that was chosen."""
+    rotate(run)
+    shutil.copytree(own_checkpoint("even"), run / f"global_step_{STEP}")
+    spoil(run)
+    assert start(run)["status"] == "failed"
+    assert attempts(run) == 1
+
+
+def test_content_that_is_another_fails_and_is_kept(run, own_checkpoint):
+    rotate(run)
+    (pin,) = holds.find_holds(run)
+    for file in (own_checkpoint("even") / "actor").glob("*.pt"):
+        (pin.path / file.name).write_bytes(file.read_bytes())
+    outcome = start(run)
+    assert "no longer those of step 2 as it was chosen" in outcome["reason"]
+    assert attempts(run) == 1
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_pin_of_a_version_that_knew_files_and_not_their_content(run, copied):
+    """Where it can still be told it is exported; where not, it is at least not deleted."""
+    rotate(run)
+    (pin,) = holds.find_holds(run)
+    info = json.loads((pin.path / "pin.json").read_text())
+    info["fingerprint"] = info["request"]["fingerprint"] = earlier_fingerprint(pin.path)
+    (pin.path / "pin.json").write_text(json.dumps(info))
+    root = moved(run) if copied else run
+    assert start(root)["status"] == ("failed" if copied else "published")
+    assert len(holds.find_holds(root)) == copied
+
+
+def test_a_kept_step_can_be_exported_by_hand(run):
+    rotate(run)
+    (pin,) = holds.find_holds(run)
+    version = export_to_registry(
+        checkpoint_spec(pin.path, verify=False), Registry.create(run / "exports"), LocalRunner(1)
+    )
+    assert version.step == STEP
+
+
+def test_what_is_half_made_is_removed_and_what_cannot_be_read_is_not(run, caplog):
+    (pin,) = holds.find_holds(run)
+    half = pin.path.with_name("step_3-00000000")
+    half.mkdir()
+    (pin.path / "pin.json").write_text('{"step": 2')
+    assert holds.find_holds(run) == []
+    assert not half.exists()
+    assert list(pin.path.glob("*.pt"))
+    assert f"rm -r {pin.path}" in caplog.text
+
+
+def test_only_the_newest_failed_steps_are_held(source, tmp_path, caplog):
+    """A run whose exports all fail must not fill the disk that it trains on."""
+    root = tmp_path / "run"
+    settings = load_config({"output_dir": str(root / "exports"), "verify": {"load": False}})
+    root.mkdir()
+    actor = ExportActor(settings, runner=LocalRunner(1))
+    for step in range(1, holds.MAX_KEPT + 3):
+        checkpoint = Path(shutil.copytree(source, root / f"global_step_{step}"))
+        (checkpoint / "actor/huggingface/config.json").unlink()
+        pin = holds.make_hold(checkpoint, step, "actor")
+        holds.choose(pin, request_for(pin))
+        shutil.rmtree(checkpoint)
+        (pin,) = (p for p in holds.find_holds(root) if p.step == step)
+        assert actor.export(pin.request)["status"] == "failed"
+    assert [p.step for p in holds.find_holds(root)] == [3, 4, 5]
+    assert "step 1 is given up" in caplog.text
+
+
+class Leaves:
+    """A runner in whose process something calls `sys.exit`, once."""
+
+    def __init__(self) -> None:
+        self.left = False
+
+    def run(self, jobs: Any, progress: Any) -> Any:
+        if not self.left:
+            self.left = True
+            raise SystemExit("a library has had enough")
+        return LocalRunner(1).run(jobs, progress)
+
+
+def test_what_ends_a_process_ends_one_export_only(source, tmp_path):
+    root = tmp_path / "run"
+    settings = load_config({"output_dir": str(root / "exports"), "verify": {"load": False}})
+    root.mkdir()
+    actor, outcomes = ExportActor(settings, runner=Leaves()), []
+    for step in (1, 2):
+        checkpoint = Path(shutil.copytree(source, root / f"global_step_{step}"))
+        pin = holds.make_hold(checkpoint, step, "actor")
+        holds.choose(pin, request_for(pin))
+        (pin,) = (p for p in holds.find_holds(root) if p.step == step)
+        outcomes.append(actor.export(pin.request))
+    assert [o["status"] for o in outcomes] == ["failed", "published"]
+    assert "a library has had enough" in outcomes[0]["reason"]

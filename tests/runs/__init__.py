@@ -1,0 +1,1 @@
+"""Whole trainings with verl, and an engine that serves what they export."""

@@ -1,0 +1,1 @@
+"""What the package relies on in verl, torch, transformers, Ray and Hydra."""
