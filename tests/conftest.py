@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +9,10 @@ from pathlib import Path
 import pytest
 import ray
 
+from tests.support.checkpoints import STEP
 from tests.support.sharding import QWEN2, QWEN3_MOE, make_checkpoint, make_checkpoints
 from verl_autoexport.registry.store import Registry
 
-STEP = 7
 RESNET = {
     "model_type": "resnet", "architectures": ["ResNetForImageClassification"], "embedding_size": 8,
     "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 3,
@@ -36,17 +34,6 @@ CHECKPOINTS = {
     },
 }
 """World size → name → arguments; one world size is made at once, for most of the time is the start of processes."""
-
-
-def resident(path: Path) -> float:
-    """The share of a file's pages that is in the page cache."""
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
-        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
-        first = ctypes.c_char.from_buffer(mapped)
-        failed = ctypes.CDLL(None).mincore(ctypes.byref(first), ctypes.c_size_t(len(mapped)), pages)
-        del first  # else it cannot be unmapped
-    assert not failed
-    return sum(page & 1 for page in pages) / len(pages)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 import resource
@@ -19,15 +18,14 @@ import pytest
 import torch
 from torch.distributed.tensor.placement_types import Partial
 
-from tests.conftest import STEP
-from tests.integration.test_export import assert_same_model
+from tests.support.checkpoints import EMBED, HEAD, NORM, STEP, edit, edit_config, rank_file, truncate
+from tests.support.exports import assert_same_model
 from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, PlanError, RegistryError, SourceError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_directory, export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.sources.fsdp.rank_files import read_rank_file
 
-EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 Refuses = Callable[..., str]
 
 
@@ -74,30 +72,6 @@ def leftovers(where: Path) -> list[str]:
     """What is there beyond the empty folders and the lock of a registry."""
     assert Registry(where).versions() == []
     return [p.name for p in where.rglob("*") if p.name not in (".staging", ".requests", ".trash", ".lock", "filler")]
-
-
-def rank_file(checkpoint: Path, rank: int) -> Path:
-    (path,) = (checkpoint / "actor").glob(f"model_world_size_*_rank_{rank}.pt")
-    return path
-
-
-def edit(checkpoint: Path, change: Callable[[dict[str, Any]], Any], ranks: tuple[int, ...] = (0, 1)) -> Path:
-    """Save the shards of `ranks` again, changed."""
-    for rank in ranks:
-        shards = torch.load(rank_file(checkpoint, rank), weights_only=False)
-        change(shards)
-        torch.save(shards, rank_file(checkpoint, rank))
-    return checkpoint
-
-
-def edit_config(checkpoint: Path, **values: Any) -> Path:
-    path = checkpoint / "actor/huggingface/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    return checkpoint
-
-
-def truncate(path: Path, nbytes: int | None = None) -> None:
-    os.truncate(path, path.stat().st_size // 2 if nbytes is None else nbytes)
 
 
 def put(name: str, value: float) -> Callable[[dict[str, Any]], None]:

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from tests.adversarial.test_bad_input import edit, rank_file, truncate
-from tests.integration.test_export import export, tensors
 from tests.support import families
+from tests.support.checkpoints import edit, rank_file, truncate
+from tests.support.exports import export, tensors
 from tests.support.sharding import make_checkpoints
 from verl_autoexport.errors import AutoExportError
 

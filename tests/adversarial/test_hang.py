@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from tests.integration.test_driver import Script
-from tests.integration.test_tasks import WIDE, process_named
-from tests.support.sharding import make_checkpoint
+from tests.support.driven_run import Script
+from tests.support.ray_processes import process_named
+from tests.support.sharding import WIDE, make_checkpoint
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.actor import ExportActor
 from verl_autoexport.system.deadlines import Bounded, GivenUp, Watch

@@ -18,8 +18,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.adversarial.test_bad_input import EMBED, edit, edit_config, rank_file
-from tests.conftest import STEP
+from tests.support.checkpoints import EMBED, STEP, edit, edit_config, rank_file
 from verl_autoexport.cli.main import main
 from verl_autoexport.errors import AutoExportError, PlanError, SourceError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_directory, export_to_registry

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
 
-from tests.adversarial.test_bad_input import edit, rank_file
-from tests.integration.test_export import assert_same_model, tensors
+from tests.support.checkpoints import edit, rank_file
+from tests.support.exports import assert_same_model, tensors
 from tests.support.sharding import QWEN2, QWEN3_MOE, make_checkpoints
 from verl_autoexport import export_checkpoint
 from verl_autoexport.errors import SourceError

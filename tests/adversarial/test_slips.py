@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.unit.test_registry import publish
+from tests.support.registry import publish
 from verl_autoexport.cli.main import main
 from verl_autoexport.registry.store import Registry
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import ray
 
-from tests.integration.test_live_ray import make_workers, train, values
+from tests.support.live_workers import make_workers, train, values
 from tests.support.repository import import_path
 from verl_autoexport.config.reading import load_config
 from verl_autoexport.service.controller import ExportDriver

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.integration.test_export import export
+from tests.support.exports import export
 from verl_autoexport.errors import VerifyError
 from verl_autoexport.verify.against_shards import compare
 from verl_autoexport.verify.checks import Source, check_loading

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 from transformers.processing_utils import ProcessorMixin
 
+from tests.support.assets import IMAGE, PROCESSOR, STYLES, put
 from tests.support.published import (
     END,
     SMALL,
@@ -28,24 +28,9 @@ from tests.support.published import (
 from verl_autoexport import export_checkpoint
 from verl_autoexport.errors import VerifyError
 from verl_autoexport.model.asset_facts import processor_facts, processor_template, tokenizer_facts
-from verl_autoexport.model.assets import Reference, write_assets
+from verl_autoexport.model.assets import Reference
 from verl_autoexport.verify.checks import check_loading
 from verl_autoexport.verify.load_in_child import check_assets, generate, load_model
-
-IMAGE = {
-    "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "size": {"shortest_edge": 28},
-    "crop_size": {"height": 28, "width": 28}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25],
-}  # fmt: skip
-PROCESSOR = {"processor_class": "LlavaProcessor", "patch_size": 14, "image_token": START}
-
-
-def put(files: Path, target: Path, base: Path | None = None) -> tuple[list[str], Reference]:
-    """`write_assets` of a run's directory into a `target` that has the config.json of the run's."""
-    target.mkdir()
-    if not (files / "config.json").exists():
-        write_json(files / "config.json", SMALL)
-    shutil.copyfile(files / "config.json", target / "config.json")
-    return write_assets(files, base, target)
 
 
 def save(tokenizer: Any, directory: Path) -> Path:
@@ -75,11 +60,6 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "token": lambda t: t.add_tokens(["<think>"]),
     "special token": lambda t: t.add_special_tokens({"additional_special_tokens": [START, STOP, "<tool>"]}),
     "length": lambda t: setattr(t, "model_max_length", 77),
-}
-STYLES = {
-    "qwen": {"kind": "Qwen2Tokenizer"},
-    "llama": {"kind": "PreTrainedTokenizerFast", "bos": START},
-    "llama 2": {"kind": "LlamaTokenizer", "bos": START, "add_bos_token": True, "add_eos_token": False},
 }
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
-from tests.conftest import STEP
-from tests.integration.test_export import assert_same_model, export, oracle, tensors
+from tests.support.bases import config_of, contract, edit_config, edit_tensors, make_base
+from tests.support.checkpoints import EMBED, HEAD, NORM, STEP
+from tests.support.exports import assert_same_model, export, oracle, tensors
 from tests.support.families import WRITTEN
-from tests.support.sharding import QWEN2, QWEN3_MOE, build, make_checkpoints
+from tests.support.sharding import QWEN2, QWEN3_MOE, make_checkpoints
 from verl_autoexport.errors import ConfigError, MergeError, PlanError
 from verl_autoexport.model.base_compatibility import check_start
 from verl_autoexport.model.base_model import BaseModel, find_base
@@ -24,7 +22,6 @@ from verl_autoexport.model.config_json import overlay, set_dtype, write_base_con
 from verl_autoexport.shards.manifest import ShardManifest
 from verl_autoexport.verify.directory import check_directory
 
-EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 OLD_STYLE = {"torch_dtype": "bfloat16", "rope_theta": 10000.0, "transformers_version": "4.43.1", "use_cache": False}
 VL_MOE = WRITTEN["qwen3_vl_moe"]
 
@@ -34,33 +31,6 @@ def vl_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("vl_moe") / f"global_step_{STEP}"
     make_checkpoints({path: {"config": VL_MOE}}, 2)
     return path
-
-
-def make_base(path: Path, config: dict[str, Any] = QWEN2, dtype: str = "bfloat16", **options: Any) -> Path:
-    build(config, dtype).save_pretrained(path, **options)
-    return path
-
-
-def edit_tensors(base: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
-    state = load_file(base / "model.safetensors")
-    change(state)
-    save_file({k: v.contiguous() for k, v in state.items()}, base / "model.safetensors", {"format": "pt"})
-    return base
-
-
-def edit_config(base: Path, drop: tuple[str, ...] = (), **values: Any) -> dict[str, Any]:
-    path = base / "config.json"
-    config = {k: v for k, v in json.loads(path.read_text()).items() if k not in drop} | values
-    path.write_text(json.dumps(config))
-    return config
-
-
-def contract(record: Any) -> dict[str, Any]:
-    return dict(record.verification["contract"])
-
-
-def config_of(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "config.json").read_text())
 
 
 # -- the comparison -------------------------------------------------------------------------

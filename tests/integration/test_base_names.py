@@ -15,9 +15,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import STEP
-from tests.integration.test_base_model import config_of, contract, edit_config, edit_tensors, make_base
-from tests.integration.test_export import export, tensors
+from tests.support.bases import config_of, contract, edit_config, edit_tensors, make_base
+from tests.support.checkpoints import STEP
+from tests.support.exports import export, tensors
 from tests.support.families import config as family
 from tests.support.sharding import QWEN2, QWEN3_MOE, build
 from verl_autoexport.cli.main import main

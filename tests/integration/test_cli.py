@@ -16,8 +16,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.conftest import STEP
-from tests.unit.test_registry import best, publish
+from tests.support.checkpoints import STEP
+from tests.support.registry import best, publish
 from verl_autoexport import __version__
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.integration.test_export import assert_same_model, export, oracle
+from tests.support.exports import assert_same_model, export, oracle
 from tests.support.sharding import QWEN2, QWEN3_MOE, build, make_checkpoints
 from verl_autoexport.errors import PlanError
 from verl_autoexport.export.spec import checkpoint_spec

@@ -15,8 +15,8 @@ import pytest
 import ray
 import torch
 
-from tests.unit.test_registry import publish
-from verl_autoexport.config.reading import load_config
+from tests.support.driven_run import BEST, METRIC, Script
+from tests.support.registry import publish
 from verl_autoexport.errors import AutoExportError, ConfigError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
@@ -25,60 +25,14 @@ from verl_autoexport.milestones.metrics import numbers
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service import controller as driver_module
-from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo, check_request, make_request
 from verl_autoexport.sources.fsdp import holds
 from verl_autoexport.sources.fsdp.holds import MAX_ATTEMPTS, find_holds
-
-METRIC = "val-core/x/acc/mean@1"
-BEST = {"metric": METRIC}
 
 
 @pytest.fixture
 def run(cluster, source, tmp_path):
     return Script(source, tmp_path)
-
-
-class Script:
-    """A run directory, and the calls that verl would make."""
-
-    def __init__(self, source: Path, root: Path, exports: Path | None = None) -> None:
-        self.source, self.root, self.driver = source, root, None
-        self.exports = exports or root / "exports"
-        root.mkdir(exist_ok=True)
-
-    @property
-    def registry(self) -> Registry:
-        return Registry(self.exports)
-
-    def start(self, step: int = 0, last_step: int | None = None, keep=None, queue=None, **trigger) -> ExportDriver:
-        if self.driver is not None:
-            ray.kill(self.driver.actor)
-        node = {"output_dir": str(self.exports), "verify": {"load": False}, "trigger": trigger}
-        node |= {"keep": keep or {}, "queue": queue or {}}
-        self.driver = ExportDriver(load_config(node), RunInfo(self.root, run={}))
-        self.driver.begin(step, last_step)
-        return self.driver
-
-    def saved(self, step: int) -> Path:
-        """As verl leaves it, before it tells anyone."""
-        target = self.root / f"global_step_{step}"
-        shutil.rmtree(target, ignore_errors=True)
-        return Path(shutil.copytree(self.source, target))
-
-    def save(self, step: int) -> None:
-        self.driver.saved(step, self.saved(step))
-
-    def step(self, step: int, value: float | None = None) -> None:
-        self.save(step)
-        self.driver.logged(step, {} if value is None else {METRIC: value})
-
-    def finish(self, succeeded: bool = True) -> str:
-        self.driver.end(succeeded)
-        return self.driver.drain(120)
-
-    def live(self) -> dict[int, set[str]]:
-        return {v.step: {t["policy"] for t in v.record.triggers} for v in self.registry.versions() if not v.superseded}
 
 
 def test_what_an_unreachable_output_directory_held_up_is_decided_with_its_own_metrics(run):

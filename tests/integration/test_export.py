@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,47 +20,13 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 import verl_autoexport
-from tests.conftest import STEP
+from tests.support.checkpoints import STEP
+from tests.support.exports import assert_same_model, export, oracle, tensors
 from tests.support.sharding import LARGE_INT, QWEN2, QWEN3_MOE, make_checkpoint
-from verl_autoexport.export.pipeline import export_checkpoint
 from verl_autoexport.merge.reader import boxes
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles, local_box
 
 DTYPES = ("bfloat16", "float16", "float32", "source")
-
-
-def export(checkpoint: Path, output: Path, **options: Any) -> verl_autoexport.ExportRecord:
-    return export_checkpoint(checkpoint, output, **{"verify": False, "workers": 1} | options)
-
-
-def oracle(reference: Path, dtype: str, output: Path) -> Path:
-    """What transformers makes of the unsharded model in `dtype`."""
-    if dtype == "source":
-        return reference
-    (name,) = json.loads((reference / "config.json").read_text())["architectures"]
-    getattr(transformers, name).from_pretrained(reference, dtype=getattr(torch, dtype)).save_pretrained(output)
-    return output
-
-
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as f:
-            names = f.keys()
-            assert not found.keys() & set(names)
-            found |= {name: f.get_tensor(name) for name in names}
-    return found
-
-
-def assert_same_model(found: Path, expected: Path) -> None:
-    ours, theirs = tensors(found), tensors(expected)
-    assert sorted(ours) == sorted(theirs)
-    for name, tensor in theirs.items():
-        assert (name, ours[name].dtype, ours[name].shape) == (name, tensor.dtype, tensor.shape)
-        assert torch.equal(ours[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
-    for file in ("config.json", "generation_config.json"):
-        if (expected / file).exists():
-            assert json.loads((found / file).read_text()) == json.loads((expected / file).read_text())
 
 
 def digests(directory: Path) -> dict[str, str]:

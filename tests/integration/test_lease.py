@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.registry import publish
 from tests.support.repository import SUPPORT, environment
-from tests.unit.test_registry import publish
 from verl_autoexport.cli.main import main
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import lease
@@ -193,7 +193,7 @@ for line in sys.stdin:
 """
 MANY = """
 import sys
-from tests.unit.test_registry import Registry, publish
+from tests.support.registry import Registry, publish
 registry = Registry(sys.argv[1])
 for step in range(8):
     publish(registry, step)

@@ -13,8 +13,8 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import STEP
-from tests.integration.test_export import assert_same_model, export, oracle, tensors
+from tests.support.checkpoints import STEP
+from tests.support.exports import assert_same_model, export, oracle, tensors
 from tests.support.runs import Run
 from tests.support.sharding import QWEN2, QWEN3_MOE, make_checkpoints
 from verl_autoexport.cli.main import main

@@ -16,8 +16,8 @@ import psutil
 import pytest
 import ray
 
-from tests.conftest import resident
-from tests.integration.test_export import assert_same_model, export
+from tests.support.exports import assert_same_model, export
+from tests.support.page_cache import resident
 from tests.support.repository import import_path
 from tests.support.sharding import QWEN2, make_checkpoint
 from verl_autoexport.config.reading import load_config

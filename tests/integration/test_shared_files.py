@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.integration.test_export import tensors
+from tests.support.exports import tensors
 from tests.support.sharding import QWEN2, make_checkpoint
 from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec

@@ -7,15 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 
-from tests.support.sharding import QWEN2, make_checkpoint
+from tests.support.ray_processes import process_named
+from tests.support.sharding import WIDE, make_checkpoint
 from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import MergeError
 from verl_autoexport.export import pipeline
@@ -28,8 +27,6 @@ from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo
 from verl_autoexport.sources.fsdp.holds import find_holds, make_hold
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
-
-WIDE = QWEN2 | {"vocab_size": 60_000, "hidden_size": 512}  # long enough to be killed in
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +56,6 @@ def driver(tmp_path: Path, **settings) -> ExportDriver:
 def save_and_log(made: ExportDriver, source: Path, step: int) -> None:
     made.saved(step, Path(shutil.copytree(source, made.info.checkpoints / f"global_step_{step}")))
     made.logged(step, {"training/x": 1.0})
-
-
-def process_named(title: str, timeout_s: float = 60) -> psutil.Process:
-    """The Ray process that shows `title`; Ray sets it while it runs that actor or task."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        for process in psutil.Process().children(recursive=True):
-            try:
-                if title in " ".join(process.cmdline()):
-                    return process
-            except psutil.NoSuchProcess:
-                continue
-        time.sleep(0.01)
-    raise AssertionError(f"no process {title}")
 
 
 def test_no_free_cpu_slot_does_not_stop_an_export(cluster, source, tmp_path):

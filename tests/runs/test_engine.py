@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import STEP
+from tests.support.checkpoints import STEP
 from tests.support.sharding import QWEN2, QWEN3_MOE, make_checkpoint
 
 ENGINE = os.environ.get("AUTOEXPORT_VLLM_PYTHON")

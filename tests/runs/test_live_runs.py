@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.test_export import export, tensors
+from tests.support.exports import export, tensors
 from tests.support.runs import CHAIN, METRIC, Run, reasons
 
 pytestmark = pytest.mark.run

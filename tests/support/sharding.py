@@ -31,6 +31,7 @@ QWEN3_MOE = {
     "num_key_value_heads": 2, "head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
     "max_position_embeddings": 128, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+WIDE = QWEN2 | {"vocab_size": 60_000, "hidden_size": 512}  # long enough to be killed in
 LARGE_INT = 2**16 + 3  # float16 holds no such number, bfloat16 would round it
 
 

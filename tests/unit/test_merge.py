@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import resident
+from tests.support.page_cache import resident
 from verl_autoexport.errors import MergeError, SourceError
 from verl_autoexport.export.pipeline import LocalRunner, run_export
 from verl_autoexport.export.spec import checkpoint_spec

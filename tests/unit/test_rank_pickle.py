@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.adversarial.test_bad_input import NORM, edit, rank_file
+from tests.support.checkpoints import NORM, edit, rank_file
 from tests.support.repository import DATA
 from verl_autoexport.errors import SourceError
 from verl_autoexport.merge.reader import ShardReader

@@ -16,56 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.repository import environment
+from tests.support.crashes import every_crash
+from tests.support.registry import CREATED_UNIX, EVERY, best, child, links, names, publish, record, rewrite
 from verl_autoexport.cli.main import main
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.milestones.events import Milestone, Trigger
+from verl_autoexport.milestones.events import Milestone
 from verl_autoexport.registry import journal, pointers, requests, state
-from verl_autoexport.registry.record import ExportRecord, read_record
+from verl_autoexport.registry.record import read_record
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry, write_json_atomic
 from verl_autoexport.system.durable_files import is_temp
 from verl_autoexport.system.untrusted import read_json
-
-CREATED = "2025-01-02T03:04:05+00:00"
-CREATED_UNIX = 1735787045.0
-
-
-def best(value: float, mode: str = "max", metric: str = "val/acc", name: str = "best") -> Trigger:
-    return Trigger("best", f"{metric} is {value}", name=name, metric=metric, value=value, mode=mode)
-
-
-EVERY = Trigger("every_n_steps", "every 2 steps")
-
-
-def record(at: int, *triggers: Trigger, **changes) -> ExportRecord:
-    fields = {
-        "version": 0, "step": at, "created_at": CREATED, "run": {"project": "p"}, "metrics": {"val/acc": 0.5},
-        "triggers": tuple(t.to_dict() for t in triggers or (EVERY,)), "measured_on": None, "source": {},
-        "base_model": None, "architectures": ("A",), "dtype": "bfloat16", "num_parameters": 1, "files": (),
-        "verification": {}, "timings_s": {}, "versions": {},
-    }  # fmt: skip
-    return ExportRecord(**fields | changes)
-
-
-def publish(registry: Registry, step: int, *triggers: Trigger, **changes):
-    staged = registry.stage(f"step{step}")
-    (staged.path / "sub").mkdir()
-    (staged.path / "sub/model.safetensors").write_bytes(b"weights")
-    return registry.publish(staged, record(step, *triggers, **changes))
-
-
-def links(root: Path) -> dict[str, str]:
-    return {p.name: os.readlink(p) for p in sorted(root.iterdir()) if p.is_symlink()}
-
-
-def names(registry: Registry) -> list[str]:
-    return [v.name for v in registry.versions()]
-
-
-def rewrite(path: Path, **changes) -> None:
-    path.write_text(json.dumps(read_json(path) | changes))
-
 
 # -- publish, list, find ------------------------------------------------------------------
 
@@ -582,37 +543,6 @@ def test_write_json_atomic_keeps_the_old_file_on_failure(tmp_path):
 
 # -- processes ----------------------------------------------------------------------------
 
-CHANGES = ("write", "fsync", "replace", "rename", "symlink", "unlink", "mkdir", "rmdir")
-
-
-def dies_at(nth: int, action) -> bool:
-    """Runs `action` in a child that exits at its `nth` change to the disk; False if it ended before that."""
-    if pid := os.fork():
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert code in (0, 9)
-        return code == 9
-    left = nth
-
-    def mortal(name: str, call):
-        def wrapper(*args, **kwargs):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                if name == "write":  # a torn line: half of it reaches the disk
-                    call(args[0], args[1][: len(args[1]) // 2])
-                os._exit(9)
-            return call(*args, **kwargs)
-
-        return wrapper
-
-    try:
-        for name in CHANGES:
-            setattr(os, name, mortal(name, getattr(os, name)))
-        action()
-        os._exit(0)
-    finally:
-        os._exit(1)
-
 
 def check_repaired(root: Path) -> Registry:
     registry = Registry(root)
@@ -631,20 +561,6 @@ def check_repaired(root: Path) -> Registry:
     assert noted == dict.fromkeys(names(registry), 1)
     assert publish(registry, 8, best(0.99)).number == 1 + len(seen), "no gap, no number used twice"
     return registry
-
-
-def every_crash(tmp_path: Path, root: Path, action):
-    """Yields the registry's copy after a crash at the first, second, … change that `action` makes."""
-    for nth in range(1, 200):
-        copy = tmp_path / f"crash{nth}"
-        shutil.copytree(root, copy, symlinks=True)
-        died = dies_at(nth, lambda copy=copy: action(Registry(copy)))
-        yield copy
-        shutil.rmtree(copy)
-        if not died:
-            assert nth > 5, "the crashes were never reached"
-            return
-    raise AssertionError("the child never got through")
 
 
 @pytest.fixture
@@ -692,18 +608,6 @@ def test_crash_at_any_moment_of_recover(tmp_path, registry, root):
     (root / ".latest.tmp-01234567").symlink_to("v0001-step2")
     for copy in every_crash(tmp_path, root, lambda r: r.recover()):
         check_repaired(copy)
-
-
-CHILD = """
-import sys, time
-from tests.unit.test_registry import *
-registry = Registry(sys.argv[1])
-"""
-
-
-def child(root: Path, code: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", CHILD + code, str(root)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
 
 
 def test_staging_is_kept_while_its_writer_lives(registry, root):

@@ -21,7 +21,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.test_registry import EVERY, best, child, every_crash, links, names, publish, record, rewrite
+from tests.support.crashes import every_crash
+from tests.support.registry import EVERY, best, child, links, names, publish, record, rewrite
+from tests.support.retention import check_whole, fill, memory, removals
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import compaction, journal, pointers, removal, retention, state, versions
 from verl_autoexport.registry import journal_reader as notes
@@ -255,15 +257,6 @@ def act(registry: Registry, action: str, *values) -> None:
         (registry.root / "registry.json").unlink(missing_ok=True)
 
 
-def memory(registry: Registry) -> dict:
-    return {
-        "milestones": [(m.step, m.status, m.triggers) for m in registry.milestones()],
-        "outcomes": [(o["step"], o["event"]) for o in registry.outcomes()],
-        "exported": [(e.name, e.fingerprint) for e in registry.exported()],
-        "pointers": registry.pointers(),
-    }
-
-
 def returns(script: list[tuple[Any, ...]]) -> bool:
     """Whether a `best…` goes back to a metric that it had before another one: what that had chosen may be gone."""
     seen: dict[str, list[tuple[Any, Any]]] = {}
@@ -306,20 +299,6 @@ def test_a_run_remembers_as_if_nothing_were_ever_removed(script):
             assert not any(pruned.root.glob(".trash/*"))
     finally:
         os.fsync = fsync
-
-
-def fill(registry: Registry, n: int = 6) -> None:
-    """Versions of the steps 1 to n; 2 was the best, 1 is pinned, the last is of an abandoned past."""
-    for step in range(1, n + 1):
-        publish(registry, step, *[best(0.9)] * (step == 2), files=({"name": "sub/model.safetensors", "bytes": 7},))
-    registry.pin("step1")
-    registry.supersede_after(n - 1)
-
-
-def removals(registry: Registry) -> list[tuple[str, str]]:
-    entries = registry.journal_entries()[0]
-    removing = ("removed", "deleted", "delete_failed")
-    return [(e["event"], e.get("version") or e["path"]) for e in entries if e["event"] in removing]
 
 
 def test_prune_removes_and_says_why(registry, root):
@@ -596,14 +575,6 @@ def test_removed_versions_do_not_come_back(registry, root, tmp_path):
 @pytest.fixture
 def no_sync(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-def check_whole(root: Path) -> None:
-    """Every version that can be seen, through the registry or not, is whole, and every link leads to one."""
-    for path in [p.parent for p in root.glob("v*/export.json")]:
-        assert (path / "sub/model.safetensors").read_bytes() == b"weights"
-    assert {*names(Registry(root))} <= {p.parent.name for p in root.glob("v*/export.json")}
-    assert all((root / name / "export.json").is_file() for name in links(root))
 
 
 @pytest.mark.usefixtures("no_sync")

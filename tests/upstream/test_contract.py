@@ -25,8 +25,8 @@ import pytest
 import torch
 import yaml
 
+from tests.support.pieces import put_together
 from tests.support.repository import PACKAGE
-from tests.unit.test_conversion import put_together
 
 FLAT = {"_fqns", "_shapes", "_shard_param_infos", "_sharded_size"}
 """Names of FSDP1's flat parameters that the live source reads."""

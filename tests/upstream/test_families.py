@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 
-from tests.integration.test_export import assert_same_model, export, oracle, tensors
 from tests.support import families
+from tests.support.exports import assert_same_model, export, oracle, tensors
 from tests.support.sharding import make_checkpoints
 
 NAMES = families.names()

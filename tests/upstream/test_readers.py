@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from tests.integration.test_assets import IMAGE, PROCESSOR, STYLES, put
+from tests.support.assets import IMAGE, PROCESSOR, STYLES, put
 from tests.support.published import (
     LLAMA,
     SMALL,
