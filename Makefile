@@ -6,12 +6,13 @@ READER := .venv-reader
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.stamp
 # What must be equal with every transformers that is allowed.
-FIDELITY := unit/test_conversion.py upstream/test_contract.py upstream/test_families.py adversarial/test_bad_input.py \
-    $(patsubst %,integration/test_%.py,export base_model critic lora against_shards remote_code assets contradictions)
+FIDELITY := $(addprefix unit/test_,conversion.py config_json.py custom_code.py) \
+    $(addprefix integration/test_,export.py base_model.py critic.py lora.py against_shards.py remote_code.py assets.py \
+    contradictions.py) $(addprefix upstream/test_,contract.py families.py) adversarial/test_bad_input.py
 DEMO := demo_out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-full bench demo clean
+.PHONY: help setup lint test test-unit test-full bench demo clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -37,6 +38,9 @@ $(READER)/.stamp: Makefile
 lint: $(STAMP)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+test-unit: $(STAMP)  ## parts on their own, without Ray: two minutes at most
+	$(BIN)/python -m pytest tests/unit
 
 test: $(STAMP)  ## what CI runs
 	$(BIN)/python -m pytest -m "not full"

@@ -1,4 +1,4 @@
-"""What several files of tests share: checkpoints, made once per session when first asked for, and a registry."""
+"""What several folders share: checkpoints, made once per session when first asked for, a registry, and a Ray."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from tests.support.checkpoints import STEP
 from tests.support.sharding import QWEN2, QWEN3_MOE, make_checkpoint, make_checkpoints
@@ -71,6 +70,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A Ray of two CPUs in this process."""
+    import ray
+
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

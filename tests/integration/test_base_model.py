@@ -17,9 +17,7 @@ from tests.support.families import WRITTEN
 from tests.support.sharding import QWEN2, QWEN3_MOE, make_checkpoints
 from verl_autoexport.errors import ConfigError, MergeError, PlanError
 from verl_autoexport.model.base_compatibility import check_start
-from verl_autoexport.model.base_model import BaseModel, find_base
-from verl_autoexport.model.config_json import overlay, set_dtype, write_base_config
-from verl_autoexport.shards.manifest import ShardManifest
+from verl_autoexport.model.base_model import find_base
 from verl_autoexport.verify.directory import check_directory
 
 OLD_STYLE = {"torch_dtype": "bfloat16", "rope_theta": 10000.0, "transformers_version": "4.43.1", "use_cache": False}
@@ -256,42 +254,3 @@ def test_a_config_that_the_bases_file_cannot_say_is_written_anew(own_checkpoint,
     edit_config(made / "actor/huggingface", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     export(made, tmp_path / "out", base_model=str(base))
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == 5e5
-
-
-def test_a_change_of_rope_is_said_by_every_name_that_the_file_has(tmp_path):
-    """`rotary_emb_base` is what transformers 4 reads of a GPT-NeoX, `rope_theta` what other readers do."""
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    old = {"model_type": "gpt_neox", "vocab_size": 32, "rotary_emb_base": 10000, "rope_theta": 10000, **small}
-    base = BaseModel(tmp_path / "base", {}, old, ShardManifest((), {}, 1, "", ""))
-    target = tmp_path / "target"
-    for folder in (base.directory, target):
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(old))
-    config = transformers.AutoConfig.from_pretrained(base.directory)
-    config.rope_parameters["rope_theta"] = 5e5
-    assert write_base_config(config, "GPTNeoXForCausalLM", None, base, target) is None
-    assert config_of(target) == old | {
-        "architectures": ["GPTNeoXForCausalLM"], "rotary_emb_base": 5e5, "rope_theta": 5e5
-    }  # fmt: skip
-
-
-def test_overlay_changes_only_what_differs():
-    file = {"a": 1, "b": {"c": 2, "x": 0}, "own": True, "vocab_size": 5}
-    known = {"a": 1, "b": {"c": 2, "d": 3}, "text_config": {"vocab_size": 5}, "gone": 1, "dtype": "float32"}
-    wanted = {"a": 1, "b": {"c": 4, "d": 3}, "text_config": {"vocab_size": 6}, "dtype": "bfloat16"}
-    assert overlay(file, known, wanted) == {"a": 1, "b": {"c": 4, "x": 0}, "own": True, "vocab_size": 6}
-    assert overlay(file, known, known) == file
-
-
-@pytest.mark.parametrize(
-    ("file", "expected"),
-    [
-        ({}, {"torch_dtype": "float16"}),
-        ({"transformers_version": "5.1"}, {"transformers_version": "5.1", "dtype": "float16"}),
-        ({"text_config": {"dtype": "x"}}, {"text_config": {"dtype": "float16"}, "dtype": "float16"}),
-        ({"a_config": None, "torch_dtype": None}, {"a_config": None, "torch_dtype": "float16"}),
-    ],
-)
-def test_dtype_is_spelled_as_in_the_file(file, expected):
-    set_dtype(file, "float16")
-    assert file == expected

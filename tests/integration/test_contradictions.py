@@ -11,7 +11,6 @@ import torch
 from tests.support.published import SMALL, make_base, make_run, make_tokenizer, read_json, saved, write_json
 from verl_autoexport import export_checkpoint
 from verl_autoexport.errors import PlanError
-from verl_autoexport.model.config_json import overlay
 
 QUANTIZED = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
@@ -115,54 +114,6 @@ def test_code_that_transformers_has_itself_is_left_out(base, run, tmp_path):
     assert "auto_map" not in read_json(tmp_path / "out/config.json")
     assert any("auto_map is left out" in note for note in record.notes)
     assert record.verification["logits"]["status"] == "passed"
-
-
-# -- a change is spelled as the file that it goes into ----------------------------------------------
-
-ROPE: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "theta": ({"rope_theta": 1e4}, {"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
-    "scaled": (
-        {"rope_theta": 1e4, "rope_scaling": None}, {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4},
-        {"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-    ),
-    "no longer scaled": (
-        {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_type": "default", "rope_theta": 1e4},
-        {"rope_scaling": None, "rope_theta": 1e4},
-    ),
-    "by other names": (
-        {"rotary_emb_base": 1e4, "rotary_pct": 0.25},
-        {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5},
-        {"rotary_emb_base": 2e4, "rotary_pct": 0.5},
-    ),
-    "by type of layers": (
-        {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
-        {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
-            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-        },
-        {"rope_theta": 1e6, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", ROPE)
-def test_rope_in_the_spelling_of_an_old_file(case):
-    file, wanted, expected = ROPE[case]
-    known = {"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}
-    assert overlay(file, known, {"rope_parameters": wanted}, old=True) == expected
-    nested = overlay(
-        {"text_config": file}, {"text_config": known}, {"text_config": {"rope_parameters": wanted}}, old=True
-    )
-    assert nested == {"text_config": expected}
-    new = overlay({"rope_parameters": known["rope_parameters"]}, known, {"rope_parameters": wanted})
-    assert new["rope_parameters"].items() >= wanted.items()
-
-
-def test_a_key_is_changed_under_the_name_that_the_file_has():
-    aliases = {"num_local_experts": frozenset({"num_experts"})}
-    known, wanted = {"num_local_experts": 8}, {"num_local_experts": 4}
-    assert overlay({"num_experts": 8}, known, wanted, aliases) == {"num_experts": 4}
-    assert overlay({"num_experts": 8}, known, {}, aliases) == {}
 
 
 def test_yarn_reaches_readers_of_the_old_style(base, tmp_path):

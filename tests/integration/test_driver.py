@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -10,22 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import ray
-import torch
 
 from tests.support.driven_run import BEST, METRIC, Script
+from tests.support.odd_metrics import ODD, Odd, Shifty
 from tests.support.registry import publish
 from verl_autoexport.errors import AutoExportError, ConfigError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
-from verl_autoexport.milestones.events import Decision, StepEvent, Trigger
-from verl_autoexport.milestones.metrics import numbers
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service import controller as driver_module
-from verl_autoexport.service.export_request import RunInfo, check_request, make_request
 from verl_autoexport.sources.fsdp import holds
 from verl_autoexport.sources.fsdp.holds import MAX_ATTEMPTS, find_holds
 
@@ -318,43 +313,6 @@ def test_the_end_waits_for_the_lock_and_says_what_could_not_be_booked(run, impat
 # -- odd metrics ------------------------------------------------------------------------------
 
 
-class Odd:
-    def __init__(self, error: type[BaseException]) -> None:
-        self.error = error
-
-    def __float__(self) -> float:
-        raise self.error("odd")
-
-    __str__ = __float__
-
-    def __hash__(self) -> int:
-        return 1
-
-
-class Panic(BaseException):
-    """As some native extensions raise it."""
-
-
-class Shifty:
-    @property
-    def __class__(self) -> type:
-        raise RuntimeError("odd")
-
-
-ODD = [
-    10**400, Odd(RuntimeError), Odd(Panic), torch.empty(1, device="meta"), torch.zeros(3), np.zeros(4), 1j, True, "0.5",
-    None, {}, np.array("x"), np.bool_(True),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("odd", ODD, ids=lambda odd: str(type(odd)))
-def test_an_odd_metric_loses_nothing_but_itself(odd):
-    logged = {"odd": odd, Odd(ValueError): 1.0, 7: 2, "a": np.float32(0.5), "b": torch.tensor(3), "nan": float("nan")}
-    found = numbers(logged)
-    assert found.pop("nan") != 0
-    assert found == {"7": 2.0, "a": 0.5, "b": 3.0}
-
-
 def test_odd_metrics_cost_no_milestone(run):
     run.start(best=BEST, on_train_end=False)
     run.save(1)
@@ -439,22 +397,3 @@ def test_the_same_bytes_saved_again_after_a_rollback_keep_their_hold(run):
     run.driver.logged(6, {})
     shutil.rmtree(run.root / "global_step_6")
     assert "1 published" in run.finish(False)
-
-
-def test_requests_in_holds_are_checked():
-    good = make_request(
-        RunInfo(Path("/r"), run={}),
-        Decision(1, 1.0, (Trigger("at_steps", "why"),)),
-        StepEvent(1, {"a": 1.0}, 1.0),
-        None,
-        0.5,
-    )
-    good |= {"pin": "/p", "directory": "/p", "fingerprint": "f"}
-    check_request(json.loads(json.dumps(good)), 1)
-    for key, wrong in (
-        ("time", 10**400), ("triggers", [None]), ("triggers", [{"policy": "x", "name": []}]), ("triggers", {}),
-        ("metrics", {"a": "x"}), ("step", "1"), ("step", 9), ("run", []), ("fingerprint", {}), ("stall_s", None),
-        ("frozen", 3), ("homes", [1]), ("base_model", 7), ("spread", "no"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"{key}: not what a request holds"):
-            check_request(good | {key: wrong}, 1)

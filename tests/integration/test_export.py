@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 import verl_autoexport
 from tests.support.checkpoints import STEP
 from tests.support.exports import assert_same_model, export, oracle, tensors
+from tests.support.page_cache import resident
 from tests.support.sharding import LARGE_INT, QWEN2, QWEN3_MOE, make_checkpoint
-from verl_autoexport.merge.reader import boxes
-from verl_autoexport.sources.fsdp.rank_files import FsdpFiles, local_box
+from verl_autoexport.errors import SourceError
+from verl_autoexport.export.pipeline import LocalRunner, run_export
+from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
 
 DTYPES = ("bfloat16", "float16", "float32", "source")
 
@@ -214,44 +215,18 @@ def anonymous_memory(pid: int) -> int:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon")), 0)
 
 
-# -- properties -----------------------------------------------------------------------------
-
-SHAPES = st.lists(st.integers(0, 7), max_size=4).map(tuple)
-
-
-@given(SHAPES, st.integers(1, 400))
-def test_boxes_tile_in_order(shape, limit):
-    """Laid end to end, the boxes are the tensor's memory: they are contiguous, in order and complete."""
-    numbers = torch.arange(math.prod(shape)).reshape(shape)
-    parts = []
-    for offsets, extent in boxes(shape, limit):
-        part = numbers[tuple(slice(o, o + n) for o, n in zip(offsets, extent, strict=True))]
-        assert 0 < part.numel() <= limit
-        assert part.shape == extent
-        parts.append(part.reshape(-1))
-    assert torch.equal(torch.cat(parts) if parts else numbers.reshape(-1), numbers.reshape(-1))
-
-
-@given(
-    st.data(), st.lists(st.integers(1, 11), min_size=1, max_size=3).map(tuple), st.sampled_from([(3,), (2, 3), (4, 2)])
-)
-@settings(deadline=None)
-def test_local_box_is_torchs(data, shape, mesh_shape):
-    mesh = torch.arange(math.prod(mesh_shape)).reshape(mesh_shape)
-    placement = st.sampled_from([Replicate(), *map(Shard, range(len(shape)))])
-    placements = [data.draw(placement) for _ in mesh_shape]
-    rank = data.draw(st.integers(0, mesh.numel() - 1))
-    coordinate = [int(i[0]) for i in torch.where(mesh == rank)]
-    local, offsets = local_box("w", shape, mesh, placements, rank)
-    theirs, their_offsets = _compute_local_shape_and_global_offset(shape, mesh_shape, coordinate, placements)
-    assert local == tuple(theirs)
-    if math.prod(local):  # the offset of nothing means nothing
-        assert offsets == tuple(their_offsets)
-
-
-@given(st.integers(1, 40), st.integers(1, 9))
-def test_local_box_splits_like_chunk(size, world_size):
-    mesh = torch.arange(world_size)
-    found = [local_box("w", (size,), mesh, [Shard(0)], rank)[0][0] for rank in range(world_size)]
-    expected = [len(c) for c in torch.arange(size).chunk(world_size)]
-    assert found == expected + [0] * (world_size - len(expected))
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_export_in_a_run_leaves_nothing_in_the_page_cache(own_checkpoint, tmp_path, fails):
+    checkpoint, out = own_checkpoint("even"), tmp_path / "out"
+    spec = replace(checkpoint_spec(checkpoint, verify=False), cached=False)
+    out.mkdir()
+    shards = sorted(spec.checkpoint.glob("*.pt"))
+    if fails:
+        content = bytearray(shards[0].read_bytes())
+        content[len(content) // 2] ^= 1
+        shards[0].write_bytes(content)
+    os.sync()
+    assert min(map(resident, shards)) > 0.9
+    with pytest.raises(SourceError, match="not those that training wrote") if fails else nullcontext():
+        run_export(spec, out, LocalRunner(1))
+    assert max(map(resident, [*shards, *out.glob("*.safetensors")])) < 0.1

@@ -20,8 +20,6 @@ from tests.support.repository import SUPPORT, environment
 from verl_autoexport.cli.main import main
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import lease
-from verl_autoexport.registry.lock import flaw_of
-from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
 
 OWNER = """
@@ -103,16 +101,6 @@ def test_a_run_that_is_just_ending_is_waited_for(start, root):
     assert lease.read(root).run == "p/second"
 
 
-def test_a_process_takes_its_own_lease_again(registry, root):
-    first = registry.own("p/first")
-    again = Registry(root).own("p/first")
-    assert lease.read(root).token == again.token
-    first.release()
-    assert lease.read(root).token == again.token, "only its own is given up"
-    again.release()
-    assert lease.read(root) is None
-
-
 def test_another_host_is_alive_while_it_touches_its_record(start, root):
     start()  # it beats every 5 s
     elsewhere(root)
@@ -128,27 +116,6 @@ def test_a_silent_host_is_dead_after_a_while(start, root):
     began = time.monotonic()
     Registry(root).own("p/second")
     assert 1.4 < time.monotonic() - began < 5
-
-
-def test_who_was_taken_for_dead_publishes_nothing_more(registry, root):
-    mine = Registry(root)
-    mine.own("p/first")
-    staged = mine.stage("x")
-    record = json.loads((root / lease.NAME).read_text())
-    (root / lease.NAME).write_text(json.dumps(record | {"token": "other", "run": "p/second"}))
-    for change in (
-        lambda: publish(mine, 2),
-        lambda: mine.journal("failed", step=2),
-        lambda: mine.prune(Keep(last=1)),
-        lambda: mine.supersede_after(0),
-        mine.recover,
-        mine.check_owner,
-    ):
-        with pytest.raises(RegistryError, match="taken over by p/second"):
-            change()
-    mine.discard(staged)
-    assert registry.versions() == []
-    assert publish(registry, 2).number == 1, "whoever writes by hand owns nothing and is not refused"
 
 
 def test_commands_work_beside_a_run(start, root, registry, capsys):
@@ -169,13 +136,6 @@ def test_the_next_command_says_what_a_killed_run_left(start, root, registry, cap
     first.wait()
     assert main(["ls", str(root)]) == 0
     assert "step 6: asked for, not finished: interrupted; the next start of the run" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"pid": "x"}'])
-def test_a_damaged_record_stops_nobody(damage, registry, root):
-    (root / lease.NAME).write_text(damage)
-    registry.own("p/first")
-    assert lease.read(root).run == "p/first"
 
 
 # -- file systems whose locks do not work -----------------------------------------------------
@@ -225,12 +185,6 @@ def flawed(request, shim) -> dict[str, str]:
 def command(root: Path, *args: str, **options) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", "verl_autoexport", args[0], str(root), *args[1:]]
     return subprocess.run(words, capture_output=True, text=True, **options)
-
-
-def test_locks_that_work_are_told_from_those_that_do_not(tmp_path):
-    assert flaw_of(tmp_path / ".lock") is None
-    with Registry.create(tmp_path)._locked():
-        assert flaw_of(tmp_path / ".lock") is None, "somebody else has it"
 
 
 def test_without_locks_the_owner_alone_writes(flawed, registry, root):

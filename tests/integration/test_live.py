@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 from collections import Counter
 from collections.abc import Callable
@@ -11,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.support.sharding import QWEN2, QWEN3_MOE, make_checkpoints
 from verl_autoexport.errors import PlanError
@@ -22,7 +19,7 @@ from verl_autoexport.merge.reader import ShardReader
 from verl_autoexport.shards.manifest import ShardManifest
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
 from verl_autoexport.sources.live.coordinator import split_otherwise
-from verl_autoexport.sources.live.copier import Part, flat_boxes, lay_out, make_manifest
+from verl_autoexport.sources.live.copier import make_manifest
 
 VALUE = QWEN2 | {"architectures": ["Qwen2ForTokenClassification"], "num_labels": 1}
 TIED = QWEN2 | {"tie_word_embeddings": True}
@@ -158,31 +155,3 @@ def test_exports_as_the_checkpoint_does(name, lora, made, tmp_path):
     for file in files:
         if file.name != "export.json":
             assert (tmp_path / "live" / file).read_bytes() == (tmp_path / "saved" / file).read_bytes(), file
-
-
-@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=12))
-def test_no_chunk_has_tensors_of_two_files(tensors):
-    parts = [Part(str(i), "float32", (size,), (((0,), (size,)),)) for i, (size, _) in enumerate(tensors)]
-    groups = {str(i): group for i, (_, group) in enumerate(tensors)}
-    layout = lay_out(0, parts, {}, 256, groups)
-    found = [{groups[p.fqn] for p in layout.parts if p.chunk == i} for i in range(len(layout.chunks))]
-    assert all(len(g) == 1 for g in found)
-    assert [min(g) for g in found] == sorted(min(g) for g in found)
-    assert all(0 < n <= 256 for n in layout.chunks)
-    assert sorted((p.fqn, p.numel) for p in parts) == sorted(
-        (fqn, sum(p.numel for p in layout.parts if p.fqn == fqn)) for fqn in groups
-    )
-
-
-@given(st.lists(st.integers(1, 5), max_size=4).map(tuple), st.data())
-def test_flat_boxes_are_the_range(shape, data):
-    numel = math.prod(shape)
-    start = data.draw(st.integers(0, numel))
-    stop = data.draw(st.integers(start, numel))
-    numbers = torch.arange(numel).reshape(shape)
-    parts = [
-        numbers[tuple(slice(o, o + n) for o, n in zip(offsets, extent, strict=True))].reshape(-1)
-        for offsets, extent in flat_boxes(shape, start, stop)
-    ]
-    assert len(parts) <= max(1, 2 * len(shape) - 1)
-    assert torch.cat(parts).tolist() == list(range(start, stop)) if parts else start == stop

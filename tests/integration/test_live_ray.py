@@ -25,7 +25,7 @@ from verl_autoexport.errors import SourceError
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo
 from verl_autoexport.service.live_start import start_live
-from verl_autoexport.sources.live import in_worker, snapshot
+from verl_autoexport.sources.live import in_worker
 from verl_autoexport.sources.live.copier import Layout
 from verl_autoexport.sources.live.snapshot import Deliveries
 
@@ -236,17 +236,6 @@ def test_a_dead_worker_is_not_waited_for(cluster):
     deliveries.forget("x")
     assert not deliveries.take("x", 0, [])
     ray.kill(workers[0])
-
-
-def test_a_snapshot_whose_export_nobody_asks_for_is_let_go_of(monkeypatch):
-    deliveries = Deliveries()
-    assert deliveries.take("x", 0, [])
-    deliveries.ask("asked")
-    assert deliveries.take("asked", 0, [])
-    monkeypatch.setattr(snapshot, "_UNASKED_S", -1.0)
-    assert not deliveries.take("x", 0, [])
-    assert deliveries.blocks.keys() == {"asked"}
-    assert deliveries.take("asked", 0, [])
 
 
 @pytest.mark.full

@@ -46,3 +46,7 @@ def assert_same_model(found: Path, expected: Path) -> None:
     for file in ("config.json", "generation_config.json"):
         if (expected / file).exists():
             assert json.loads((found / file).read_text()) == json.loads((expected / file).read_text())
+
+
+def auto(directory: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto")

@@ -1,25 +1,21 @@
-"""The house keeps its order: which room may import which, how large it may grow, what the wheel holds."""
+"""Which room of the package may import which, and how large its modules may grow."""
 
 from __future__ import annotations
 
 import ast
-import json
-import os
 import re
-import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.repository import ROOT
+
 PACKAGE = "verl_autoexport"
-PLUGIN = REPOSITORY / "hydra_plugins" / "autoexport_searchpath" / "__init__.py"
+PLUGIN = ROOT / "hydra_plugins" / "autoexport_searchpath" / "__init__.py"
 MAX_MODULE = 420  # lines
 MAX_FUNCTION = 40  # lines, docstring not counted
 
@@ -87,7 +83,7 @@ class Import:
         return f"{self.file}:{self.line} imports {self.name}"
 
 
-def modules(root: Path = REPOSITORY) -> dict[str, Path]:
+def modules(root: Path = ROOT) -> dict[str, Path]:
     """Path below the package, with slashes -> file; the Hydra plug-in under `hydra_plugins/`."""
     found = {p.relative_to(root / PACKAGE).as_posix(): p for p in sorted((root / PACKAGE).rglob("*.py"))}
     plugins = root / "hydra_plugins"
@@ -124,7 +120,7 @@ def within(file: str, places: tuple[str, ...]) -> bool:
     return any(file == place or (place.endswith("/") and file.startswith(place)) for place in places)
 
 
-def wrong_rooms(root: Path = REPOSITORY) -> list[str]:
+def wrong_rooms(root: Path = ROOT) -> list[str]:
     found = []
     for file, path in modules(root).items():
         here = room(file)
@@ -136,7 +132,7 @@ def wrong_rooms(root: Path = REPOSITORY) -> list[str]:
     return found
 
 
-def wrong_libraries(root: Path = REPOSITORY) -> list[str]:
+def wrong_libraries(root: Path = ROOT) -> list[str]:
     found = []
     for file, path in modules(root).items():
         for used in imports(file, path):
@@ -148,7 +144,7 @@ def wrong_libraries(root: Path = REPOSITORY) -> list[str]:
     return found
 
 
-def too_large(root: Path = REPOSITORY) -> list[str]:
+def too_large(root: Path = ROOT) -> list[str]:
     found = []
     for file, path in modules(root).items():
         text = path.read_text(encoding="utf-8")
@@ -194,11 +190,23 @@ def test_modules_and_functions_stay_small() -> None:
     assert not (large := too_large()), "\n".join(large)
 
 
+def test_tests_take_what_they_share_from_support() -> None:
+    """A test module that another one imports could be neither moved nor split."""
+    wrong = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        file = path.relative_to(ROOT).as_posix()
+        allowed = ("tests.support.", "tests.benchmarks.") if "/benchmarks/" in file else ("tests.support.",)
+        wrong += [str(i) for i in imports(file, path) if i.top == "tests" and not i.name.startswith(allowed)]
+        attributes = (n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Attribute))
+        wrong += [f"{file}:{n.lineno}: sys.path; import `tests.…`" for n in attributes if ast.unparse(n) == "sys.path"]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_readme_lists_every_configuration_key_with_its_default() -> None:
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([a-z_.]+)` \| `(.*?)` \|", text.partition("\n## Configuration\n")[2], re.MULTILINE)
     listed = {key: yaml.safe_load(default) for key, default in rows}
-    group = yaml.safe_load((REPOSITORY / "configs" / "autoexport" / "default.yaml").read_text(encoding="utf-8"))
+    group = yaml.safe_load((ROOT / "configs" / "autoexport" / "default.yaml").read_text(encoding="utf-8"))
     keys = dict(leaves(group["autoexport"]))
     wrong = sorted(k for k in listed.keys() | keys.keys() if k not in listed or k not in keys or listed[k] != keys[k])
     assert not wrong, f"README's table and default.yaml differ in {wrong}"
@@ -210,78 +218,3 @@ def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def test_importing_the_package_is_light() -> None:
-    heavy = ["torch", "ray", "transformers", "verl", "omegaconf", "hydra"]
-    code = f"import json, sys; import {PACKAGE}; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # no plug-ins of other tests
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
-    )
-    assert json.loads(done.stdout) == [], f"`import {PACKAGE}` must not load these"
-
-
-# -- the wheel -----------------------------------------------------------------------------
-
-
-def _pip(*args: str) -> str:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *args]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("wheel")
-    _pip("wheel", str(REPOSITORY), "--no-deps", "--quiet", "-w", str(target))
-    (found,) = target.iterdir()
-    return found
-
-
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("site")
-    _pip("install", "--no-deps", "--quiet", "--target", str(target), str(wheel))
-    return target
-
-
-def test_wheel_holds_the_config_group_and_nothing_beside_the_package(wheel: Path) -> None:
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert {f"{PACKAGE}/configs/autoexport/default.yaml", "hydra_plugins/autoexport_searchpath/__init__.py"} <= names
-    tops = {name.partition("/")[0] for name in names}
-    assert {t for t in tops if not t.endswith(".dist-info")} == {PACKAGE, "hydra_plugins"}
-    assert "hydra_plugins/__init__.py" not in names, "hydra_plugins is a namespace package that others share"
-
-
-def test_wheel_installs_nothing_else_into_a_verl_environment(wheel: Path, tmp_path: Path) -> None:
-    report = tmp_path / "report.json"
-    _pip("install", "--dry-run", "--quiet", "--report", str(report), str(wheel))
-    would = {item["metadata"]["name"] for item in json.loads(report.read_text())["install"]}
-    # Nothing at all where this very version is installed already, as `pip install -e .` leaves it.
-    assert would <= {PACKAGE, PACKAGE.replace("_", "-")}, f"would also install or change {sorted(would)}"
-
-
-def _main_ppo(installed: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """verl's own command with the installed wheel, far from this checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", f"hydra.run.dir={installed / 'run'}", *args]
-    return subprocess.run(command, cwd=installed, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def test_flag_works_from_the_wheel(installed: Path) -> None:
-    done = _main_ppo(installed, "+autoexport=default", "autoexport.trigger.every_n_steps=2", "--cfg", "all")
-    assert done.returncode == 0, done.stderr
-    config = yaml.safe_load(done.stdout[done.stdout.index("hydra:\n") :])
-    sources = {s["provider"]: s["path"] for s in config["hydra"]["runtime"]["config_sources"]}
-    assert sources[PACKAGE] == str(installed / PACKAGE / "configs"), "the group does not come from the wheel"
-    assert config["hydra"]["callbacks"]["autoexport"]["_target_"] == f"{PACKAGE}.runtime.guard.StartupGuard"
-    assert config["trainer"]["checkpoint_callback_class"] == f"{PACKAGE}.AutoExportCallback"
-    assert config["autoexport"]["trigger"]["every_n_steps"] == 2
-
-
-def test_guard_of_the_wheel_stops_a_run_that_would_export_nothing(installed: Path) -> None:
-    done = _main_ppo(installed, "+autoexport=default", "autoexport.source=checkpoint", "trainer.save_freq=-1")
-    assert done.returncode == 1
-    assert "verl_autoexport: trainer.save_freq=-1: " in done.stderr.splitlines()[-1], done.stderr

@@ -1,19 +1,14 @@
-"""Which versions stay and how the others go: against a plain reference, a twin that removes nothing, real faults."""
+"""Which versions stay and how the others go: against a plain reference, and a twin that removes nothing."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-import signal
-import subprocess
 import tempfile
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +16,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.support.crashes import every_crash
-from tests.support.registry import EVERY, best, child, links, names, publish, record, rewrite
-from tests.support.retention import check_whole, fill, memory, removals
+from tests.support.registry import EVERY, best, links, names, publish, record, rewrite
+from tests.support.retention import fill, memory, removals
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.registry import compaction, journal, pointers, removal, retention, state, versions
+from verl_autoexport.registry import compaction, journal, pointers, retention, state, versions
 from verl_autoexport.registry import journal_reader as notes
 from verl_autoexport.registry.retention import Keep, judge, nbytes, show_size
 from verl_autoexport.registry.state import Facts
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.registry.versions import Version, version_name
-from verl_autoexport.system.durable_files import is_temp
 from verl_autoexport.system.untrusted import read_json
 
 SETTINGS = settings(max_examples=400, deadline=None)
@@ -441,17 +434,6 @@ def test_what_lies_in_the_trash_and_the_journal_does_not_know_is_left_and_told(r
     assert not any((root / ".trash").iterdir())
 
 
-def test_a_deletion_is_noted_only_when_the_data_is_gone(registry, root, immovable):
-    fill(registry)
-    immovable(root / "v0003-step3/sub/model.safetensors")
-    registry.prune(Keep(last=1))
-    assert ("deleted", "v0003-step3") not in removals(registry)
-    assert state.load(root)[0].removed == ["v0003-step3"]
-    release(root, "v0003-step3")
-    registry.recover()
-    assert ("deleted", "v0003-step3") in removals(registry)
-
-
 # -- long lives -----------------------------------------------------------------------------
 
 
@@ -504,32 +486,6 @@ def test_a_shortened_journal_says_the_same(registry, root, monkeypatch):
     assert not compaction.compact(registry._notes, registry._locked), "once is enough"
 
 
-@pytest.mark.usefixtures("no_sync")
-def test_crash_at_any_moment_of_shortening_the_journal(tmp_path, registry, root, monkeypatch):
-    fill(registry)
-    for _ in range(40):
-        registry.note([("asked", {"step": 2, "triggers": []}), ("failed", {"step": 2, "reason": "x"})])
-    monkeypatch.setattr(compaction, "WORTH", 10)
-    before = memory(registry)
-
-    def shorten(registry: Registry) -> None:
-        registry._look()
-        registry._notes.worth_a_look = 0
-        compaction.compact(registry._notes, registry._locked)
-        registry.journal("x")
-        registry.journal("y")
-        registry.journal("z")
-
-    sizes = set()
-    for copy in every_crash(tmp_path, root, shorten):
-        registry = Registry(copy)
-        assert memory(registry) == before
-        sizes.add(len(registry.journal_entries()[0]) > 80)
-        registry.recover()
-        assert not [p for p in copy.iterdir() if is_temp(p.name)]
-    assert sizes == {True, False}
-
-
 def test_what_is_added_while_the_journal_is_shortened_stays(registry, root, monkeypatch):
     for _ in range(40):
         registry.journal("failed", step=2, reason="x")
@@ -567,253 +523,6 @@ def test_removed_versions_do_not_come_back(registry, root, tmp_path):
     shutil.copytree(backup, root / "v0003-step3")
     registry.recover()
     assert "v0003-step3" in names(registry), "but for those that a person brings back"
-
-
-# -- crashes --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_sync(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-@pytest.mark.usefixtures("no_sync")
-@pytest.mark.parametrize("renames", [True, False])
-def test_crash_at_any_moment_of_prune(tmp_path, registry, root, renames):
-    def prune(registry: Registry) -> None:
-        with nullcontext() if renames else no_renaming():
-            registry.prune(Keep(last=2))
-
-    fill(registry)
-    before, seen = memory(registry), set()
-    for nth, copy in enumerate(every_crash(tmp_path, root, prune)):
-        registry = Registry(copy)
-        check_whole(copy)
-        seen.add(len(names(registry)))
-        assert memory(registry) == before
-        if nth % 2:
-            (copy / "registry.json").unlink()
-        registry.recover()
-        assert registry.recover() == [], "one recovery finishes everything"
-        check_whole(copy)
-        assert memory(registry) == before
-        assert {p.name for p in copy.glob("v*")} == {*names(registry)}
-        assert not any(copy.glob(".trash/*"))
-        registry.prune(Keep(last=2))
-        assert names(registry) == ["v0001-step1", "v0002-step2", "v0004-step4", "v0005-step5"]
-        events = removals(registry)
-        assert {*events} == {(e, v) for e in ("removed", "deleted") for v in ("v0003-step3", "v0006-step6")}
-        assert publish(registry, 9).number == 7
-    assert seen == {4, 6}, "crashes before and after the decision was told to readers"
-
-
-@contextmanager
-def no_renaming() -> Iterator[None]:
-    """A file system that renames no directories."""
-    rename = os.rename
-    os.rename = lambda *_: (_ for _ in ()).throw(OSError(errno.EXDEV, "Invalid cross-device link"))
-    try:
-        yield
-    finally:
-        os.rename = rename
-
-
-@pytest.mark.usefixtures("no_sync")
-def test_crash_at_any_moment_of_finishing_a_removal(tmp_path, registry, root):
-    fill(registry)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(removal, "go_on", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            registry.prune(Keep(last=2))
-    assert read_json(root / "registry.json")["removed"] == ["v0006-step6", "v0003-step3"]
-    before = memory(registry)
-    for copy in every_crash(tmp_path, root, lambda r: r.recover()):
-        assert memory(Registry(copy)) == before
-        Registry(copy).recover()
-        assert Registry(copy).recover() == []
-        assert names(Registry(copy)) == ["v0001-step1", "v0002-step2", "v0004-step4", "v0005-step5"]
-        assert read_json(copy / "registry.json")["removed"] == []
-        assert not any(copy.glob(".trash/*"))
-
-
-LOOP = """
-from itertools import count
-from verl_autoexport.registry.retention import Keep
-print("ready", flush=True)
-registry.recover()
-last = max((v.step for v in registry.versions()), default=0)
-for step in count(last + 1):
-    publish(registry, step, *[best(step)] * (step % 3 == 0), files=({"name": "sub/model.safetensors", "bytes": 7},))
-    registry.prune(Keep(last=2, every_n_steps=20))
-"""
-
-
-def test_readers_see_whole_versions_while_pruning_is_killed(registry, root):
-    stop, looked, wrong = threading.Event(), [0], []
-    there: list[Path] = []
-
-    def poll() -> None:
-        while not stop.is_set():
-            with suppress(FileNotFoundError):  # a link that is being made has a name for a moment
-                there[:] = [*root.glob("v*"), *(root / link for link in links(root))]
-            for path in there:
-                with suppress(FileNotFoundError):
-                    (path / "export.json").stat()
-                    try:
-                        good = (path / "sub/model.safetensors").read_bytes() == b"weights"
-                    except FileNotFoundError:
-                        good = not (path / "export.json").exists() or path.is_symlink()
-                    looked[0] += 1
-                    wrong.extend([] if good else [path.name])
-
-    reader = threading.Thread(target=poll)
-    reader.start()
-    try:
-        for nth in range(12):
-            writer = child(root, LOOP)
-            assert writer.stdout.readline() == "ready\n"
-            time.sleep(0.3 + 0.037 * nth)
-            writer.send_signal(signal.SIGKILL)
-            assert writer.wait() == -signal.SIGKILL, "it ended by itself"
-            writer.stdout.close()
-            registry.recover()
-            check_whole(root)
-    finally:
-        stop.set()
-        reader.join()
-    assert wrong == []
-    assert looked[0] > 500
-    registry.prune(Keep(last=2, every_n_steps=20))
-    steps = [v.step for v in registry.versions()]
-    published = [e["step"] for e in registry.journal_entries()[0] if e["event"] == "published"]
-    assert published == list(range(1, max(steps) + 1)), "each step once"
-    assert [v.number for v in registry.versions()] == steps, "no number twice, none left out"
-    assert {s for s in published if s % 20 == 0} <= {*steps}
-    assert {max(steps), max(steps) - 1, max(s for s in published if s % 3 == 0)} <= {*steps}
-    assert len(steps) <= len(published) // 20 + 3
-    assert not any(root.glob(".trash/*"))
-    assert not any((root / ".staging").iterdir())
-
-
-def test_a_run_publishes_while_somebody_prunes(registry, root):
-    publisher = child(root, "[publish(registry, i + 1, *[best(i)] * (i % 2)) for i in range(30)]")
-    pruner = child(
-        root, "from verl_autoexport.registry.retention import Keep\nwhile True: registry.prune(Keep(last=2))"
-    )
-    try:
-        while publisher.poll() is None:
-            assert registry.prune(Keep(last=2))[1] == []
-    finally:
-        pruner.kill()
-        pruner.wait()
-        for process in (publisher, pruner):
-            process.stdout.close()
-    assert publisher.returncode == 0
-    registry.recover()
-    registry.prune(Keep(last=2))
-    assert names(registry) == ["v0029-step29", "v0030-step30"]
-    assert registry.journal_entries()[1] == []
-    assert [m.step for m in registry.milestones()] == list(range(1, 31))
-
-
-# -- faults ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def immovable() -> Iterator[Callable[[Path], Path]]:
-    """Makes a file or directory one that not even root can delete."""
-    made = []
-
-    def change(path: Path, sign: str) -> None:
-        subprocess.run(["chattr", f"{sign}i", path], check=True, capture_output=True)
-
-    def make(path: Path) -> Path:
-        try:
-            change(path, "+")
-        except (OSError, subprocess.CalledProcessError):
-            pytest.skip("chattr +i is not permitted here")
-        made.append(path)
-        return path
-
-    yield make
-    for path in made:
-        with suppress(OSError, subprocess.CalledProcessError):
-            change(path, "-")
-
-
-def release(root: Path, name: str) -> None:
-    for path in [*root.glob(".trash/**/*"), *root.glob(f"{name}/**/*"), root / name]:
-        subprocess.run(["chattr", "-i", path], capture_output=True)
-
-
-@pytest.mark.parametrize("what", ["sub/model.safetensors", "sub", "export.json", "."])
-def test_a_deletion_that_fails_is_recorded_and_tried_again(registry, root, immovable, what):
-    fill(registry)
-    before = memory(registry)
-    immovable(root / "v0003-step3" / what)
-    for _ in range(2):
-        (line,) = registry.prune(Keep(last=1))[1]
-        assert "v0003-step3" in line
-        assert "removed, but its data cannot be deleted yet: Operation not permitted" in line
-        assert names(registry) == ["v0001-step1", "v0002-step2", "v0005-step5"], "the others go"
-        assert not [p for p in root.glob("v*/export.json") if not (p.parent / "sub/model.safetensors").exists()]
-        assert registry.invalid() == []
-    failures = [path for event, path in removals(registry) if event == "delete_failed"]
-    assert len(failures) == 1, "noted once, not at each attempt"
-    assert memory(registry) == before
-    (root / "registry.json").unlink()
-    assert "v0003-step3" not in names(registry), "the journal knows that it is removed"
-    assert publish(registry, 7).number == 7
-    assert any("cannot be deleted yet" in line for line in registry.recover())
-    release(root, "v0003-step3")
-    assert registry.prune(Keep(last=1))[1] == []
-    assert [p.name for p in sorted(root.glob("v*"))] == ["v0001-step1", "v0002-step2", "v0007-step7"]
-    assert not any(root.glob(".trash/*"))
-    assert removals(registry).count(("deleted", "v0003-step3")) == 1
-
-
-def test_a_version_that_is_mounted_elsewhere_is_busy(registry, root):
-    fill(registry)
-    path = root / "v0003-step3"
-    if subprocess.run(["mount", "--bind", path, path], capture_output=True).returncode:
-        pytest.skip("nothing can be mounted here")
-    try:
-        (line,) = registry.prune(Keep(last=1))[1]
-        assert "busy" in line
-        assert names(registry) == ["v0001-step1", "v0002-step2", "v0005-step5"]
-    finally:
-        subprocess.run(["umount", path], check=True)
-    assert registry.prune(Keep(last=1))[1] == []
-    assert not path.exists()
-
-
-@pytest.mark.parametrize("lines", [0, 1, 3])
-def test_a_full_disk_can_be_pruned(tmp_path, lines):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True).returncode:
-        pytest.skip("nothing can be mounted here")
-    try:
-        registry = Registry.create(disk / "exports")
-        fill(registry, 8)
-        before = memory(registry)
-        log = registry.root / ".journal.jsonl"
-        room = -log.stat().st_size % 4096  # left in its last block: make that enough for so many lines
-        registry.journal("note", text="x" * ((room - lines * 500 - 100) % 4096))
-        with suppress(OSError), (disk / "filler").open("wb", buffering=0) as f:
-            while f.write(b"x" * 4096):
-                pass
-        with pytest.raises(OSError, match="No space left"):
-            (disk / "more").write_bytes(b"x")
-        assert registry.prune(Keep(last=2))[1] == []
-        assert [v.step for v in registry.versions()] == [1, 2, 6, 7]
-        assert memory(registry) == before
-        assert {p.name for p in registry.root.glob("v*")} == {*names(registry)}
-        events = {e["version"] for e in registry.journal_entries()[0] if e["event"] == "removed"}
-        assert len(events) == 4, "each with its reason"
-        assert state.load(registry.root)[0].next_version == 9
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_registry_json_from_before_removals_were_noted_is_read(registry, root):
