@@ -390,7 +390,7 @@ def _blocks(file: Path | Memory, offset: int, nbytes: int) -> Iterator[bytes]:
         for start in range(offset, offset + nbytes, BLOCK):
             block = bytearray(min(BLOCK, offset + nbytes - start))
             if opened is None:
-                file.read(memoryview(block), start)
+                file.read(memoryview(block), start, offset + nbytes)
             else:
                 opened.seek(start)
                 opened.readinto(block)
