@@ -27,8 +27,8 @@ from verl_autoexport.registry.store import Registry
 from verl_autoexport.service import controller as driver_module
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo, check_request, make_request
-from verl_autoexport.sources.fsdp import holds
-from verl_autoexport.sources.fsdp.holds import MAX_ATTEMPTS, find_holds
+from verl_autoexport.sources import holds
+from verl_autoexport.sources.holds import MAX_ATTEMPTS, find_holds
 
 METRIC = "val-core/x/acc/mean@1"
 BEST = {"metric": METRIC}

@@ -24,7 +24,7 @@ from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import SourceError
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo
-from verl_autoexport.sources.fsdp.holds import find_holds
+from verl_autoexport.sources.holds import find_holds
 from verl_autoexport.sources.nodes.cluster import SpreadFiles, find_nodes
 
 RAY = Path(sys.executable).with_name("ray")

@@ -26,8 +26,8 @@ from verl_autoexport.model.planner import plan_model
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo
-from verl_autoexport.sources.fsdp.holds import find_holds, make_hold
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
+from verl_autoexport.sources.holds import find_holds, make_hold
 
 WIDE = QWEN2 | {"vocab_size": 60_000, "hidden_size": 512}  # long enough to be killed in
 
