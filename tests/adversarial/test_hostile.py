@@ -29,9 +29,9 @@ from verl_autoexport.registry import lease, state
 from verl_autoexport.registry.record import read_record
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.shards.safetensors_files import INDEX_NAME, model_files, weight_files
-from verl_autoexport.sources.fsdp import holds
-from verl_autoexport.sources.fsdp.discovery import check_links
+from verl_autoexport.sources import holds
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles, rank_files
+from verl_autoexport.sources.saved_files import check_links
 from verl_autoexport.system.untrusted import is_plain_name, read_json
 
 BOMBS = {

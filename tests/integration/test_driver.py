@@ -21,8 +21,8 @@ from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service import controller as driver_module
-from verl_autoexport.sources.fsdp import holds
-from verl_autoexport.sources.fsdp.holds import MAX_ATTEMPTS, find_holds
+from verl_autoexport.sources import holds
+from verl_autoexport.sources.holds import MAX_ATTEMPTS, find_holds
 
 
 @pytest.fixture

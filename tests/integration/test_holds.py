@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -17,8 +16,7 @@ from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.actor import ExportActor
-from verl_autoexport.sources.fsdp import holds
-from verl_autoexport.sources.fsdp.discovery import earlier_fingerprint
+from verl_autoexport.sources import holds
 
 STEP = 2
 
@@ -111,19 +109,6 @@ def test_content_that_is_another_fails_and_is_kept(run, own_checkpoint):
     outcome = start(run)
     assert "no longer those of step 2 as it was chosen" in outcome["reason"]
     assert attempts(run) == 1
-
-
-@pytest.mark.parametrize("copied", [False, True])
-def test_a_pin_of_a_version_that_knew_files_and_not_their_content(run, copied):
-    """Where it can still be told it is exported; where not, it is at least not deleted."""
-    rotate(run)
-    (pin,) = holds.find_holds(run)
-    info = json.loads((pin.path / "pin.json").read_text())
-    info["fingerprint"] = info["request"]["fingerprint"] = earlier_fingerprint(pin.path)
-    (pin.path / "pin.json").write_text(json.dumps(info))
-    root = moved(run) if copied else run
-    assert start(root)["status"] == ("failed" if copied else "published")
-    assert len(holds.find_holds(root)) == copied
 
 
 def test_a_kept_step_can_be_exported_by_hand(run):

@@ -123,7 +123,7 @@ def test_tied_weights_that_have_diverged(cluster, start):
 
     workers = make_workers()
     in_each(workers, tie)
-    driver = start(workers)
+    driver = start(workers, overflow="wait")
     train(workers, driver, 1)
     ray.get([w.train.remote(2) for w in workers])
     in_each(workers[1:], diverge)

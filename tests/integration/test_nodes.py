@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import torch
 
 from tests.support.exports import assert_same_model, export
 from tests.support.page_cache import resident
@@ -24,7 +25,7 @@ from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import SourceError
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo
-from verl_autoexport.sources.fsdp.holds import find_holds
+from verl_autoexport.sources.holds import find_holds
 from verl_autoexport.sources.nodes.cluster import SpreadFiles, find_nodes
 
 RAY = Path(sys.executable).with_name("ray")
@@ -253,6 +254,29 @@ def test_what_a_run_with_another_world_size_left_is_decided_by_rank_0s_node(clus
     done = by_hand(checkpoint, tmp_path / "out", "--ray-address", cluster.address)
     assert done.returncode == 1
     assert "mixed on the nodes: [3, 6], and fsdp_config.json names none." in done.stderr
+
+
+def test_plain_tensors_are_compared_across_nodes(cluster, source, driver):
+    """As persistent buffers are; without CRC-32s their bytes have to be read."""
+    checkpoint = cluster.spread(source, 12)
+    homes = [driver.nodes.homes[rank] for rank in range(WORLD)]
+
+    def save(rank: int, values: torch.Tensor) -> None:
+        path = cluster.own(rank) / f"global_step_12/actor/model_world_size_{WORLD}_rank_{rank}.pt"
+        state = torch.load(path, weights_only=False)
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(state | {"a.buffer": values}, path)
+        finally:
+            torch.serialization.set_crc32_options(True)
+
+    for rank in range(WORLD):
+        save(rank, torch.arange(400_000.0))
+    found = SpreadFiles(driver.nodes, checkpoint, "actor", homes).manifest()
+    assert found.tensors["a.buffer"].shape == (400_000,)
+    save(2, torch.arange(400_000.0).roll(1))
+    with pytest.raises(SourceError, match=r"a\.buffer: a plain tensor with different values on rank 0 and rank 2"):
+        SpreadFiles(driver.nodes, checkpoint, "actor", homes).manifest()
 
 
 @pytest.mark.full

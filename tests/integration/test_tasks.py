@@ -25,8 +25,8 @@ from verl_autoexport.model.planner import plan_model
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo
-from verl_autoexport.sources.fsdp.holds import find_holds, make_hold
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
+from verl_autoexport.sources.holds import find_holds, make_hold
 
 
 @pytest.fixture(scope="module")

@@ -135,6 +135,7 @@ def test_fsdp1_equals_its_checkpoint(tied):
         assert_equal_weights(tied, version)
 
 
+@pytest.mark.full
 def test_resume_after_failure_after_sigkill_and_from_an_earlier_step(tmp_path):
     """One run directory through four starts."""
     run = Run(tmp_path)
@@ -321,6 +322,7 @@ def test_switched_off_it_does_nothing_but_call_the_users_callback(tmp_path):
     assert "published" not in run.log
 
 
+@pytest.mark.full
 def test_training_goes_on_when_the_output_directory_is_taken_away(tmp_path):
     run = Run(tmp_path).train("autoexport.trigger.on_save=true", CHAIN, break_at=4)
     assert run.code == 0, run.log[-3000:]

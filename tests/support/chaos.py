@@ -105,7 +105,7 @@ def train(root: Path, source: Path, steps: int, killer: Killer) -> None:
     """What a run does from its start on: finish what was interrupted, then `steps` more steps, each a milestone."""
     from verl_autoexport.config.reading import load_config
     from verl_autoexport.service.actor import ExportActor
-    from verl_autoexport.sources.fsdp import holds
+    from verl_autoexport.sources import holds
 
     settings = load_config({"output_dir": str(root / "exports"), "verify": {"load": False}, "keep": {"last": 2}})
     registry = Registry.create(settings.output_dir)
@@ -131,7 +131,7 @@ def train(root: Path, source: Path, steps: int, killer: Killer) -> None:
 
 
 def export(actor: Any, pin: Any) -> None:
-    from verl_autoexport.sources.fsdp import holds
+    from verl_autoexport.sources import holds
 
     request = request_for(pin)
     holds.choose(pin, request)
@@ -153,7 +153,7 @@ def instrument(killer: Killer) -> None:
     from verl_autoexport.export import pipeline
     from verl_autoexport.merge import job as merge
     from verl_autoexport.registry import staging
-    from verl_autoexport.sources.fsdp import holds
+    from verl_autoexport.sources import holds
 
     for owner, name, phase in (
         (holds, "make_hold", "pin"), (holds, "choose", "pin"), (staging, "create", "stage"),

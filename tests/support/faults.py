@@ -31,7 +31,7 @@ class Run:
         from verl_autoexport.config.reading import load_config
         from verl_autoexport.export.pipeline import LocalRunner
         from verl_autoexport.service.actor import ExportActor
-        from verl_autoexport.sources.fsdp import holds
+        from verl_autoexport.sources import holds
 
         node = {"output_dir": str(root / "exports"), "verify": {"load": False}, "keep": {"last": 1}}
         self.root, self.actor = root, ExportActor(load_config(node), None, LocalRunner(1))
@@ -43,7 +43,7 @@ class Run:
 
     def export(self, step: int) -> dict[str, Any]:
         """As the driver does it."""
-        from verl_autoexport.sources.fsdp import holds
+        from verl_autoexport.sources import holds
 
         try:
             pin = holds.make_hold(self.root / f"global_step_{step}", step, "actor")

@@ -53,7 +53,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "verl": ("trainers/", "sources/live/copier.py"),
     "ray": ("sources/live/", "sources/nodes/", "merge/ray_runner.py", "service/", "trainers/", "cli/connect.py"),
     "transformers": ("model/", "verify/"),
-    "torch": ("sources/fsdp/rank_files.py", "sources/live/", "merge/", "model/", "verify/"),
+    "torch": ("sources/", "merge/", "model/", "verify/"),
     "hydra": ("trainers/startup_guard.py", "hydra_plugins/"),
     "omegaconf": ("config/", "trainers/"),
     "filelock": ("registry/",),

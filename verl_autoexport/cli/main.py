@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from verl_autoexport.export.spec import ExportSpec
     from verl_autoexport.registry.retention import Judgement, Keep
     from verl_autoexport.registry.store import Registry, Version
-    from verl_autoexport.shards.manifest import ShardSource
+    from verl_autoexport.sources.protocol import ShardSource
 
 _KEEP = ("last", "best", "every_n_steps", "max_bytes")
 
@@ -110,12 +110,12 @@ def _runner(args: argparse.Namespace) -> MergeRunner:
 
 def _spread(args: argparse.Namespace) -> ShardSource | None:
     """The shards on the disks of the cluster's nodes, where they are not all on this machine's."""
-    from verl_autoexport.sources.fsdp.discovery import find_checkpoint, rank_files
+    from verl_autoexport.sources.formats import open_source
 
     if args.ray_address is None:
         return None
     try:
-        rank_files(find_checkpoint(args.checkpoint))
+        open_source(args.checkpoint)
     except SourceError:
         from verl_autoexport.sources.nodes.cluster import Nodes, SpreadFiles
 

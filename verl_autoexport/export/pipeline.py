@@ -36,12 +36,11 @@ from verl_autoexport.registry.record import ExportRecord
 from verl_autoexport.registry.shared_files import Twins, find_twins, link_twin
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.shards.checksums import join
-from verl_autoexport.shards.manifest import ShardSource
 from verl_autoexport.shards.safetensors_files import INDEX_NAME
 from verl_autoexport.sources.download_stubs import check_fetched
-from verl_autoexport.sources.fsdp.discovery import check_links, earlier_fingerprint, rank_files
-from verl_autoexport.sources.fsdp.discovery import notes as left_out
-from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
+from verl_autoexport.sources.formats import format_of, open_source
+from verl_autoexport.sources.protocol import ShardSource
+from verl_autoexport.sources.saved_files import check_links
 from verl_autoexport.system.page_cache import drop_cache
 from verl_autoexport.system.untrusted import is_plain_name
 from verl_autoexport.verify import checks as verify
@@ -200,13 +199,7 @@ def _run(
             source.check_sums(manifest, runs, progress.advance)
             written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
             more, reference = _write_beside(spec, saved, planned, written, target)
-            notes = [
-                *manifest.notes,
-                *planned.contract.notes,
-                *notes,
-                *more,
-                *([] if spec.source else left_out(spec.checkpoint)),
-            ]
+            notes = [*manifest.notes, *planned.contract.notes, *notes, *more]
         with _timed(timings, "verify"):
             progress.stage(VERIFYING)
             checks = _verify(spec, saved, target, planned, reference)
@@ -219,10 +212,8 @@ def _run(
 
 def _open_source(spec: ExportSpec) -> ShardSource:
     _check_fetched(spec)
-    source = spec.source or FsdpFiles(spec.checkpoint)
+    source = spec.source or open_source(spec.checkpoint)
     if spec.fingerprint in (None, source.fingerprint):
-        return source
-    if spec.source is None and spec.fingerprint == earlier_fingerprint(spec.checkpoint):
         return source
     raise SourceError(
         f"{spec.checkpoint}: the shards are no longer those of step {spec.step} as it was chosen: fingerprint "
@@ -232,7 +223,7 @@ def _open_source(spec: ExportSpec) -> ShardSource:
 
 def _check_fetched(spec: ExportSpec) -> None:
     folders = [spec.saved, *([Path(spec.options.base_model).expanduser()] if spec.options.base_model else [])]
-    check_fetched([] if spec.source else rank_files(spec.checkpoint))
+    check_fetched([] if spec.source else format_of(spec.checkpoint).files(spec.checkpoint))
     check_fetched(path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()))
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from verl_autoexport.config.reading import read_options
 from verl_autoexport.config.schema import ExportOptions, VerifyConfig
 from verl_autoexport.milestones.events import Trigger
-from verl_autoexport.shards.manifest import ShardSource
-from verl_autoexport.sources.fsdp.discovery import find_checkpoint
+from verl_autoexport.sources.formats import find_shards
+from verl_autoexport.sources.protocol import ShardSource
 
 COMMAND = "command"
 """The trigger of an export by hand."""
@@ -67,7 +67,7 @@ def checkpoint_spec(
     """
     read = read_options(verify=VerifyConfig() if verify else VerifyConfig(load=False, generate=False), **options)
     # Ray's workers have another working directory
-    directory = find_checkpoint(checkpoint.absolute()) if source is None else checkpoint
+    directory = find_shards(checkpoint.absolute()) if source is None else checkpoint
     return ExportSpec(
         checkpoint=directory if source is None else source.directory,
         step=step_of(directory),

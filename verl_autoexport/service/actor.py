@@ -25,7 +25,7 @@ from verl_autoexport.registry.retention import Keep, show_size
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.bookings import Bookings
 from verl_autoexport.service.export_request import make_spec
-from verl_autoexport.sources.fsdp import holds
+from verl_autoexport.sources import holds
 from verl_autoexport.sources.live.snapshot import Deliveries
 from verl_autoexport.sources.nodes.cluster import Nodes, SpreadFiles
 from verl_autoexport.system.deadlines import Bounded, GivenUp, Watch, start

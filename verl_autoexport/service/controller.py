@@ -22,8 +22,8 @@ from verl_autoexport.service.actor import MAX_WAITING, start_actor
 from verl_autoexport.service.export_request import RunInfo, check_request, make_request
 from verl_autoexport.service.ledger import Ledger
 from verl_autoexport.service.requests import Asked
-from verl_autoexport.sources.fsdp import holds
-from verl_autoexport.sources.fsdp.holds import Hold
+from verl_autoexport.sources import holds
+from verl_autoexport.sources.holds import Hold
 from verl_autoexport.sources.live.coordinator import Busy, LiveSource
 from verl_autoexport.sources.nodes.cluster import Nodes
 from verl_autoexport.system.deadlines import Bounded, GivenUp

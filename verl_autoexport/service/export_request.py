@@ -12,7 +12,7 @@ from verl_autoexport.config.schema import AutoExportConfig, ExportOptions
 from verl_autoexport.export.spec import ExportSpec
 from verl_autoexport.milestones.events import Decision, StepEvent, Trigger, is_measured, is_trigger
 from verl_autoexport.milestones.triggers import measured_on
-from verl_autoexport.sources.fsdp.holds import Hold
+from verl_autoexport.sources.holds import Hold
 from verl_autoexport.system.untrusted import is_count
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from verl_autoexport.errors import SourceError
 from verl_autoexport.shards.archive_records import Record
-from verl_autoexport.shards.checksums import Run
 from verl_autoexport.shards.tiling import Index, find_flaw, overlap
 
 ITEMSIZE = {
@@ -179,31 +178,6 @@ class ShardManifest:
     fingerprint: str
     records: Mapping[int, tuple[Record, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-class ShardSource(Protocol):
-    """Where weights come from: `kind` is `checkpoint` or `live`, `directory` holds `huggingface/`, the model's config.
-
-    `manifest` reads metadata only; all methods raise SourceError.
-    """
-
-    kind: str
-    directory: Path
-    fingerprint: str
-
-    def manifest(self) -> ShardManifest: ...
-
-    def check_sums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
-        """Raises unless every byte is as `manifest` says that it was saved, those of `runs` as they were read.
-
-        `progress` gets the bytes compared.
-        """
-
-    def check_unchanged(self) -> None:
-        """Raises unless the source is what it was when `manifest` was read."""
-
-    def drop_cache(self) -> None:
-        """Leave nothing of it in the page cache; best effort, raises nothing."""
 
 
 def check_coverage(entry: TensorEntry) -> None:

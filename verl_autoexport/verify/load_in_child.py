@@ -118,7 +118,8 @@ def check_assets(directory: Path, wanted: dict[str, str | None], trust_remote_co
 def load_model(directory: Path, trust_remote_code: bool, carried: Sequence[str] = ()) -> Any:
     from transformers import GenerationConfig
 
-    from verl_autoexport.model.skeleton import Loading, load_config, model_class
+    from verl_autoexport.model.conversion import Loading
+    from verl_autoexport.model.skeleton import load_config, model_class
 
     cls = model_class(load_config(directory, trust_remote_code), directory, trust_remote_code)
     model, info = cls.from_pretrained(

@@ -11,12 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.shards.archive_records import Mark, mark
-from verl_autoexport.system.file_identity import stats
-from verl_autoexport.system.untrusted import is_count, leads_out, read_json
+from verl_autoexport.shards.archive_records import Mark
+from verl_autoexport.system.untrusted import is_count, read_json
 
-_PUBLISHED = ("huggingface", "huggingface/config.json", "huggingface/adapter_config.json", "adapter_config.json",
-              "lora_train_meta.json")  # fmt: skip
 RANK_FILE = re.compile(r"model_world_size_(0|[1-9][0-9]{0,5})_rank_(0|[1-9][0-9]{0,5})\.pt")
 STEP = re.compile(r"global_step_([0-9]{1,18})")
 ROLES = ("actor", "policy", "critic")
@@ -163,36 +160,11 @@ def _mixed(directory: Path, found: Mapping[int, object]) -> SourceError:
     )
 
 
-def fingerprint(directory: Path) -> str:
-    """Identity of the shards' content, wherever they are copied to."""
-    return digest([mark(path) for path in rank_files(directory)])
-
-
 def digest(marks: Sequence[Mark]) -> str:
     """A fingerprint of files, by what identifies their content."""
     return f"crc32-{hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:32]}"
 
 
-def earlier_fingerprint(directory: Path) -> str:
-    """The fingerprint as holds of the first versions have it, of name, inode, size and mtime."""
-    return hashlib.sha256(json.dumps(stats(rank_files(directory))).encode()).hexdigest()[:32]
-
-
 def brief(ranks: Sequence[int]) -> str:
     """The numbers in a message."""
     return ", ".join(map(str, ranks[:16])) + (f", … ({len(ranks)} in all)" if len(ranks) > 16 else "")
-
-
-def check_links(checkpoint: Path) -> None:
-    """Raise SourceError where what is published of a checkpoint beside its weights is a link out of it.
-
-    A step's directory, or its `actor/`, may be a link as a whole, and rank files may be gathered by links.
-    """
-    inside = checkpoint.parent if checkpoint.parent.name.startswith("global_step_") else checkpoint
-    root = inside if not leads_out(checkpoint, inside) else checkpoint
-    for path in (checkpoint / name for name in _PUBLISHED):
-        if leads_out(path, root):
-            raise SourceError(
-                f"{path}: leads to {os.path.realpath(path)}, which is outside of the checkpoint; what is there "
-                "would be published with the model. Copy it into the checkpoint."
-            )

@@ -36,6 +36,7 @@ from verl_autoexport.shards.manifest import (
 )
 from verl_autoexport.shards.tiling import Index
 from verl_autoexport.sources.fsdp.discovery import BLOCK, brief, digest, rank_files
+from verl_autoexport.sources.fsdp.discovery import notes as left_out
 from verl_autoexport.sources.fsdp.rank_pickle import Call, Refused, unpickle
 from verl_autoexport.sources.fsdp.rank_state import (
     Mesh,
@@ -114,7 +115,7 @@ class FsdpFiles:
         records = [read_records(path) for path in self.paths]
         ranks = [read_rank_file(path, rank, records[rank]) for rank, path in enumerate(self.paths)]
         self.check_unchanged()  # both are of one save
-        notes = check_one_save(self.paths)
+        notes = [*check_one_save(self.paths), *left_out(self.directory)]
         return make_manifest(self.directory, ranks, self.paths, self.fingerprint, records, notes)
 
 
@@ -390,7 +391,7 @@ def _blocks(file: Path | Memory, offset: int, nbytes: int) -> Iterator[bytes]:
         for start in range(offset, offset + nbytes, BLOCK):
             block = bytearray(min(BLOCK, offset + nbytes - start))
             if opened is None:
-                file.read(memoryview(block), start)
+                file.read(memoryview(block), start, offset + nbytes)
             else:
                 opened.seek(start)
                 opened.readinto(block)

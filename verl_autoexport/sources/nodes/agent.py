@@ -18,7 +18,7 @@ import ray
 from verl_autoexport.errors import SourceError
 from verl_autoexport.shards.archive_records import Mark, Record, mark, read_records
 from verl_autoexport.shards.checksums import Run
-from verl_autoexport.sources.fsdp import holds
+from verl_autoexport.sources import holds
 from verl_autoexport.sources.fsdp.discovery import (
     by_world_size,
     candidates,
@@ -26,6 +26,7 @@ from verl_autoexport.sources.fsdp.discovery import (
     has_shards,
     saved_world_size,
 )
+from verl_autoexport.sources.fsdp.format import beside
 from verl_autoexport.sources.fsdp.rank_files import Piece, compare, read_rank_file
 from verl_autoexport.sources.fsdp.same_save import scheduler_at
 from verl_autoexport.system.installed import versions
@@ -101,7 +102,7 @@ class NodeFiles:
 
     def config_files(self, directory: Path) -> dict[str, bytes]:
         """By path below `directory`, what is needed beside the shards."""
-        extra = [directory / name for name in holds.EXTRA if (directory / name).is_file()]
+        extra = beside(directory)
         files = [*extra, *holds.config_files(directory)]
         if large := [str(p) for p in files if p.stat().st_size > _MAX_CONFIG]:
             raise SourceError(

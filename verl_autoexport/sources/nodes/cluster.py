@@ -22,7 +22,7 @@ from verl_autoexport.errors import AutoExportError, ConfigError, SourceError
 from verl_autoexport.shards.archive_records import Mark
 from verl_autoexport.shards.checksums import Run
 from verl_autoexport.shards.manifest import ShardManifest
-from verl_autoexport.sources.fsdp import holds
+from verl_autoexport.sources import holds
 from verl_autoexport.sources.fsdp.discovery import brief, digest
 from verl_autoexport.sources.fsdp.rank_files import CHANGED, make_manifest, runs_by_file
 from verl_autoexport.sources.fsdp.same_save import check_schedulers

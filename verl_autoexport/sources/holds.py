@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.sources.fsdp.discovery import check_links, find_checkpoint, fingerprint, rank_files
+from verl_autoexport.sources.formats import find_shards, format_of, open_source
+from verl_autoexport.sources.saved_files import check_links
 from verl_autoexport.system.untrusted import is_count, leads_out, read_json
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,6 @@ MAX_ATTEMPTS = 3
 MAX_KEPT = 3
 """Steps whose exports have failed and that are held all the same."""
 _INFO = "pin.json"
-EXTRA = ("fsdp_config.json", "lora_train_meta.json", "adapter_config.json")
-"""Small files beside the shards that tell how to read them."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ def make_hold(checkpoint_dir: Path, step: int, role: str) -> Hold:
     Where the file system has no hard links, the hold only records the step (`linked` is
     False): then verl may delete the files before they are exported.
     """
-    source = find_checkpoint(checkpoint_dir, role)
-    paths, mark = rank_files(source), fingerprint(source)
+    source = find_shards(checkpoint_dir, role)
+    paths, mark = format_of(source).files(source), open_source(source).fingerprint
     path = hold_path(checkpoint_dir, step, mark)
     hold = Hold(path, step, str(source.absolute()), mark, link_files(source, paths, path))
     record(hold)
@@ -74,11 +73,11 @@ def hold_path(checkpoint_dir: Path, step: int, mark: str) -> Path:
 
 
 def link_files(source: Path, paths: Iterable[Path], hold: Path) -> bool:
-    """Link these rank files, and what lies beside them, into the new directory `hold`; False where links cannot be.
+    """Link these files, and the model's configuration, into the new directory `hold`; False where links cannot be.
 
     Raises SourceError, and leaves nothing, where the directory cannot be made.
     """
-    files = [*paths, *(source / name for name in EXTRA), *config_files(source)]
+    files = [*paths, *config_files(source)]
     try:
         shutil.rmtree(hold, ignore_errors=True)
         hold.mkdir(parents=True)
@@ -133,7 +132,7 @@ def is_last_copy(path: Path) -> bool:
     """Whether the checkpoint that the hold was made of is gone, or has other content; False where it holds none."""
     try:
         hold = _read(path)
-        return hold.linked and fingerprint(Path(hold.origin)) != fingerprint(path)
+        return hold.linked and open_source(Path(hold.origin)).fingerprint != open_source(path).fingerprint
     except (SourceError, OSError, ValueError, KeyError, TypeError):
         return path.exists()
 

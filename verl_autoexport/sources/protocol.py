@@ -1,0 +1,85 @@
+"""The seam for sources: where weights come from, and which kind of checkpoint a directory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from verl_autoexport.shards.checksums import Run
+from verl_autoexport.shards.manifest import ShardManifest
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ShardSource(Protocol):
+    """A checkpoint, or a snapshot of running workers, as a manifest of byte ranges. All methods raise SourceError.
+
+    `kind` is `checkpoint` or `live`; `directory` holds `huggingface/`, the model's configuration;
+    `fingerprint` identifies the content.
+    """
+
+    kind: str
+    directory: Path
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def manifest(self) -> ShardManifest:
+        """All shards and where their bytes lie; reads metadata only."""
+        ...
+
+    def check_sums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
+        """Raises unless every byte is as `manifest` says that it was saved, those of `runs` as they were read.
+
+        `progress` gets the bytes compared.
+        """
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raises unless the source is as it was when `manifest` was read."""
+        ...
+
+    def drop_cache(self) -> None:
+        """Leaves nothing of it in the page cache; best effort, raises nothing."""
+        ...
+
+
+Leaf = Callable[["torch.Tensor", "torch.Tensor"], None]
+"""Receives, for one shard, its place in a tensor and its values."""
+Visit = Callable[["torch.Tensor", Leaf], None]
+"""Calls a Leaf for every shard of one tensor; the first argument is the tensor that the shards fill."""
+
+
+@dataclass(frozen=True)
+class SecondReading:
+    """The shards read by a path that shares nothing with the merge: `tensors` by in-memory name, `dtypes` likewise.
+
+    `note` says what could not be read independently; it is empty where everything was.
+    """
+
+    tensors: Mapping[str, Visit]
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    note: str = ""
+
+
+class CheckpointFormat(Protocol):
+    """One kind of checkpoint on disk. All methods raise SourceError for a damaged one."""
+
+    def find(self, path: Path, role: str) -> Path | None:
+        """The directory with the shards of `role`: `path` itself, or one in it; None where it is of another format."""
+        ...
+
+    def open(self, directory: Path) -> ShardSource:
+        """The source in a directory that `find` returned."""
+        ...
+
+    def files(self, directory: Path) -> list[Path]:
+        """All files that hold shards, and the small ones beside them that say how to read them."""
+        ...
+
+    def read_again(self, directory: Path) -> SecondReading:
+        """The shards for verification, not read as `open` reads them."""
+        ...

@@ -1,0 +1,27 @@
+"""Files beside the shards that are published with the model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from verl_autoexport.errors import SourceError
+from verl_autoexport.system.untrusted import leads_out
+
+_PUBLISHED = ("huggingface", "huggingface/config.json", "huggingface/adapter_config.json", "adapter_config.json",
+              "lora_train_meta.json")  # fmt: skip
+
+
+def check_links(checkpoint: Path) -> None:
+    """Raise SourceError where what is published of a checkpoint beside its weights is a link out of it.
+
+    A step's directory, or its `actor/`, may be a link as a whole, and rank files may be gathered by links.
+    """
+    inside = checkpoint.parent if checkpoint.parent.name.startswith("global_step_") else checkpoint
+    root = inside if not leads_out(checkpoint, inside) else checkpoint
+    for path in (checkpoint / name for name in _PUBLISHED):
+        if leads_out(path, root):
+            raise SourceError(
+                f"{path}: leads to {os.path.realpath(path)}, which is outside of the checkpoint; what is there "
+                "would be published with the model. Copy it into the checkpoint."
+            )
