@@ -76,7 +76,7 @@ def leftovers(where: Path) -> list[str]:
 
 def put(name: str, value: float) -> Callable[[dict[str, Any]], None]:
     def change(shards: dict[str, Any]) -> None:
-        shards[name]._local_tensor.view(-1)[3] = value
+        shards[name].to_local().view(-1)[3] = value
 
     return change
 
@@ -188,13 +188,13 @@ def test_key_on_one_rank_only(own_checkpoint, refuses):
 
 
 def test_replicas_that_differ(own_checkpoint, refuses):
-    made = edit(own_checkpoint("hsdp"), lambda shards: shards[NORM]._local_tensor[0].add_(1), ranks=(3,))
+    made = edit(own_checkpoint("hsdp"), lambda shards: shards[NORM].to_local()[0].add_(1), ranks=(3,))
     refuses(made, SourceError, NORM, "ranks 1 and 3 are replicas", "different values of [24] at [24]")
 
 
 def test_local_shapes_do_not_add_up(own_checkpoint, refuses):
     def shorten(shards):
-        shards[EMBED]._local_tensor = shards[EMBED]._local_tensor[:-1].clone()
+        shards[EMBED]._local_tensor = shards[EMBED].to_local()[:-1].clone()  # no constructor makes such a tensor
 
     made = edit(own_checkpoint("even"), shorten, ranks=(1,))
     refuses(

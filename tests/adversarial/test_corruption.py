@@ -149,7 +149,7 @@ def placed(make: Callable[[DTensor], DTensor], everything: bool = False) -> Chan
 def rebuilt(tensor: DTensor, placement: Any = None, shape: Any = None, dtype: torch.dtype | None = None) -> DTensor:
     """The same local values under another description; the mesh object stays, and whose rank it is."""
     spec, shape = tensor._spec, torch.Size(shape or tensor.shape)
-    local = tensor._local_tensor.to(dtype or tensor.dtype)
+    local = tensor.to_local().to(dtype or tensor.dtype)
     meta = spec.tensor_meta._replace(shape=shape, stride=torch.empty(shape, device="meta").stride(), dtype=local.dtype)
     placements = spec.placements if placement is None else (placement,)
     return DTensor(local, type(spec)(spec.mesh, placements, tensor_meta=meta), requires_grad=False)
@@ -177,14 +177,14 @@ CHANGES: dict[str, Change] = {
     "integers": cast(torch.int32, (0, 1)),
     "eight bits": cast(torch.float8_e4m3fn, (0, 1)),
     "replicated, as it was": placed(lambda t: rebuilt(t, Replicate())),
-    "replicated parts": placed(lambda t: rebuilt(t, Replicate(), t._local_tensor.shape)),
-    "all replicated parts": placed(lambda t: rebuilt(t, Replicate(), t._local_tensor.shape), everything=True),
-    "plain parts": placed(lambda t: t._local_tensor.clone()),
-    "all plain parts": placed(lambda t: t._local_tensor.clone(), everything=True),
+    "replicated parts": placed(lambda t: rebuilt(t, Replicate(), t.to_local().shape)),
+    "all replicated parts": placed(lambda t: rebuilt(t, Replicate(), t.to_local().shape), everything=True),
+    "plain parts": placed(lambda t: t.to_local().clone()),
+    "all plain parts": placed(lambda t: t.to_local().clone(), everything=True),
     "another dimension": placed(lambda t: rebuilt(t, Shard(t.ndim - 1))),
     "another global shape": placed(lambda t: rebuilt(t, shape=(t.shape[0] + 2, *t.shape[1:]))),
-    "not a number": placed(lambda t: t._local_tensor.view(-1)[:1].fill_(float("nan")) is None or t),
-    "infinite": placed(lambda t: t._local_tensor.view(-1)[:1].fill_(float("inf")) is None or t),
+    "not a number": placed(lambda t: t.to_local().view(-1)[:1].fill_(float("nan")) is None or t),
+    "infinite": placed(lambda t: t.to_local().view(-1)[:1].fill_(float("inf")) is None or t),
 }
 HARMLESS = {"tied or not", "another dimension"}
 """May come out right: tied weights written twice, a vector has no other dimension."""

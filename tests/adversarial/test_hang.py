@@ -21,7 +21,7 @@ from tests.support.ray_processes import process_named
 from tests.support.sharding import WIDE, make_checkpoint
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.actor import ExportActor
-from verl_autoexport.system.deadlines import GivenUp
+from verl_autoexport.system.deadlines import Bounded, GivenUp
 
 QUEUE = {"stall_timeout_s": 1}
 
@@ -72,7 +72,7 @@ def test_checkpoints_on_a_hung_file_system_hold_training_once(cluster, source, d
             with pytest.raises(GivenUp, match="saved at step 3 still hangs"):
                 call()
             assert time.monotonic() - began < 0.5
-    wait_for(lambda: run.driver.calls._future.done())
+    wait_for(lambda: answers(run.driver.calls))
     run.step(5)
     report = run.finish()
     assert sorted(run.live()) == [1, 3, 5], report
@@ -145,6 +145,14 @@ def test_a_stopped_actor_holds_the_end_for_no_longer_than_asked(cluster, source,
         assert time.monotonic() - began < 3
     finally:
         actor.send_signal(signal.SIGCONT)
+
+
+def answers(calls: Bounded) -> bool:
+    """Whether what hung has ended."""
+    try:
+        return calls.run(5, "asking", lambda: True)
+    except GivenUp:
+        return False
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 30) -> None:

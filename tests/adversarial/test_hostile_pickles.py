@@ -16,7 +16,7 @@ from tests.support.torch_archives import NAME, archive
 from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
 from verl_autoexport.sources.fsdp.rank_pickle import Refused
-from verl_autoexport.verify import against_shards as cross_check
+from verl_autoexport.sources.fsdp.second_reading import read_again
 
 
 def text(value: str) -> bytes:
@@ -126,11 +126,11 @@ def test_the_key_is_named_at_which_a_pickle_is_refused(own_checkpoint):
         FsdpFiles(made / "actor").manifest()
 
 
-def test_the_second_path_never_lets_torch_load_what_is_refused(own_checkpoint, monkeypatch):
+def test_the_second_reading_never_lets_torch_load_what_is_refused(own_checkpoint, monkeypatch):
     made = own_checkpoint("even")
     archive(rank_file(made, 0), HOSTILE["rendezvous"][0])
     loaded = []
     monkeypatch.setattr(torch, "load", lambda *args, **_: loaded.append(args))
     with pytest.raises(Refused, match="DeviceMesh in a way"):
-        cross_check._rank_files(made / "actor")
+        read_again(made / "actor")
     assert loaded == []

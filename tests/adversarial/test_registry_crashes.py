@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -17,7 +16,7 @@ import pytest
 from tests.support.crashes import every_crash
 from tests.support.registry import best, child, links, names, publish
 from tests.support.retention import check_whole, fill, memory, removals
-from verl_autoexport.registry import compaction, removal, state
+from verl_autoexport.registry import compaction, journal_reader, removal, state
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.system.durable_files import is_temp
@@ -98,13 +97,12 @@ def test_crash_at_any_moment_of_shortening_the_journal(tmp_path, registry, root,
     fill(registry)
     for _ in range(40):
         registry.note([("asked", {"step": 2, "triggers": []}), ("failed", {"step": 2, "reason": "x"})])
+    monkeypatch.setattr(journal_reader, "WORTH", 10)
     monkeypatch.setattr(compaction, "WORTH", 10)
     before = memory(registry)
 
     def shorten(registry: Registry) -> None:
-        registry._look()
-        registry._notes.worth_a_look = 0
-        compaction.compact(registry._notes, registry._locked)
+        registry.prune(Keep())  # of which it is the last step
         registry.journal("x")
         registry.journal("y")
         registry.journal("z")
@@ -181,54 +179,68 @@ def test_crash_at_any_moment_of_finishing_a_removal(tmp_path, registry, root):
 LOOP = """
 from itertools import count
 from verl_autoexport.registry.retention import Keep
-print("ready", flush=True)
 registry.recover()
 last = max((v.step for v in registry.versions()), default=0)
 for step in count(last + 1):
+    print(step, flush=True)
     publish(registry, step, *[best(step)] * (step % 3 == 0), files=({"name": "sub/model.safetensors", "bytes": 7},))
     registry.prune(Keep(last=2, every_n_steps=20))
 """
 
 
-def test_readers_see_whole_versions_while_pruning_is_killed(registry, root):
-    stop, looked, wrong = threading.Event(), [0], []
-    there: list[Path] = []
+class Looks(threading.Thread):
+    """Reads every version, by its name and through links, again and again."""
 
-    def poll() -> None:
-        while not stop.is_set():
-            with suppress(FileNotFoundError):  # a link that is being made has a name for a moment
-                there[:] = [*root.glob("v*"), *(root / link for link in links(root))]
-            for path in there:
+    def __init__(self, root: Path) -> None:
+        super().__init__(daemon=True)
+        self.root, self.wrong = root, []
+        self.looks, self.looked, self.stop = 0, threading.Condition(), threading.Event()
+
+    def run(self) -> None:
+        while not self.stop.is_set():
+            for path in [*self.root.glob("v*"), *(self.root / link for link in links(self.root))]:
                 with suppress(FileNotFoundError):
                     (path / "export.json").stat()
                     try:
                         good = (path / "sub/model.safetensors").read_bytes() == b"weights"
                     except FileNotFoundError:
                         good = not (path / "export.json").exists() or path.is_symlink()
-                    looked[0] += 1
-                    wrong.extend([] if good else [path.name])
+                    self.wrong.extend([] if good else [path.name])
+            with self.looked:
+                self.looks += 1
+                self.looked.notify_all()
 
-    reader = threading.Thread(target=poll)
+    def wait(self, more: int) -> None:
+        """Until it has looked at everything so many times more."""
+        with self.looked:
+            enough = self.looks + more
+            assert self.looked.wait_for(lambda: self.looks >= enough, 60), "the reader has ended"
+
+
+def test_readers_see_whole_versions_while_pruning_is_killed(registry, root):
+    """Each process is killed wherever it is, two whole steps and some looks of the reader after its start."""
+    reader = Looks(root)
     reader.start()
     try:
-        for nth in range(12):
+        for _ in range(12):
             writer = child(root, LOOP)
-            assert writer.stdout.readline() == "ready\n"
-            time.sleep(0.3 + 0.037 * nth)
+            begun = [int(writer.stdout.readline()) for _ in range(3)]
+            assert begun[1:] == [begun[0] + 1, begun[0] + 2]
+            reader.wait(20)
             writer.send_signal(signal.SIGKILL)
             assert writer.wait() == -signal.SIGKILL, "it ended by itself"
             writer.stdout.close()
             registry.recover()
             check_whole(root)
     finally:
-        stop.set()
+        reader.stop.set()
         reader.join()
-    assert wrong == []
-    assert looked[0] > 500
+    assert reader.wrong == []
     registry.prune(Keep(last=2, every_n_steps=20))
     steps = [v.step for v in registry.versions()]
     published = [e["step"] for e in registry.journal_entries()[0] if e["event"] == "published"]
     assert published == list(range(1, max(steps) + 1)), "each step once"
+    assert len(published) >= 2 * 12
     assert [v.number for v in registry.versions()] == steps, "no number twice, none left out"
     assert {s for s in published if s % 20 == 0} <= {*steps}
     assert {max(steps), max(steps) - 1, max(s for s in published if s % 3 == 0)} <= {*steps}

@@ -96,7 +96,7 @@ def another(path: Path) -> bytes:
     """The same file as it would be a few steps later: every value is another one, its size is the same."""
     state = torch.load(path, weights_only=False)
     for tensor in {id(t): t for t in state.values()}.values():
-        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         local.mul_(2) if local.is_floating_point() else local.add_(1)
     folder = path.parent / "another"
     folder.mkdir()
@@ -233,7 +233,7 @@ def test_tied_tensors_were_compared_as_they_were_saved(name, made):
 
 
 def _cloned(tensor: DTensor) -> DTensor:
-    return DTensor(tensor._local_tensor.clone(), tensor._spec, requires_grad=False)
+    return DTensor(tensor.to_local().clone(), tensor._spec, requires_grad=False)
 
 
 # -- what lies beside them -------------------------------------------------------------------

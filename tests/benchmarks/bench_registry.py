@@ -21,6 +21,7 @@ from verl_autoexport.config.reading import load_config
 from verl_autoexport.milestones.events import Milestone, StepEvent, Trigger
 from verl_autoexport.milestones.triggers import History, RunStart, build_policies, decide
 from verl_autoexport.registry import compaction, journal
+from verl_autoexport.registry.lock import RootLock
 from verl_autoexport.registry.requests import take
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
@@ -82,22 +83,24 @@ def timed(call: Callable[..., Any], *args: Any, loops: int = 1) -> Seconds:
 
 
 @contextmanager
-def watched(registry: Registry):
+def watched():
     """The seconds that the lock was held, each time."""
     held: list[float] = []
-    acquire, release = registry._lock.acquire, registry._lock.release
+    acquire, release = RootLock.acquire, RootLock.release
 
-    def begin(timeout_s: float) -> None:
-        acquire(timeout_s)
+    def begin(lock: RootLock, timeout_s: float) -> None:
+        acquire(lock, timeout_s)
         held.append(-time.perf_counter())
 
-    def end() -> None:
+    def end(lock: RootLock) -> None:
         held[-1] += time.perf_counter()
-        release()
+        release(lock)
 
-    registry._lock.acquire, registry._lock.release = begin, end
-    yield held
-    registry._lock.acquire, registry._lock.release = acquire, release
+    RootLock.acquire, RootLock.release = begin, end
+    try:
+        yield held
+    finally:
+        RootLock.acquire, RootLock.release = acquire, release
 
 
 def bench_start(root: Path) -> None:
@@ -123,7 +126,7 @@ def bench_publish(root: Path, versions: int) -> None:
         registry.publish(staged, replace(record, step=step))
 
     record = registry.find("1").record
-    with watched(registry) as held:
+    with watched() as held:
         row("publish one more", timed(publish, versions + 1))
         row("  the lock is held for at most", max(held))
         row("prune, nothing to remove", timed(registry.prune, Keep(last=10 * versions)))
@@ -133,7 +136,7 @@ def bench_publish(root: Path, versions: int) -> None:
 def bench_prune(root: Path, versions: int) -> None:
     registry = Registry(root)
     row("judge by max_bytes, half of them go", timed(registry.judge, Keep(max_bytes=versions // 2)))
-    with watched(registry) as held:
+    with watched() as held:
         row(f"prune, {versions // 2} removed", timed(registry.prune, Keep(last=versions // 2)), "goal 30 s for 5000")
         row("  the lock is held for at most", max(held))
         row("  and in the middle for", sorted(held)[len(held) // 2])

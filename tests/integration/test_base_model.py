@@ -203,7 +203,7 @@ def test_overflow_in_the_dtype_of_the_base_names_the_tensor(own_checkpoint, tmp_
     made = own_checkpoint("even")
     path = made / "actor/model_world_size_2_rank_1.pt"
     shards = torch.load(path, weights_only=False)
-    shards[HEAD]._local_tensor.view(-1)[3] = 1e6
+    shards[HEAD].to_local().view(-1)[3] = 1e6
     torch.save(shards, path)
     base = make_base(tmp_path / "base", QWEN2 | {"vocab_size": 128}, "float16")
     with pytest.raises(MergeError, match=r"lm_head\.weight: .* float32 → float16 overflowed"):

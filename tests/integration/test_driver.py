@@ -220,8 +220,8 @@ def test_a_hold_whose_export_fails_is_tried_again_a_few_times_and_then_named(clu
 
 HOLDER = """
 import sys
-from verl_autoexport.registry.store import Registry
-with Registry(sys.argv[1])._locked():
+from filelock import FileLock
+with FileLock(f"{sys.argv[1]}/.lock"):
     print("held", flush=True)
     sys.stdin.readline()
 """

@@ -101,11 +101,12 @@ def test_a_run_that_is_just_ending_is_waited_for(start, root):
     assert lease.read(root).run == "p/second"
 
 
-def test_another_host_is_alive_while_it_touches_its_record(start, root):
+def test_another_host_is_alive_while_it_touches_its_record(start, root, monkeypatch):
     start()  # it beats every 5 s
     elsewhere(root)
+    monkeypatch.setattr(lease.take, "__defaults__", (0.2, 8.0))
     with pytest.raises(RegistryError, match=r"on far-away"):
-        lease.take(root, "p/second", Registry(root)._locked, 0.2, 8.0)
+        Registry(root).own("p/second")
 
 
 def test_a_silent_host_is_dead_after_a_while(start, root):
@@ -157,6 +158,12 @@ from tests.support.registry import Registry, publish
 registry = Registry(sys.argv[1])
 for step in range(8):
     publish(registry, step)
+"""
+DIES = """
+import os, sys
+from tests.support.registry import Registry, record
+registry = Registry(sys.argv[1])
+registry.publish(registry.stage("x"), record(1), begin=lambda: os.kill(os.getpid(), 9))  # while it has the lock
 """
 FLAWS = {
     "no lock daemon": errno.ENOLCK,
@@ -223,9 +230,7 @@ def test_without_locks_writers_still_take_turns(flawed, registry, root):
 
 
 def test_without_locks_a_killed_holder_is_followed(flawed, registry, root):
-    code = "import os, sys; from verl_autoexport.registry.store import Registry; r = Registry(sys.argv[1])\n"
-    code += "with r._locked(): os.kill(os.getpid(), 9)"
-    assert subprocess.run([sys.executable, "-c", code, root], env=flawed).returncode == -9
+    assert subprocess.run([sys.executable, "-c", DIES, root], env=flawed).returncode == -9
     code = "import sys; from verl_autoexport.registry.store import Registry\nRegistry(sys.argv[1], 20).journal('x')"
     assert subprocess.run([sys.executable, "-c", code, root], env=flawed).returncode == 0
     assert [e["event"] for e in registry.journal_entries()[0]] == ["x"]

@@ -119,7 +119,7 @@ def test_tied_weights_that_have_diverged(cluster, start):
 
     def diverge(worker: Any) -> None:
         with torch.no_grad():
-            worker.actor.engine.module.lm_head.weight._local_tensor[-1, -1] += 1
+            worker.actor.engine.module.lm_head.weight.to_local()[-1, -1] += 1
 
     workers = make_workers()
     in_each(workers, tie)

@@ -235,7 +235,7 @@ def edit(made: Path, change: Any) -> Path:
 
 
 def shrunk(tensor: Any) -> Any:
-    tensor._local_tensor.mul_(1e-6)
+    tensor.to_local().mul_(1e-6)
     return tensor
 
 

@@ -40,7 +40,7 @@ def train(source, registry):
             state = torch.load(path, weights_only=False)
             for name, value in state.items():
                 if name not in left:
-                    value._local_tensor.normal_()
+                    value.to_local().normal_()
             torch.save(state, path)
         spec = checkpoint_spec(source, verify=False, max_shard_size="1GB")
         return export_to_registry(replace(spec, step=step, frozen=left if known else None), registry, LocalRunner(1))

@@ -17,15 +17,12 @@ from tests.support.ray_processes import process_named
 from tests.support.sharding import WIDE, make_checkpoint
 from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import MergeError
-from verl_autoexport.export import pipeline
-from verl_autoexport.export.pipeline import export_to_directory
+from verl_autoexport.export.pipeline import LocalRunner, export_to_directory, run_export
 from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.merge.ray_runner import Home, NotShared, RayRunner
-from verl_autoexport.model.planner import plan_model
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.controller import ExportDriver
 from verl_autoexport.service.export_request import RunInfo
-from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
 from verl_autoexport.sources.holds import find_holds, make_hold
 
 
@@ -159,11 +156,17 @@ def test_the_command_line_merges_in_a_cluster_if_asked(cluster, source, tmp_path
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
 
 
+class Remembers(LocalRunner):
+    def run(self, jobs, progress):
+        self.jobs = list(jobs)
+        return super().run(jobs, progress)
+
+
 def test_a_node_where_something_is_otherwise_does_not_merge(cluster, source, tmp_path):
     """Compared in this process, as if it were a task on another node."""
     spec = checkpoint_spec(source, verify=False)
-    planned = plan_model(spec.options, spec.checkpoint, spec.saved, FsdpFiles(spec.checkpoint).manifest())
-    (job,) = pipeline._jobs(spec, planned, tmp_path)
+    run_export(spec, tmp_path, runner := Remembers(1))
+    (job,) = runner.jobs
     (nonce := tmp_path / "nonce").touch()
     home = replace(Home.here([job], nonce), node="another")
     assert home.compared(job) == replace(job, cached=False, read_again=False)

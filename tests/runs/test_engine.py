@@ -74,14 +74,14 @@ class Transformers:
 
 def add_tokenizer(directory: Path) -> None:
     """A byte-level BPE trained on a few words, saved as verl saves the run's."""
-    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
     special = ["<pad>", "<s>", "</s>"]
     bpe.train_from_iterator(PROMPTS * 8, vocab_size=SIZES["vocab_size"], special_tokens=special, show_progress=False)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=Tokenizer.from_str(bpe.to_str()), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
     assert len(tokenizer) <= SIZES["vocab_size"]
     tokenizer.save_pretrained(directory)

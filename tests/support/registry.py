@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 from tests.support.repository import environment
 from verl_autoexport.milestones.events import Trigger
 from verl_autoexport.registry.record import ExportRecord
@@ -50,6 +52,11 @@ def names(registry: Registry) -> list[str]:
 
 def rewrite(path: Path, **changes) -> None:
     path.write_text(json.dumps(read_json(path) | changes))
+
+
+def locked(root: Path) -> FileLock:
+    """The lock of the output directory, as another program takes it."""
+    return FileLock(root / ".lock")
 
 
 CHILD = """

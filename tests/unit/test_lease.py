@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.support.registry import publish
+from tests.support.registry import locked, publish
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import lease
 from verl_autoexport.registry.lock import flaw_of
@@ -54,5 +54,5 @@ def test_a_damaged_record_stops_nobody(damage, registry, root):
 
 def test_locks_that_work_are_told_from_those_that_do_not(tmp_path):
     assert flaw_of(tmp_path / ".lock") is None
-    with Registry.create(tmp_path)._locked():
+    with locked(tmp_path):
         assert flaw_of(tmp_path / ".lock") is None, "somebody else has it"

@@ -6,18 +6,17 @@ import json
 import os
 import shutil
 import tempfile
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 
-from tests.support.registry import CREATED_UNIX, EVERY, best, links, names, publish, record, rewrite
+from tests.support.registry import CREATED_UNIX, EVERY, best, links, locked, names, publish, record, rewrite
 from verl_autoexport.cli.main import main
-from verl_autoexport.errors import RegistryError
+from verl_autoexport.errors import RegistryBusy, RegistryError
 from verl_autoexport.milestones.events import Milestone
-from verl_autoexport.registry import journal, pointers, requests
+from verl_autoexport.registry import journal, pointers, requests, store
 from verl_autoexport.registry.record import read_record
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry, write_json_atomic
@@ -103,7 +102,11 @@ def test_existing_empty_directory_is_not_overwritten(registry, root):
 
 def test_target_that_appears_meanwhile_is_refused(registry, root, monkeypatch):
     # A program that takes no lock makes the very directory after the number was chosen.
-    monkeypatch.setattr(Registry, "_next_number", lambda self, state: (root / "v0001-step2").mkdir() or 1)
+    def write(path, data):
+        (root / "v0001-step2").mkdir()
+        write_json_atomic(path, data)
+
+    monkeypatch.setattr(store, "write_json_atomic", write)
     staged = registry.stage("x")
     with pytest.raises(RegistryError, match=r"v0001-step2: already there"):
         registry.publish(staged, record(2))
@@ -549,21 +552,16 @@ def test_one_thread_may_stage_and_another_publish(registry, root):
         assert not [name for name in open_files if ".staging" in name], "the lock was not let go"
 
 
-def test_lock_held_too_long_is_an_error(registry, monkeypatch):
-    monkeypatch.setattr("verl_autoexport.registry.store.LOCK_TIMEOUT_S", 0.1)
-    errors = []
-
-    def other():
-        try:
-            Registry(registry.root).journal("x")
-        except RegistryError as e:
-            errors.append(str(e))
-
-    with registry._locked():
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-    assert ".lock: held by another process" in errors[0]
+@pytest.mark.parametrize("default", [True, False])
+def test_lock_held_too_long_is_an_error(registry, root, monkeypatch, default):
+    """The default is asked for when a registry is built."""
+    monkeypatch.setattr(store, "LOCK_TIMEOUT_S", 0.1 if default else 60)
+    with ThreadPoolExecutor(1) as pool, locked(root):
+        waits = pool.submit(Registry(root, None if default else 0.1).journal, "x")
+        wait([waits], timeout=10)
+        error = waits.exception() if waits.done() else None
+    assert isinstance(error, RegistryBusy), "it waits for longer than it was given"
+    assert f"{root / '.lock'}: held by another process for more than 0.1 s" in str(error)
 
 
 def test_pure_parts():

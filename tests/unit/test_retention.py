@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -473,8 +473,7 @@ def test_a_shortened_journal_says_the_same(registry, root, monkeypatch):
     monkeypatch.setattr(compaction, "WORTH", 10)
     registry = Registry(root)
     lines = len(registry.journal_entries()[0])
-    registry._notes.worth_a_look = 0
-    assert compaction.compact(registry._notes, registry._locked)
+    registry.prune(Keep())
     entries, problems = registry.journal_entries()
     assert len(entries) < lines / 2
     assert len(problems) == 1, "damaged lines stay and are told"
@@ -483,23 +482,29 @@ def test_a_shortened_journal_says_the_same(registry, root, monkeypatch):
         assert memory(reader) == before[0]
         assert vars(facts) == vars(before[1])
         assert reader.noted_policy() == before[2]
-    assert not compaction.compact(registry._notes, registry._locked), "once is enough"
+    shortened = os.stat(root / ".journal.jsonl")
+    registry.prune(Keep())
+    assert os.path.samestat(os.stat(root / ".journal.jsonl"), shortened), "once is enough"
 
 
 def test_what_is_added_while_the_journal_is_shortened_stays(registry, root, monkeypatch):
     for _ in range(40):
         registry.journal("failed", step=2, reason="x")
+    monkeypatch.setattr(notes, "WORTH", 10)
     monkeypatch.setattr(compaction, "WORTH", 10)
-    registry._look()
-    registry._notes.worth_a_look = 0
+    keep, calls = compaction.keep, []
 
-    @contextmanager
-    def late():
-        Registry(root).journal("failed", step=3, reason="late")
-        with registry._locked():
-            yield
+    def late(entries):
+        calls.append(len(entries))
+        if len(calls) == 2:  # the file has been read, and the lock is not yet taken
+            Registry(root).journal("failed", step=3, reason="late")
+        return keep(entries)
 
-    assert compaction.compact(registry._notes, late)
+    monkeypatch.setattr(compaction, "keep", late)
+    registry = Registry(root)
+    registry.prune(Keep())
+    assert len(calls) == 2
+    assert len(registry.journal_entries()[0]) < 40
     assert [o["step"] for o in registry.outcomes()] == [2, 3]
 
 
