@@ -22,9 +22,9 @@ from test_export import tensors
 
 from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import SourceError
-from verl_autoexport.service.controller import ExportDriver
-from verl_autoexport.service.export_request import RunInfo
+from verl_autoexport.service.controller import RunController
 from verl_autoexport.service.live_start import start_live
+from verl_autoexport.service.request import RunInfo
 from verl_autoexport.sources.live import in_worker, snapshot
 from verl_autoexport.sources.live.copier import Layout
 from verl_autoexport.sources.live.snapshot import Deliveries
@@ -81,21 +81,21 @@ def start(workers, tmp_path):
     def start(
         workers: list[Any] = workers, source: str = "live", trigger: dict[str, Any] | None = None,
         weights: dict[str, Any] | None = None, base: str | None = None, **queue: Any,
-    ) -> ExportDriver:  # fmt: skip
+    ) -> RunController:  # fmt: skip
         node = {
             "output_dir": str(tmp_path / "exports"), "source": source, "verify": {"load": False}, "queue": queue,
             "weights": weights or {},
             "trigger": trigger or {"every_n_steps": 1, "on_train_end": False},
         }  # fmt: skip
         settings = load_config(node)
-        driver = ExportDriver(settings, RunInfo(tmp_path, run={}, base_model=base))
+        driver = RunController(settings, RunInfo(tmp_path, run={}, base_model=base))
         driver.begin(0, 100, start_live(workers, settings, driver.info))
         return driver
 
     return start
 
 
-def train(workers, driver: ExportDriver, *steps: float) -> None:
+def train(workers, driver: RunController, *steps: float) -> None:
     """All weights become the number of the step; NaN stands for the step after the one before it."""
     for number, step in enumerate(steps):
         ray.get([w.train.remote(step) for w in workers])
@@ -103,11 +103,11 @@ def train(workers, driver: ExportDriver, *steps: float) -> None:
     ray.get([w.train.remote(1000) for w in workers])  # training goes on
 
 
-def versions(driver: ExportDriver) -> list[Any]:
+def versions(driver: RunController) -> list[Any]:
     return driver.registry.versions()
 
 
-def values(driver: ExportDriver) -> dict[int, set[float]]:
+def values(driver: RunController) -> dict[int, set[float]]:
     """{step: the values in its version}."""
     found = {v.step: tensors(v.path) for v in versions(driver)}
     return {step: {x for t in weights.values() for x in t.unique().tolist()} for step, weights in found.items()}
@@ -385,9 +385,9 @@ def test_the_actor_dies_with_a_snapshot(workers, start):
     train(workers, driver, 1)
     until(lambda: all(in_each(workers, held)), "the workers hand over")
     time.sleep(0.5)  # the first instance has the snapshot now
-    ray.kill(driver.actor, no_restart=False)
+    ray.kill(driver.service.receiver, no_restart=False)
     train(workers, driver, 2, 3)
-    ray.kill(driver.actor, no_restart=False)
+    ray.kill(driver.service.receiver, no_restart=False)
     line = driver.drain(120)
     assert values(driver) == {1: {1.0}, 2: {2.0}, 3: {3.0}}, line
     until(lambda: not any(in_each(workers, held)), "the workers let go", 10)

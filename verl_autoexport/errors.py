@@ -6,6 +6,7 @@ found and what to do about it.
     AutoExportError
     ├── ConfigError      the `autoexport` node, or the run around it, cannot work
     ├── SourceError      the shards are missing, damaged, changed or contradict each other
+    │   └── SourceBusy   a worker still hands over the snapshot before; later it can
     ├── PlanError        the shards are whole but make no complete model
     ├── MergeError       bytes could not be read, cast or written
     ├── VerifyError      the merged directory is not the model it should be
@@ -37,6 +38,10 @@ class ConfigError(AutoExportError):
 
 class SourceError(AutoExportError):
     """Shards that are missing, truncated, rewritten meanwhile, or inconsistent over ranks."""
+
+
+class SourceBusy(SourceError):
+    """A worker that still hands over its part of the snapshot before; the same call may succeed later."""
 
 
 class PlanError(AutoExportError):

@@ -28,9 +28,9 @@ from verl_autoexport.config.run_rules import check_length, check_run, choose_sou
 from verl_autoexport.config.schema import AutoExportConfig
 from verl_autoexport.errors import ConfigError, PlanError, SourceError, shown
 from verl_autoexport.model.base_compatibility import check_start
-from verl_autoexport.service.controller import ExportDriver, ExportFailed
-from verl_autoexport.service.export_request import RunInfo
+from verl_autoexport.service.controller import ExportFailed, RunController
 from verl_autoexport.service.live_start import start_live
+from verl_autoexport.service.request import RunInfo
 from verl_autoexport.sources.live import in_worker
 from verl_autoexport.sources.live.coordinator import LiveSource
 from verl_autoexport.sources.nodes.cluster import Nodes, find_nodes
@@ -52,14 +52,14 @@ class AutoExportCallback(CheckpointCallback):
         global _active
         self.settings: AutoExportConfig = load_config(config.autoexport)
         self.chained = _build_chained(config, self.settings.chain_callback)
-        self.driver: ExportDriver | None = None
+        self.driver: RunController | None = None
         self.trainer: PPOTrainer | None = None
         self.drained = False
         if not self.settings.enabled:
             return
         for warning in check_run(config, self.settings):
             logger.warning("verl_autoexport: %s", shown(warning))
-        self.driver = ExportDriver(self.settings, _run_info(config, self.settings.role))
+        self.driver = RunController(self.settings, _run_info(config, self.settings.role))
         _active = self
         _wrap_verl()
 
