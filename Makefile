@@ -10,7 +10,7 @@ FIDELITY := contract layout export families base critic lora bad_input cross_che
 DEMO := demo_out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-full bench demo clean
+.PHONY: help setup lint test test-full docs bench demo clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -43,6 +43,9 @@ test: $(STAMP)  ## what CI runs
 test-full: $(STAMP) $(OLDEST)/.stamp $(READER)/.stamp  ## the long proofs too, with the oldest transformers, read by 4.57
 	$(BIN)/python -m pytest
 	$(OLDEST)/bin/python -m pytest $(FIDELITY:%=tests/test_%.py)
+
+docs: $(STAMP)  ## docs/configuration.md, from the schema
+	$(BIN)/python docs/make_configuration.py
 
 bench: $(STAMP)  ## table of benchmarks
 	$(BIN)/python tests/benchmarks/bench_export.py

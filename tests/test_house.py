@@ -5,14 +5,12 @@ from __future__ import annotations
 import ast
 import json
 import os
-import re
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -192,24 +190,6 @@ def test_libraries_stay_in_their_rooms() -> None:
 
 def test_modules_and_functions_stay_small() -> None:
     assert not (large := too_large()), "\n".join(large)
-
-
-def test_readme_lists_every_configuration_key_with_its_default() -> None:
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([a-z_.]+)` \| `(.*?)` \|", text.partition("\n## Configuration\n")[2], re.MULTILINE)
-    listed = {key: yaml.safe_load(default) for key, default in rows}
-    group = yaml.safe_load((REPOSITORY / "configs" / "autoexport" / "default.yaml").read_text(encoding="utf-8"))
-    keys = dict(leaves(group["autoexport"]))
-    wrong = sorted(k for k in listed.keys() | keys.keys() if k not in listed or k not in keys or listed[k] != keys[k])
-    assert not wrong, f"README's table and default.yaml differ in {wrong}"
-
-
-def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def test_importing_the_package_is_light() -> None:
