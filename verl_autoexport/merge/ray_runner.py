@@ -203,7 +203,7 @@ class RayRunner:
             self.placement = None
         else:
             return attempt
-        logger.warning("%s: within %.0f s %s: going on with %s", attempt.job.path.name, waited, why, less)
+        logger.info("%s: within %.0f s %s: going on with %s", attempt.job.path.name, waited, why, less)
         ray.cancel(attempt.ref, force=False)
         return self._submit(attempt.job, run, attempt.number + 1, attempt.here, attempt.losses)
 

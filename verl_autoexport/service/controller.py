@@ -252,7 +252,7 @@ class RunController:
     def _cut_past(self) -> None:
         """From its first trained step on the run has a past of its own: what lies beyond the resumed step goes."""
         for version in self.registry.supersede_after(self.judge.start.step):
-            logger.warning("verl_autoexport: %s superseded: resumed at step %s", version.path, self.judge.start.step)
+            logger.info("verl_autoexport: %s superseded: resumed at step %s", version.path, self.judge.start.step)
         mine = {hold.path for hold in self.holds.values()}
         for hold in self.beyond:
             if hold.request is not None:
@@ -387,7 +387,7 @@ class RunController:
         if request.attempts >= holds.MAX_ATTEMPTS:
             logger.warning("verl_autoexport: %s", holds.given_up(hold, self.settings.output_dir))
             return
-        logger.warning("verl_autoexport: step %s was interrupted; exporting it now", hold.step)
+        logger.info("verl_autoexport: step %s was interrupted; exporting it now", hold.step)
         self.ledger.submit(request)
 
 

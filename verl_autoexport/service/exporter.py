@@ -23,6 +23,7 @@ from verl_autoexport.service.protocol import LocalSources, Sources
 from verl_autoexport.service.request import ExportRequest, Outcome, make_spec
 from verl_autoexport.sources import holds
 from verl_autoexport.system.deadlines import Bounded, GivenUp, Watch, start
+from verl_autoexport.system.logs import show_info
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -59,14 +60,14 @@ class Exporter:
     def __init__(
         self, settings: AutoExportConfig, runner: MergeRunner, owner: str | None = None, sources: Sources | None = None
     ) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        show_info()
         self.settings = settings
         self.registry = _patiently(lambda: Registry.create(settings.output_dir, owner=owner))
         # A version that is made waits for the lock as long as a stage may take, and is not lost for it.
         self.patient = Registry(settings.output_dir, settings.queue.stage_timeout_s / 2, owner)
         try:
             for line in _patiently(self.registry.recover):
-                logger.warning("verl_autoexport: recovered: %s", shown(line))
+                logger.info("verl_autoexport: recovered: %s", shown(line))
         except AutoExportError as e:
             logger.warning("verl_autoexport: what was interrupted could not be repaired: %s", e)
         self.bookings = Bookings(self.registry)

@@ -34,6 +34,7 @@ from verl_autoexport.service.request import RunInfo
 from verl_autoexport.sources.live import in_worker
 from verl_autoexport.sources.live.coordinator import LiveSource
 from verl_autoexport.sources.nodes.cluster import Nodes, find_nodes
+from verl_autoexport.system.logs import show_info
 
 logger = logging.getLogger(__name__)
 _ASK_S = 60.0
@@ -61,6 +62,7 @@ class AutoExportCallback(CheckpointCallback):
             logger.warning("verl_autoexport: %s", shown(warning))
         self.driver = RunController(self.settings, _run_info(config, self.settings.role))
         _active = self
+        show_info()
         _wrap_verl()
 
     def on_save(
@@ -126,7 +128,7 @@ class AutoExportCallback(CheckpointCallback):
                 self._check_without_live(why, *length)
         if live is not None and self.settings.source == "auto":
             why += "; a step that verl saves is exported from its checkpoint"
-        logger.warning("verl_autoexport: source=%s: %s: %s", self.settings.source, kind, why)
+        logger.info("verl_autoexport: source=%s: %s: %s", self.settings.source, kind, why)
         return live
 
     def _check_without_live(self, reason: str, last_step: int, last_saved: bool) -> None:
@@ -145,9 +147,7 @@ class AutoExportCallback(CheckpointCallback):
             info.base_model, weights.dtype, info.trust_remote_code, info.external_lib,
             base_check=weights.base_check, carry_unread=weights.carry_unread,
         ).to_check()  # fmt: skip
-        logger.warning(
-            "verl_autoexport: comparison with the base model %s: %s", found["status"], shown(found["detail"])
-        )
+        logger.info("verl_autoexport: comparison with the base model %s: %s", found["status"], shown(found["detail"]))
 
     def on_log(self, tracking: Tracking, data: dict[str, Any], step: int) -> None:
         if self.trainer is not None and tracking is getattr(self.trainer, "logger", None):
