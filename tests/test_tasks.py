@@ -84,7 +84,7 @@ def test_no_free_cpu_slot_does_not_stop_an_export(cluster, source, tmp_path):
     holder = Holder.remote()
     ray.get(holder.ready.remote())
     assert ray.available_resources().get("CPU", 0) == 0
-    made = driver(tmp_path)
+    made = driver(tmp_path, merge={"schedule_timeout_s": 600})
     save_and_log(made, source, 2)
     assert "1 published (v0001-step2)" in made.drain(120)
     ray.kill(holder)

@@ -41,6 +41,7 @@ from verl_autoexport.sources.download_stubs import check_fetched
 from verl_autoexport.sources.formats import format_of, open_source
 from verl_autoexport.sources.protocol import ShardSource
 from verl_autoexport.sources.saved_files import check_links
+from verl_autoexport.system.cpus import cores
 from verl_autoexport.system.page_cache import drop_cache
 from verl_autoexport.system.untrusted import is_plain_name
 from verl_autoexport.verify import checks as verify
@@ -65,7 +66,7 @@ class LocalRunner:
     """
 
     def __init__(self, workers: int | None = None, threads: int | None = None) -> None:
-        self.cores = len(os.sched_getaffinity(0))
+        self.cores = cores()
         self.workers = workers or min(4, self.cores)
         self.threads = threads
 
