@@ -37,8 +37,10 @@ ROOMS: Mapping[str, frozenset[str]] = {
         "errors", "system", "config", "milestones", "shards", "sources", "registry", "merge", "model", "verify",
         "__init__",
     }),
+    "publishers": frozenset({"errors", "system", "registry"}),
     "service": frozenset({
         "errors", "system", "config", "milestones", "shards", "sources", "registry", "merge", "model", "export",
+        "publishers",
     }),
     "trainers": frozenset({"errors", "system", "config", "milestones", "sources", "registry", "model", "service"}),
     "cli": frozenset({

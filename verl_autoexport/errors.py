@@ -10,6 +10,7 @@ found and what to do about it.
     ├── PlanError        the shards are whole but make no complete model
     ├── MergeError       bytes could not be read, cast or written
     ├── VerifyError      the merged directory is not the model it should be
+    ├── PublishError     a version did not arrive where a publisher should have brought it
     └── RegistryError    the output directory cannot take, or does not have, a version
         └── RegistryBusy another process is changing it; later it can
 """
@@ -54,6 +55,10 @@ class MergeError(AutoExportError):
 
 class VerifyError(AutoExportError):
     """A merged directory that failed verification; it is never published."""
+
+
+class PublishError(AutoExportError):
+    """A published version that a publisher could not deliver; the version itself stays as it is."""
 
 
 class RegistryError(AutoExportError):

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from verl_autoexport.config.schema import AutoExportConfig
 from verl_autoexport.errors import AutoExportError, RegistryBusy, shown
 from verl_autoexport.export.pipeline import VERIFYING, MergeRunner, export_to_registry
 from verl_autoexport.export.spec import ExportSpec
+from verl_autoexport.publishers.protocol import GROUP, Publisher
 from verl_autoexport.registry.retention import Keep, show_size
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.bookings import Bookings
@@ -24,6 +25,7 @@ from verl_autoexport.service.request import ExportRequest, Outcome, make_spec
 from verl_autoexport.sources import holds
 from verl_autoexport.system.deadlines import Bounded, GivenUp, Watch, start
 from verl_autoexport.system.logs import show_info
+from verl_autoexport.system.plugins import load
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -58,7 +60,12 @@ class Exporter:
     """
 
     def __init__(
-        self, settings: AutoExportConfig, runner: MergeRunner, owner: str | None = None, sources: Sources | None = None
+        self,
+        settings: AutoExportConfig,
+        runner: MergeRunner,
+        owner: str | None = None,
+        sources: Sources | None = None,
+        publishers: Sequence[Publisher] | None = None,
     ) -> None:
         show_info()
         self.settings = settings
@@ -78,6 +85,7 @@ class Exporter:
             logger.warning("verl_autoexport: `verl-autoexport prune` will not know this run's keep.*: %s", e)
         self.runner = runner
         self.sources = sources or LocalSources()
+        self.publishers = load(GROUP) if publishers is None else publishers
         self.waiting: list[_Job] = []
         self.running = 0
         self.changed = threading.Condition()
@@ -164,6 +172,8 @@ class Exporter:
             if job.request.snapshot is not None:
                 gc.collect()  # an error whose traceback is in a circle would keep gigabytes of the object store
             if outcome.status == "published":
+                for publisher in self.publishers:
+                    self._bounded(f"publisher {publisher.name}", self._publish, publisher, outcome)
                 self._bounded("removing old versions", self._retain)
             with self.changed:
                 self.running = 0
@@ -226,6 +236,21 @@ class Exporter:
             if done.step == request.step and done.fingerprint == request.fingerprint and wanted <= has:
                 return done.name
         return None
+
+    def _publish(self, publisher: Publisher, outcome: Outcome) -> None:
+        """Before retention, which may remove the version. A publisher that fails is noted, and stops nothing."""
+        entry = {"step": outcome.step, "version": outcome.version, "publisher": publisher.name}
+        try:
+            receipt = publisher.publish(self.registry.find(str(outcome.version)))
+            logger.info("verl_autoexport: %s is at %s", outcome.version, shown(receipt.where))
+            self.bookings.add("delivered", **entry, where=receipt.where)
+        except Exception as e:  # somebody else's code
+            logger.exception("verl_autoexport: %s was not delivered by %s", outcome.version, publisher.name)
+            self.bookings.add("undelivered", **entry, reason=f"{type(e).__name__}: {e}")
+        try:
+            self.bookings.write()
+        except (AutoExportError, OSError) as e:
+            logger.warning("verl_autoexport: the delivery of %s is not in the journal yet: %s", outcome.version, e)
 
     def _retain(self) -> None:
         """Before the outcome is told, so that the end of a run waits for it. What goes wrong is tried again later."""

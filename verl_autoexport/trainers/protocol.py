@@ -17,7 +17,7 @@ class TrainerAdapter(Protocol):
         ...
 
     def workers(self) -> Sequence[Any]:
-        """Handles of the Ray actors that hold the exported role's weights, by rank; workers are up."""
+        """Handles of the Ray actors that hold the exported role's weights, by rank; none where only checkpoints do."""
         ...
 
     def position(self) -> int:

@@ -15,7 +15,7 @@ from verl_autoexport.config.run_rules import check_length, check_run, choose_sou
 from verl_autoexport.config.schema import AutoExportConfig
 from verl_autoexport.errors import ConfigError, PlanError, SourceError, shown
 from verl_autoexport.model.base_compatibility import check_start
-from verl_autoexport.service.controller import ExportFailed, RunController
+from verl_autoexport.service.controller import ExportFailed, RunController, StartService
 from verl_autoexport.service.live_start import start_live
 from verl_autoexport.sources.live import in_worker
 from verl_autoexport.sources.live.coordinator import LiveSource
@@ -34,12 +34,18 @@ class RunSession:
     unless `on_error=raise`.
     """
 
-    def __init__(self, config: DictConfig, settings: AutoExportConfig, adapter: TrainerAdapter) -> None:
+    def __init__(
+        self,
+        config: DictConfig,
+        settings: AutoExportConfig,
+        adapter: TrainerAdapter,
+        service: StartService | None = None,
+    ) -> None:
         show_info()
         for warning in check_run(config, settings):
             logger.warning("verl_autoexport: %s", shown(warning))
         self.config, self.settings, self.adapter = config, settings, adapter
-        self.controller = RunController(settings, adapter.info())
+        self.controller = RunController(settings, adapter.info(), service)
         self.begun = self.drained = False
 
     def begin(self) -> None:
@@ -49,9 +55,12 @@ class RunSession:
         check_length(self.settings, self.config, last_step, last_saved)
         self._check_base()
         workers = self.adapter.workers()
-        self._ask_frozen(workers)
-        live = self._live(workers, last_step, last_saved)
-        self.controller.begin(self.adapter.position(), last_step, live, self._nodes(workers))
+        live, nodes = None, None
+        if workers:
+            self._ask_frozen(workers)
+            live = self._live(workers, last_step, last_saved)
+            nodes = self._nodes(workers)
+        self.controller.begin(self.adapter.position(), last_step, live, nodes)
 
     def saved(self, step: int, directory: Path) -> None:
         self._guarded(step, self.controller.saved, step, directory)
