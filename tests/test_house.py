@@ -65,7 +65,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "numpy": ("sources/nodes/agent.py",),  # whose arrays Ray hands out without a copy
 }  # fmt: skip
 LIBRARIES_LAZY: Mapping[str, tuple[str, ...]] = {
-    "tqdm": ("cli/terminal.py",), "huggingface_hub": ("model/base_model.py",),
+    "tqdm": ("cli/terminal.py",), "huggingface_hub": ("model/base_model.py", "merge/plan.py"),
     "peft": ("verify/",), "safetensors": ("verify/",),
 }  # fmt: skip
 

@@ -55,7 +55,7 @@ MOMENTS: dict[str, Callable[[int, Path], Any]] = {
     "first": lambda pid, folder: handles_signals(pid),
     "imports": lambda pid, folder: "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8"),
     "staging": lambda pid, folder: [*folder.glob(".out.*.tmp"), *folder.glob("out/.staging/*/")],
-    "load": lambda pid, folder: children(pid, "load_check"),
+    "load": lambda pid, folder: children(pid, "load_in_child"),
 }
 
 
