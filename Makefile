@@ -12,7 +12,7 @@ FIDELITY := $(addprefix unit/test_,conversion.py config_json.py custom_code.py) 
 DEMO := demo_out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-unit test-full bench demo clean
+.PHONY: help setup lint test test-unit test-full docs bench demo clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -48,6 +48,9 @@ test: $(STAMP)  ## what CI runs
 test-full: $(STAMP) $(OLDEST)/.stamp $(READER)/.stamp  ## the long proofs too, with the oldest transformers, read by 4.57
 	$(BIN)/python -m pytest
 	$(OLDEST)/bin/python -m pytest $(addprefix tests/,$(FIDELITY))
+
+docs: $(STAMP)  ## docs/configuration.md, from the schema
+	$(BIN)/python docs/make_configuration.py
 
 bench: $(STAMP)  ## table of benchmarks
 	$(BIN)/python -m tests.benchmarks.bench_export

@@ -6,9 +6,11 @@ found and what to do about it.
     AutoExportError
     ├── ConfigError      the `autoexport` node, or the run around it, cannot work
     ├── SourceError      the shards are missing, damaged, changed or contradict each other
+    │   └── SourceBusy   a worker still hands over the snapshot before; later it can
     ├── PlanError        the shards are whole but make no complete model
     ├── MergeError       bytes could not be read, cast or written
     ├── VerifyError      the merged directory is not the model it should be
+    ├── PublishError     a version did not arrive where a publisher should have brought it
     └── RegistryError    the output directory cannot take, or does not have, a version
         └── RegistryBusy another process is changing it; later it can
 """
@@ -39,6 +41,10 @@ class SourceError(AutoExportError):
     """Shards that are missing, truncated, rewritten meanwhile, or inconsistent over ranks."""
 
 
+class SourceBusy(SourceError):
+    """A worker that still hands over its part of the snapshot before; the same call may succeed later."""
+
+
 class PlanError(AutoExportError):
     """A set of tensors that is not the complete model its `config.json` names."""
 
@@ -49,6 +55,10 @@ class MergeError(AutoExportError):
 
 class VerifyError(AutoExportError):
     """A merged directory that failed verification; it is never published."""
+
+
+class PublishError(AutoExportError):
+    """A published version that a publisher could not deliver; the version itself stays as it is."""
 
 
 class RegistryError(AutoExportError):

@@ -20,7 +20,7 @@ from tests.support.driven_run import Script
 from tests.support.ray_processes import process_named
 from tests.support.sharding import WIDE, make_checkpoint
 from verl_autoexport.registry.store import Registry
-from verl_autoexport.service.actor import ExportActor
+from verl_autoexport.service.exporter import Exporter
 from verl_autoexport.system.deadlines import Bounded, GivenUp
 
 QUEUE = {"stall_timeout_s": 1}
@@ -84,16 +84,16 @@ def test_an_output_directory_that_hangs_fails_one_milestone_and_the_next_is_expo
     run.step(1)
     run.driver.ledger.wait(60)
 
-    def impatient(actor: ExportActor) -> None:  # only now: the first export in an actor imports for seconds
+    def impatient(actor: Exporter) -> None:  # only now: the first export in an actor imports for seconds
         actor.settings = replace(actor.settings, queue=replace(actor.settings.queue, stage_timeout_s=3))
 
-    ray.get(run.driver.actor.__ray_call__.remote(impatient))
+    ray.get(run.driver.service.receiver.__ray_call__.remote(impatient))
     with frozen(disk):
         assert timed(run.step, 2) < 3
         assert timed(run.driver.ledger.wait, 60) < 30, "its outcome comes while the file system hangs"
         failures = run.driver.ledger.take()
     assert [f["step"] for f in failures] == [2]
-    assert "given up: starting: no progress for 3 s (queue.stage_timeout_s)" in failures[0]["reason"]
+    assert "given up: starting: no progress for 3 s (queue.stage_timeout_s)" in failures[0].reason
     wait_for(lambda: not any((disk / "exports/.staging").iterdir()))
     run.step(3)
     assert "1 failed (step 2: given up" in run.finish()
@@ -122,7 +122,7 @@ def test_a_stopped_merge_task_fails_one_milestone(cluster, tmp_path, tmp_path_fa
     try:
         run.driver.ledger.wait(120)
         (failure,) = run.driver.ledger.poll()
-        assert "given up: merging: no progress for 15 s" in failure["reason"]
+        assert "given up: merging: no progress for 15 s" in failure.reason
         run.step(2)
         report = run.finish()
         assert sorted(run.live()) == [2], report
@@ -135,7 +135,7 @@ def test_a_stopped_merge_task_fails_one_milestone(cluster, tmp_path, tmp_path_fa
 def test_a_stopped_actor_holds_the_end_for_no_longer_than_asked(cluster, source, tmp_path):
     run = Script(source, tmp_path)
     run.start(on_save=True, on_train_end=False)
-    ray.get(run.driver.actor.__ray_ready__.remote())
+    ray.get(run.driver.service.receiver.__ray_ready__.remote())
     actor = process_named("ray::ExportActor")
     actor.send_signal(signal.SIGSTOP)
     try:

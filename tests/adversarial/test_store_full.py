@@ -9,9 +9,9 @@ import ray
 from tests.support.live_workers import make_workers, train, values
 from tests.support.repository import import_path
 from verl_autoexport.config.reading import load_config
-from verl_autoexport.service.controller import ExportDriver
-from verl_autoexport.service.export_request import RunInfo
+from verl_autoexport.service.controller import RunController
 from verl_autoexport.service.live_start import start_live
+from verl_autoexport.service.request import RunInfo
 
 STORE = 100_000_000  # bytes
 
@@ -33,7 +33,7 @@ def test_a_full_object_store_loses_no_milestone_and_harms_no_training(workers, t
         "queue": {"overflow": "wait"}, "trigger": {"every_n_steps": 1, "on_train_end": False},
     }  # fmt: skip
     settings = load_config(node)
-    driver = ExportDriver(settings, RunInfo(tmp_path, run={}))
+    driver = RunController(settings, RunInfo(tmp_path, run={}))
     driver.begin(0, 100, start_live(workers, settings, driver.info))
     hog = [ray.put(np.zeros(STORE // 8, dtype=np.uint8)) for _ in range(8)]
     held = [ray.get(ref) for ref in hog]  # in use, so that Ray can move none of it to disk

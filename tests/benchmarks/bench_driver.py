@@ -17,8 +17,8 @@ import ray
 
 from tests.support.sharding import QWEN2, make_checkpoint
 from verl_autoexport.config.reading import load_config
-from verl_autoexport.service.controller import ExportDriver
-from verl_autoexport.service.export_request import RunInfo
+from verl_autoexport.service.controller import RunController
+from verl_autoexport.service.request import RunInfo
 
 METRICS = {f"timing/metric_{i}": float(i) for i in range(100)} | {"val-core/x/acc/mean@1": 0.5}
 QUIET_STEPS, MILESTONES = 5000, 10
@@ -33,7 +33,7 @@ def main() -> None:
         settings = load_config(
             {"output_dir": str(checkpoints / "exports"), "trigger": trigger, "verify": {"load": False}}
         )
-        driver = ExportDriver(settings, RunInfo(checkpoints, run={}))
+        driver = RunController(settings, RunInfo(checkpoints, run={}))
         driver.begin(0, None)
         driver.logged(1, METRICS)
         quiet = [_ms(driver.logged, step, METRICS) for step in range(2, QUIET_STEPS)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from verl_autoexport.model.asset_facts import processor_facts, processor_templat
 from verl_autoexport.model.assets import Reference
 from verl_autoexport.verify.checks import check_loading
 from verl_autoexport.verify.load_in_child import check_assets, generate, load_model
+from verl_autoexport.verify.result import CheckResult
 
 
 def save(tokenizer: Any, directory: Path) -> Path:
@@ -42,9 +42,9 @@ def names(directory: Path) -> set[str]:
     return {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()} - {"config.json"}
 
 
-def check(directory: Path, reference: Reference) -> dict[str, str]:
-    """What the load check says of the assets, here in this process."""
-    return check_assets(directory, json.loads(reference.to_json()), False)
+def check(directory: Path, reference: Reference) -> CheckResult:
+    """As the load check compares the assets, here in this process."""
+    return check_assets(directory, reference.to_json(), False)
 
 
 def with_config(directory: Path, config: dict[str, Any] = SMALL) -> Path:
@@ -74,7 +74,7 @@ def test_a_changed_tokenizer_is_the_runs_and_nothing_of_the_bases(style, change,
     _, reference = put(files, tmp_path / "out", base)
     assert tokenizer_facts(tmp_path / "out") == tokenizer_facts(files) != tokenizer_facts(base)
     assert not {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"} & names(tmp_path / "out")
-    assert check(tmp_path / "out", reference)["status"] == "passed"
+    assert check(tmp_path / "out", reference).status == "passed"
     written = read_json(tmp_path / "out/tokenizer_config.json")  # in the spelling that transformers 4 reads
     assert written["tokenizer_class"] in ("Qwen2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast")
     assert "extra_special_tokens" not in written
@@ -90,7 +90,7 @@ def test_an_unchanged_tokenizer_is_in_the_bases_own_files(style, tmp_path):
     for name in names(base):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes(), name
     assert names(tmp_path / "out") == names(base)
-    assert check(tmp_path / "out", reference)["status"] == "passed"
+    assert check(tmp_path / "out", reference).status == "passed"
 
 
 def test_without_a_base_the_runs_tokenizer_is_respelled(tmp_path):
@@ -99,7 +99,7 @@ def test_without_a_base_the_runs_tokenizer_is_respelled(tmp_path):
     assert read_json(files / "tokenizer_config.json")["tokenizer_class"] == "TokenizersBackend"
     assert read_json(tmp_path / "out/tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert tokenizer_facts(tmp_path / "out") == tokenizer_facts(files)
-    assert check(tmp_path / "out", reference)["status"] == "passed"
+    assert check(tmp_path / "out", reference).status == "passed"
 
 
 def test_a_base_fills_what_the_run_did_not_save(tmp_path):
@@ -125,7 +125,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_copied_as_it_is(tmp_path):
         (tmp_path / "run" / name).write_text("neither JSON nor a tokenizer")
     _, reference = put(tmp_path / "run", tmp_path / "out", base)
     assert names(tmp_path / "out") == names(tmp_path / "run")
-    assert check(tmp_path / "out", reference)["status"] == "failed"  # the processor's files are no JSON
+    assert check(tmp_path / "out", reference).status == "failed"  # the processor's files are no JSON
 
 
 def test_a_template_alone_is_the_runs_too(tmp_path):
@@ -160,14 +160,14 @@ def test_the_check_finds_a_tokenizer_that_is_another(damage, tmp_path):
     _, reference = put(save(AutoTokenizer.from_pretrained(base), tmp_path / "run"), tmp_path / "out", base)
     path = tmp_path / "out/tokenizer_config.json"
     write_json(path, damage(read_json(path)))
-    assert check(tmp_path / "out", reference)["status"] == "failed"
+    assert check(tmp_path / "out", reference).status == "failed"
 
 
 def test_the_check_runs_where_the_model_is_too_large_to_load(tmp_path):
     base = with_config(make_tokenizer(tmp_path / "base"))
     _, reference = put(save(AutoTokenizer.from_pretrained(base), tmp_path / "run"), tmp_path / "out", base)
     found = check_loading(tmp_path / "out", 1 << 50, assets=reference.to_json())
-    assert (found["assets"]["status"], found["load"]["status"]) == ("passed", "skipped")
+    assert (found["assets"].status, found["load"].status) == ("passed", "skipped")
     (tmp_path / "out/tokenizer.json").write_text("damaged")
     with pytest.raises(VerifyError, match=r"assets failed: .*cannot load it"):
         check_loading(tmp_path / "out", 1 << 50, assets=reference.to_json())
@@ -204,7 +204,7 @@ def test_templates_are_the_runs_for_tokenizer_and_processor(template, spelled, t
     expected = processor_template(base) if unchanged else TEMPLATES[template]
     assert processor_template(tmp_path / "out") == expected
     assert AutoProcessor.from_pretrained(tmp_path / "out").chat_template == expected
-    assert check(tmp_path / "out", reference)["status"] == "passed"
+    assert check(tmp_path / "out", reference).status == "passed"
 
 
 # -- processors -------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_an_unchanged_processor_is_in_the_bases_own_files(tmp_path):
     _, reference = put(files, tmp_path / "out", base)
     for name in ("preprocessor_config.json", "processor_config.json", "chat_template.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
-    assert check(tmp_path / "out", reference)["status"] == "passed"
+    assert check(tmp_path / "out", reference).status == "passed"
 
 
 def test_a_changed_processor_is_the_runs_in_both_spellings(tmp_path):
@@ -241,9 +241,9 @@ def test_a_changed_processor_is_the_runs_in_both_spellings(tmp_path):
     assert read_json(tmp_path / "out/preprocessor_config.json")["size"] == {"shortest_edge": 14}
     assert ProcessorMixin.get_processor_dict(str(tmp_path / "out"))[0]["chat_template"] == "of the run"
     assert "video_preprocessor_config.json" not in names(tmp_path / "out")
-    assert check(tmp_path / "out", reference)["status"] == "passed"
+    assert check(tmp_path / "out", reference).status == "passed"
     write_json(tmp_path / "out/chat_template.json", {"chat_template": "the base's"})
-    assert "processor's template" in check(tmp_path / "out", reference)["detail"]
+    assert "processor's template" in check(tmp_path / "out", reference).detail
 
 
 # -- where generation ends ----------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_settings_of_generation_never_block_a_publication(tmp_path):
     assert any("transformers refuses it: Greedy methods" in note for note in record.notes)
     for settings in SETTINGS:
         write_json(tmp_path / "out/generation_config.json", settings)
-        assert generate(load_model(tmp_path / "out", False))["status"] == "passed", settings
+        assert generate(load_model(tmp_path / "out", False)).status == "passed", settings
 
 
 def test_a_template_inside_the_tokenizers_settings_alone(tmp_path):
@@ -309,13 +309,13 @@ def test_a_template_inside_the_tokenizers_settings_alone(tmp_path):
     processor = AutoProcessor.from_pretrained(base)
     files = with_config(save(processor, tmp_path / "run"), {"model_type": "llava"})
     _, reference = put(files, tmp_path / "out", base)
-    assert check(tmp_path / "out", reference)["status"] == "passed"
+    assert check(tmp_path / "out", reference).status == "passed"
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATE
     old = with_config(make_tokenizer(tmp_path / "old"), {"model_type": "llava"})
     write_json(old / "preprocessor_config.json", IMAGE)
     write_json(old / "processor_config.json", PROCESSOR)
     _, reference = put(old, tmp_path / "alone")
-    assert check(tmp_path / "alone", reference)["status"] == "passed"
+    assert check(tmp_path / "alone", reference).status == "passed"
 
 
 def test_a_tokenizer_without_ids_for_the_probe(tmp_path):
@@ -326,7 +326,7 @@ def test_a_tokenizer_without_ids_for_the_probe(tmp_path):
         str(files / "tokenizer.json")
     )
     _, reference = put(files, tmp_path / "out")
-    assert check(tmp_path / "out", reference)["status"] == "passed"
+    assert check(tmp_path / "out", reference).status == "passed"
 
 
 def test_code_of_a_tokenizer_that_the_base_fills_in(tmp_path):

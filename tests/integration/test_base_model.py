@@ -124,7 +124,7 @@ def test_the_layout_of_the_base_wins(dtype, vl_moe, tmp_path):
     record = export(vl_moe, tmp_path / "out", base_model=str(base), dtype=dtype, verify=True)
     assert len(contract(record)["transposed"]) == 4
     assert record.verification["load"]["status"] == "passed"
-    assert {v["status"] for v in check_directory(tmp_path / "out", load=False).values()} == {"passed", "skipped"}
+    assert {v.status for v in check_directory(tmp_path / "out", load=False).values()} == {"passed", "skipped"}
     theirs = tensors(oracle(vl_moe / "reference", "bfloat16", tmp_path / "theirs"))
     swap(theirs)
     ours = tensors(tmp_path / "out")

@@ -135,7 +135,7 @@ def test_names_are_those_of_the_base(case, tmp_path):
     (reason,) = contract(record)["explained"]
     assert reason == ("held in the base as in memory" if "packed" in case else "named as in the base")
     assert not verified or record.verification["logits"]["status"] == "passed"
-    assert check_directory(tmp_path / "out", load=verified)["structure"]["status"] == "passed"
+    assert check_directory(tmp_path / "out", load=verified)["structure"].status == "passed"
     assert_trained(tmp_path / "out", step)
     assert record.notes[:-2] == ()  # no tokenizer, no generation config at most
 
@@ -379,7 +379,7 @@ def test_unread_tensors_are_carried_over(dtype, prefix, tmp_path):
     assert config_of(out)["num_nextn_predict_layers"] == 1
     if verified:
         assert record.verification["load"]["status"] == record.verification["logits"]["status"] == "passed"
-        assert {c["status"] for c in check_directory(out).values()} == {"passed"}
+        assert {c.status for c in check_directory(out).values()} == {"passed"}
     assert_trained(out, step)
 
 
@@ -391,11 +391,11 @@ def test_only_what_was_carried_may_be_unexpected(tmp_path):
     state = load_file(whole)
     save_file(state | {"strange.weight": torch.ones(3)}, whole, {"format": "pt"})
     found = check_directory(out)
-    assert "strange.weight" in found["structure"]["detail"]
-    assert "strange.weight" in found["load"]["detail"]
-    assert {found[name]["status"] for name in ("hashes", "structure", "load")} == {"failed"}
+    assert "strange.weight" in found["structure"].detail
+    assert "strange.weight" in found["load"].detail
+    assert {found[name].status for name in ("hashes", "structure", "load")} == {"failed"}
     save_file({k: v for k, v in state.items() if "eh_proj" not in k}, whole, {"format": "pt"})
-    assert "eh_proj" in check_directory(out, load=False)["structure"]["detail"]
+    assert "eh_proj" in check_directory(out, load=False)["structure"].detail
 
 
 def test_nothing_to_carry_from(tmp_path):

@@ -64,7 +64,7 @@ def test_reload_reports_nothing(name, critics, tmp_path):
     )
     assert not any(report.values())
     assert model.config.num_labels == model.score.out_features == 1
-    assert {k: v["status"] for k, v in check_directory(tmp_path / "out", load=False).items()} == {
+    assert {k: v.status for k, v in check_directory(tmp_path / "out", load=False).items()} == {
         "hashes": "passed", "structure": "passed", "load": "skipped", "generate": "skipped",
     }  # fmt: skip
 

@@ -18,11 +18,14 @@ from tests.support.registry import publish
 from verl_autoexport.errors import AutoExportError, ConfigError
 from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.milestones.events import Trigger
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service import controller as driver_module
+from verl_autoexport.service.request import ExportRequest
 from verl_autoexport.sources import holds
 from verl_autoexport.sources.holds import MAX_ATTEMPTS, find_holds
+from verl_autoexport.sources.live.snapshot import SnapshotHandle
 
 
 @pytest.fixture
@@ -65,7 +68,7 @@ def test_a_step_saved_anew_supersedes_before_its_validation(run):
 def test_a_start_at_a_wrong_step_that_never_trains_takes_nothing(run):
     run.start(at_steps=[4], on_train_end=False)
     run.step(4)
-    ray.kill(run.driver.actor)
+    ray.kill(run.driver.service.receiver)
     run.start(0, at_steps=[4], on_train_end=False)
     run.finish(False)
     run.start(4, at_steps=[4], on_train_end=False)
@@ -173,16 +176,11 @@ def test_what_retention_removed_is_neither_exported_again_nor_forgotten_by_the_t
     first = run.registry.exported()[0]
     (run.root / "exports/registry.json").unlink()
     run.start(3, **options)
-    assert [m.step for m in run.driver.ledger.history] == [1, 2, 3]
-    request = {
-        "step": 1,
-        "triggers": list(first.triggers),
-        "fingerprint": first.fingerprint,
-        "pin": str(run.root / "none"),
-    }
-    again = ray.get(run.driver.actor.export.remote({**request, "time": 1.0}))
-    assert again["status"] == "published", again
-    assert (again["status"], again["version"]) == ("published", "v0001-step1"), "as Ray asks again after a crash"
+    assert [m.step for m in run.driver.judge.history] == [1, 2, 3]
+    triggers = tuple(map(Trigger.from_dict, first.triggers))
+    request = ExportRequest(1, 1.0, triggers, run.root / "none", first.fingerprint, hold=run.root / "none")
+    again = run.driver.service.submit(request).result(60)
+    assert (again.status, again.version) == ("published", "v0001-step1"), "as Ray asks again after a crash"
     run.step(4, 0.6)
     run.finish(False)
     assert run.live() == {2: {"best"}, 4: {"at_steps"}}
@@ -254,11 +252,7 @@ class Copies:
 
     def capture(self, actor, wait_s, needed):
         self.captured.append(set(needed))
-        ident = f"copy{len(self.captured)}"
-        return {
-            "id": ident, "directory": "/nowhere", "layouts": ray.put([]), "backend": "fsdp", "captured": 0.0,
-            "workers": [], "nodes": [],
-        }  # fmt: skip
+        return SnapshotHandle(f"copy{len(self.captured)}", Path("/nowhere"), ray.put([]), "fsdp", 0.0, [], [])
 
 
 def test_weights_are_copied_before_anything_waits_for_the_registry(run, impatient):
@@ -365,13 +359,13 @@ def test_requests_taken_by_a_run_that_was_killed_wait_for_the_next(run):
 def test_a_hold_with_wrong_inner_types_stops_nothing(run):
     run.start(at_steps=[1, 2], on_train_end=False)
     run.step(1)
-    ray.kill(run.driver.actor)
+    ray.kill(run.driver.service.receiver)
     (pin,) = find_holds(run.root)
     holds.choose(pin, dict(pin.request) | {"time": "x", "triggers": [None]})
     shutil.rmtree(run.root / "global_step_1")
     run.start(1, at_steps=[1, 2], on_train_end=False)
     run.step(2)
-    assert "cannot be read: time: not what a request holds: 'x'" in run.finish(False)
+    assert "cannot be read: time: not of the kind that a request holds: 'x'" in run.finish(False)
     assert run.live()[2] == {"at_steps"}
     assert [p.path for p in find_holds(run.root)] == [pin.path], "it may be the last copy"
 
@@ -389,7 +383,7 @@ def test_a_hold_of_odd_content_does_not_stop_the_start_of_training(odd, run):
 def test_the_same_bytes_saved_again_after_a_rollback_keep_their_hold(run):
     run.start(at_steps=[6], on_train_end=False, queue={"drain_timeout_s": 0})
     run.save(6)
-    ray.kill(run.driver.actor)
+    ray.kill(run.driver.service.receiver)
     run.driver.logged(6, {})
     run.start(4, at_steps=[6], on_train_end=False)
     run.driver.logged(5, {})

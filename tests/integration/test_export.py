@@ -188,6 +188,19 @@ BIG = {
 }  # fmt: skip
 
 
+def test_files_are_divided_as_save_pretrained_divides_them(checkpoint, tmp_path):
+    """Tensors in the middle are larger than a file may be: what is small goes on in the file before them."""
+    reference = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("even") / "reference", dtype=torch.float32)
+    sizes = sorted(t.nbytes for t in reference.state_dict().values())
+    for limit in (sizes[-1] - 1, sizes[len(sizes) // 2], sizes[0]):
+        export(checkpoint("even"), tmp_path / f"out{limit}", dtype="float32", max_shard_size=limit)
+        reference.save_pretrained(tmp_path / f"ref{limit}", max_shard_size=limit)
+        ours, theirs = (
+            json.loads((tmp_path / f"{d}{limit}/model.safetensors.index.json").read_text()) for d in ("out", "ref")
+        )
+        assert ours["weight_map"] == theirs["weight_map"]
+
+
 @pytest.mark.parametrize("model", BIG)
 def test_memory_stays_within_the_budget(model, tmp_path):
     made = make_checkpoint(tmp_path / "made", BIG[model])

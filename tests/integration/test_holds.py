@@ -15,7 +15,8 @@ from verl_autoexport.config.reading import load_config
 from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.registry.store import Registry
-from verl_autoexport.service.actor import ExportActor
+from verl_autoexport.service.exporter import Exporter
+from verl_autoexport.service.request import ExportRequest
 from verl_autoexport.sources import holds
 
 STEP = 2
@@ -27,7 +28,7 @@ def run(source, tmp_path) -> Callable[[], Path]:
     root = tmp_path / "run"
     checkpoint = Path(shutil.copytree(source, root / f"global_step_{STEP}"))
     pin = holds.make_hold(checkpoint, STEP, "actor")
-    holds.choose(pin, request_for(pin))
+    holds.choose(pin, request_for(pin).to_json())
     return root
 
 
@@ -48,7 +49,8 @@ def start(root: Path) -> dict[str, Any]:
     settings = load_config({"output_dir": str(root / "exports"), "verify": {"load": False}})
     (pin,) = holds.find_holds(root)
     where = {"pin": str(pin.path), "directory": str(pin.directory), "origin": pin.origin}
-    return ExportActor(settings, runner=LocalRunner(1)).export({**pin.request, **where})
+    request = ExportRequest.from_json({**pin.request, **where}, STEP)
+    return vars(Exporter(settings, LocalRunner(1)).export(request))
 
 
 def spoil(root: Path) -> Callable[[], None]:
@@ -136,15 +138,15 @@ def test_only_the_newest_failed_steps_are_held(source, tmp_path, caplog):
     root = tmp_path / "run"
     settings = load_config({"output_dir": str(root / "exports"), "verify": {"load": False}})
     root.mkdir()
-    actor = ExportActor(settings, runner=LocalRunner(1))
+    actor = Exporter(settings, LocalRunner(1))
     for step in range(1, holds.MAX_KEPT + 3):
         checkpoint = Path(shutil.copytree(source, root / f"global_step_{step}"))
         (checkpoint / "actor/huggingface/config.json").unlink()
         pin = holds.make_hold(checkpoint, step, "actor")
-        holds.choose(pin, request_for(pin))
+        holds.choose(pin, request_for(pin).to_json())
         shutil.rmtree(checkpoint)
         (pin,) = (p for p in holds.find_holds(root) if p.step == step)
-        assert actor.export(pin.request)["status"] == "failed"
+        assert actor.export(request_for(pin)).status == "failed"
     assert [p.step for p in holds.find_holds(root)] == [3, 4, 5]
     assert "step 1 is given up" in caplog.text
 
@@ -166,12 +168,12 @@ def test_what_ends_a_process_ends_one_export_only(source, tmp_path):
     root = tmp_path / "run"
     settings = load_config({"output_dir": str(root / "exports"), "verify": {"load": False}})
     root.mkdir()
-    actor, outcomes = ExportActor(settings, runner=Leaves()), []
+    actor, outcomes = Exporter(settings, Leaves()), []
     for step in (1, 2):
         checkpoint = Path(shutil.copytree(source, root / f"global_step_{step}"))
         pin = holds.make_hold(checkpoint, step, "actor")
-        holds.choose(pin, request_for(pin))
+        holds.choose(pin, request_for(pin).to_json())
         (pin,) = (p for p in holds.find_holds(root) if p.step == step)
-        outcomes.append(actor.export(pin.request))
-    assert [o["status"] for o in outcomes] == ["failed", "published"]
-    assert "a library has had enough" in outcomes[0]["reason"]
+        outcomes.append(actor.export(request_for(pin)))
+    assert [o.status for o in outcomes] == ["failed", "published"]
+    assert "a library has had enough" in outcomes[0].reason

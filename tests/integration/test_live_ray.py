@@ -22,9 +22,9 @@ from tests.support.repository import import_path
 from tests.support.sharding import QWEN2, build, make_checkpoint
 from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import SourceError
-from verl_autoexport.service.controller import ExportDriver
-from verl_autoexport.service.export_request import RunInfo
+from verl_autoexport.service.controller import RunController
 from verl_autoexport.service.live_start import start_live
+from verl_autoexport.service.request import RunInfo
 from verl_autoexport.sources.live import in_worker
 from verl_autoexport.sources.live.copier import Layout
 from verl_autoexport.sources.live.snapshot import Deliveries
@@ -55,14 +55,14 @@ def start(workers, tmp_path):
     def start(
         workers: list[Any] = workers, source: str = "live", trigger: dict[str, Any] | None = None,
         weights: dict[str, Any] | None = None, base: str | None = None, **queue: Any,
-    ) -> ExportDriver:  # fmt: skip
+    ) -> RunController:  # fmt: skip
         node = {
             "output_dir": str(tmp_path / "exports"), "source": source, "verify": {"load": False}, "queue": queue,
             "weights": weights or {},
             "trigger": trigger or {"every_n_steps": 1, "on_train_end": False},
         }  # fmt: skip
         settings = load_config(node)
-        driver = ExportDriver(settings, RunInfo(tmp_path, run={}, base_model=base))
+        driver = RunController(settings, RunInfo(tmp_path, run={}, base_model=base))
         driver.begin(0, 100, start_live(workers, settings, driver.info))
         return driver
 
@@ -330,9 +330,9 @@ def test_the_actor_dies_with_a_snapshot(workers, start):
     train(workers, driver, 1)
     until(lambda: all(in_each(workers, held)), "the workers hand over")
     time.sleep(0.5)  # the first instance has the snapshot now
-    ray.kill(driver.actor, no_restart=False)
+    ray.kill(driver.service.receiver, no_restart=False)
     train(workers, driver, 2, 3)
-    ray.kill(driver.actor, no_restart=False)
+    ray.kill(driver.service.receiver, no_restart=False)
     line = driver.drain(120)
     assert values(driver) == {1: {1.0}, 2: {2.0}, 3: {3.0}}, line
     until(lambda: not any(in_each(workers, held)), "the workers let go", 10)

@@ -198,7 +198,7 @@ def test_both(name, made, tmp_path):
     assert record.verification["adapter"]["status"] == record.verification["generate"]["status"] == "passed"
     assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= {f["name"] for f in record.files}
     checks = check_directory(tmp_path / "both")
-    assert {k: v["status"] for k, v in checks.items()} == dict.fromkeys(
+    assert {k: v.status for k, v in checks.items()} == dict.fromkeys(
         ("hashes", "structure", "load", "generate", "adapter"), "passed"
     )
 

@@ -23,8 +23,8 @@ from tests.support.repository import import_path
 from tests.support.sharding import QWEN2, make_checkpoint
 from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import SourceError
-from verl_autoexport.service.controller import ExportDriver
-from verl_autoexport.service.export_request import RunInfo
+from verl_autoexport.service.controller import RunController
+from verl_autoexport.service.request import RunInfo
 from verl_autoexport.sources.holds import find_holds
 from verl_autoexport.sources.nodes.cluster import SpreadFiles, find_nodes
 
@@ -126,12 +126,12 @@ def source(tmp_path_factory) -> Path:
 def start(cluster, tmp_path):
     drivers = []
 
-    def start(root: Path = tmp_path, **merge) -> ExportDriver:
+    def start(root: Path = tmp_path, **merge) -> RunController:
         node = {
             "output_dir": str(root / "exports"), "verify": {"load": False}, "merge": merge,
             "trigger": {"every_n_steps": 1, "on_train_end": False},
         }  # fmt: skip
-        drivers.append(driver := ExportDriver(load_config(node), RunInfo(cluster.shared, run={})))
+        drivers.append(driver := RunController(load_config(node), RunInfo(cluster.shared, run={})))
         nodes = find_nodes(cluster.workers, cluster.shared)
         assert nodes is not None
         driver.begin(0, 100, nodes=nodes)
@@ -139,7 +139,7 @@ def start(cluster, tmp_path):
 
     yield start
     for driver in drivers:
-        ray.kill(driver.actor)
+        ray.kill(driver.service.receiver)
         driver.nodes.close()
 
 

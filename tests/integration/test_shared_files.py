@@ -65,7 +65,7 @@ def test_ten_versions_of_a_model_with_a_frozen_half(train, registry, root):
     marks = [[(f.get("apart"), f.get("linked")) for f in v.record.files if f["bytes"] > 1 << 20] for v in versions]
     assert marks == [[(True, None), (None, None)], *[[(True, True), (None, None)]] * 9]
     for version in (first, versions[-1]):
-        assert {c["status"] for c in check_directory(version.path).values()} == {"passed"}
+        assert {c.status for c in check_directory(version.path).values()} == {"passed"}
         AutoModelForCausalLM.from_pretrained(version.path)
     a, b = tensors(first.path), tensors(versions[-1].path)
     assert {k for k in a if torch.equal(a[k], b[k])} == {k for k in a if k.startswith(FROZEN)}
@@ -92,7 +92,7 @@ def test_what_was_changed_since_or_is_gone_is_no_twin(train, registry, root):
     shared.write_bytes(content)
     second = train(2)
     assert not any(f.get("linked") for f in second.record.files)
-    assert check_directory(second.path, load=False)["hashes"]["status"] == "passed"
+    assert check_directory(second.path, load=False)["hashes"].status == "passed"
     file = next(f for f in second.record.files if f.get("apart"))
     twins = find_twins(registry.versions())
     copy = root / "copy"
@@ -109,7 +109,7 @@ def test_removing_a_version_leaves_the_others_whole(train, registry, root):
         train(step)
     registry.prune(Keep(last=1))
     (left,) = registry.versions()
-    assert check_directory(left.path, load=False)["hashes"]["status"] == "passed"
+    assert check_directory(left.path, load=False)["hashes"].status == "passed"
     assert stored([left]) == pytest.approx(on_disk(root), rel=0.02)
 
 

@@ -21,8 +21,8 @@ from verl_autoexport.export.pipeline import LocalRunner, export_to_directory, ru
 from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.merge.ray_runner import Home, NotShared, RayRunner
 from verl_autoexport.registry.store import Registry
-from verl_autoexport.service.controller import ExportDriver
-from verl_autoexport.service.export_request import RunInfo
+from verl_autoexport.service.controller import RunController
+from verl_autoexport.service.request import RunInfo
 from verl_autoexport.sources.holds import find_holds, make_hold
 
 
@@ -38,19 +38,19 @@ def source(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("wide"), WIDE, reference=False)
 
 
-def driver(tmp_path: Path, **settings) -> ExportDriver:
+def driver(tmp_path: Path, **settings) -> RunController:
     defaults = {
         "output_dir": str(tmp_path / "exports"),
         "verify": {"load": False},
         "trigger": {"on_save": True},
         "merge": {"schedule_timeout_s": 1},
     }
-    made = ExportDriver(load_config(defaults | settings), RunInfo(tmp_path, run={}))
+    made = RunController(load_config(defaults | settings), RunInfo(tmp_path, run={}))
     made.begin(0, None)
     return made
 
 
-def save_and_log(made: ExportDriver, source: Path, step: int) -> None:
+def save_and_log(made: RunController, source: Path, step: int) -> None:
     made.saved(step, Path(shutil.copytree(source, made.info.checkpoints / f"global_step_{step}")))
     made.logged(step, {"training/x": 1.0})
 
@@ -64,7 +64,7 @@ def test_no_free_cpu_slot_does_not_stop_an_export(cluster, source, tmp_path):
     holder = Holder.remote()
     ray.get(holder.ready.remote())
     assert ray.available_resources().get("CPU", 0) == 0
-    made = driver(tmp_path)
+    made = driver(tmp_path, merge={"schedule_timeout_s": 600})
     save_and_log(made, source, 2)
     assert "1 published (v0001-step2)" in made.drain(120)
     ray.kill(holder)
@@ -123,9 +123,9 @@ def test_too_little_time_to_drain_is_reported_and_the_next_start_finishes(cluste
     made = driver(tmp_path)
     save_and_log(made, source, 2)
     assert "not finished in time: step 2" in made.drain(0)
-    ray.kill(made.actor)
+    ray.kill(made.service.receiver)
     assert [p.step for p in find_holds(tmp_path)] == [2]
-    again = ExportDriver(made.settings, made.info)
+    again = RunController(made.settings, made.info)
     again.begin(2, None)
     assert "1 published (v0001-step2)" in again.drain(120)
 

@@ -104,14 +104,14 @@ class ForkedMerges:
 def train(root: Path, source: Path, steps: int, killer: Killer) -> None:
     """What a run does from its start on: finish what was interrupted, then `steps` more steps, each a milestone."""
     from verl_autoexport.config.reading import load_config
-    from verl_autoexport.service.actor import ExportActor
+    from verl_autoexport.service.exporter import Exporter
     from verl_autoexport.sources import holds
 
     settings = load_config({"output_dir": str(root / "exports"), "verify": {"load": False}, "keep": {"last": 2}})
     registry = Registry.create(settings.output_dir)
     lease = registry.own("chaos")
     instrument(killer)
-    actor = ExportActor(settings, lease.token, ForkedMerges())
+    actor = Exporter(settings, ForkedMerges(), lease.token)
     known = {m.step for m in registry.milestones()}
     trained = max((step_of(p) for p in root.glob("global_step_*")), default=0)
     found = holds.find_holds(root)
@@ -134,19 +134,18 @@ def export(actor: Any, pin: Any) -> None:
     from verl_autoexport.sources import holds
 
     request = request_for(pin)
-    holds.choose(pin, request)
+    holds.choose(pin, request.to_json())
     outcome = actor.export(request)
-    assert outcome["status"] == "published", outcome
+    assert outcome.status == "published", outcome
 
 
-def request_for(pin: Any) -> dict[str, Any]:
-    """What the driver asks of the actor."""
-    return {
-        "step": pin.step, "time": time.time(), "triggers": [{"policy": "at_steps", "reason": "chaos"}], "metrics": {},
-        "measured_on": None, "pin": str(pin.path), "directory": str(pin.directory), "origin": pin.origin,
-        "fingerprint": pin.fingerprint, "stall_s": 0.0, "run": {}, "base_model": None, "lora_adapter": None,
-        "trust_remote_code": False, "external_lib": None,
-    }  # fmt: skip
+def request_for(hold: Any) -> Any:
+    """As the controller makes it."""
+    from verl_autoexport.milestones.events import Decision, StepEvent, Trigger
+    from verl_autoexport.service.request import RunInfo, make_request
+
+    decision = Decision(hold.step, time.time(), (Trigger("at_steps", "chaos"),))
+    return make_request(RunInfo(hold.path, run={}), decision, StepEvent(hold.step, {}, 0.0), hold, 0.0)
 
 
 def instrument(killer: Killer) -> None:
@@ -173,7 +172,7 @@ def warm_up(source: Path, once: Path) -> None:
     """Import everything that an export needs; transformers imports a model's code when it is first asked for."""
     import torch
 
-    import verl_autoexport.service.actor  # noqa: F401
+    import verl_autoexport.service.exporter  # noqa: F401
     from verl_autoexport.export import pipeline, spec
 
     torch.set_num_threads(1)

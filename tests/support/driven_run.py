@@ -9,8 +9,8 @@ import ray
 
 from verl_autoexport.config.reading import load_config
 from verl_autoexport.registry.store import Registry
-from verl_autoexport.service.controller import ExportDriver
-from verl_autoexport.service.export_request import RunInfo
+from verl_autoexport.service.controller import RunController
+from verl_autoexport.service.request import RunInfo
 
 METRIC = "val-core/x/acc/mean@1"
 BEST = {"metric": METRIC}
@@ -28,12 +28,12 @@ class Script:
     def registry(self) -> Registry:
         return Registry(self.exports)
 
-    def start(self, step: int = 0, last_step: int | None = None, keep=None, queue=None, **trigger) -> ExportDriver:
+    def start(self, step: int = 0, last_step: int | None = None, keep=None, queue=None, **trigger) -> RunController:
         if self.driver is not None:
-            ray.kill(self.driver.actor)
+            ray.kill(self.driver.service.receiver)
         node = {"output_dir": str(self.exports), "verify": {"load": False}, "trigger": trigger}
         node |= {"keep": keep or {}, "queue": queue or {}}
-        self.driver = ExportDriver(load_config(node), RunInfo(self.root, run={}))
+        self.driver = RunController(load_config(node), RunInfo(self.root, run={}))
         self.driver.begin(step, last_step)
         return self.driver
 

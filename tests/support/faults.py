@@ -30,11 +30,11 @@ class Run:
     def __init__(self, root: Path) -> None:
         from verl_autoexport.config.reading import load_config
         from verl_autoexport.export.pipeline import LocalRunner
-        from verl_autoexport.service.actor import ExportActor
+        from verl_autoexport.service.exporter import Exporter
         from verl_autoexport.sources import holds
 
         node = {"output_dir": str(root / "exports"), "verify": {"load": False}, "keep": {"last": 1}}
-        self.root, self.actor = root, ExportActor(load_config(node), None, LocalRunner(1))
+        self.root, self.actor = root, Exporter(load_config(node), LocalRunner(1))
         for pin in holds.find_holds(root):
             self.actor.export(chaos.request_for(pin))
 
@@ -50,10 +50,10 @@ class Run:
         except AutoExportError as e:
             return {"status": "failed", "reason": f"{type(e).__name__}: {e}"}
         try:
-            holds.choose(pin, chaos.request_for(pin))
+            holds.choose(pin, chaos.request_for(pin).to_json())
         except OSError as e:
             print(f"not durable: {e}", file=sys.stderr)
-        return self.actor.export(chaos.request_for(pin))
+        return vars(self.actor.export(chaos.request_for(pin)))
 
 
 def attempt(root: Path, source: Path, order: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 
 from tests.support.exports import tensors
 from tests.support.sharding import QWEN2, build
-from verl_autoexport.service.controller import ExportDriver
+from verl_autoexport.service.controller import RunController
 
 WORLD = 2
 MODEL = QWEN2 | {"vocab_size": 4096}  # its blocks are too large for Ray to send them along with a call
@@ -47,7 +47,7 @@ def make_workers(config: dict[str, Any] = MODEL) -> list[Any]:
     return [Worker.remote(rank, port, config) for rank in range(WORLD)]
 
 
-def train(workers, driver: ExportDriver, *steps: float) -> None:
+def train(workers, driver: RunController, *steps: float) -> None:
     """All weights become the number of the step; NaN stands for the step after the one before it."""
     for number, step in enumerate(steps):
         ray.get([w.train.remote(step) for w in workers])
@@ -55,11 +55,11 @@ def train(workers, driver: ExportDriver, *steps: float) -> None:
     ray.get([w.train.remote(1000) for w in workers])  # training goes on
 
 
-def versions(driver: ExportDriver) -> list[Any]:
+def versions(driver: RunController) -> list[Any]:
     return driver.registry.versions()
 
 
-def values(driver: ExportDriver) -> dict[int, set[float]]:
+def values(driver: RunController) -> dict[int, set[float]]:
     """{step: the values in its version}."""
     found = {v.step: tensors(v.path) for v in versions(driver)}
     return {step: {x for t in weights.values() for x in t.unique().tolist()} for step, weights in found.items()}

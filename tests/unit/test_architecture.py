@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 import ast
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from tests.support.repository import ROOT
+from tests.support.rooms import PACKAGE, ROOMS
 
-PACKAGE = "verl_autoexport"
 PLUGIN = ROOT / "hydra_plugins" / "autoexport_searchpath" / "__init__.py"
 MAX_MODULE = 420  # lines
 MAX_FUNCTION = 40  # lines, docstring not counted
 
-# room -> the rooms that it may import besides itself; imports go up this list, never down.
-ROOMS: Mapping[str, frozenset[str]] = {
-    "errors": frozenset(),
-    "system": frozenset({"errors", "__init__"}),
-    "config": frozenset({"errors", "system"}),
-    "milestones": frozenset({"errors", "system", "config"}),
-    "shards": frozenset({"errors", "system"}),
-    "sources": frozenset({"errors", "system", "shards"}),
-    "registry": frozenset({"errors", "system", "milestones"}),
-    "merge": frozenset({"errors", "system", "shards", "__init__"}),
-    "model": frozenset({"errors", "system", "config", "shards", "sources", "merge"}),
-    "verify": frozenset({"errors", "system", "shards", "sources", "registry", "merge", "model"}),
-    "export": frozenset({
-        "errors", "system", "config", "milestones", "shards", "sources", "registry", "merge", "model", "verify",
-        "__init__",
-    }),
-    "service": frozenset({
-        "errors", "system", "config", "milestones", "shards", "sources", "registry", "merge", "model", "export",
-    }),
-    "trainers": frozenset({"errors", "system", "config", "milestones", "sources", "registry", "model", "service"}),
-    "cli": frozenset({
-        "errors", "system", "config", "milestones", "shards", "sources", "registry", "merge", "export", "verify",
-        "__init__",
-    }),
-    "__init__": frozenset(),  # its public names are resolved on first use
-    "__main__": frozenset({"cli"}),
-    "hydra_plugins": frozenset({"config"}),
-}  # fmt: skip
 
 # library -> the modules that may import it: a path below the package, a folder with its slash.
 LIBRARIES: Mapping[str, tuple[str, ...]] = {
@@ -61,7 +29,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "numpy": ("sources/nodes/agent.py",),  # whose arrays Ray hands out without a copy
 }  # fmt: skip
 LIBRARIES_LAZY: Mapping[str, tuple[str, ...]] = {
-    "tqdm": ("cli/terminal.py",), "huggingface_hub": ("model/base_model.py",),
+    "tqdm": ("cli/terminal.py",), "huggingface_hub": ("model/base_model.py", "merge/plan.py"),
     "peft": ("verify/",), "safetensors": ("verify/",),
 }  # fmt: skip
 
@@ -200,21 +168,3 @@ def test_tests_take_what_they_share_from_support() -> None:
         attributes = (n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Attribute))
         wrong += [f"{file}:{n.lineno}: sys.path; import `tests.…`" for n in attributes if ast.unparse(n) == "sys.path"]
     assert not wrong, "\n".join(wrong)
-
-
-def test_readme_lists_every_configuration_key_with_its_default() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([a-z_.]+)` \| `(.*?)` \|", text.partition("\n## Configuration\n")[2], re.MULTILINE)
-    listed = {key: yaml.safe_load(default) for key, default in rows}
-    group = yaml.safe_load((ROOT / "configs" / "autoexport" / "default.yaml").read_text(encoding="utf-8"))
-    keys = dict(leaves(group["autoexport"]))
-    wrong = sorted(k for k in listed.keys() | keys.keys() if k not in listed or k not in keys or listed[k] != keys[k])
-    assert not wrong, f"README's table and default.yaml differ in {wrong}"
-
-
-def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -466,6 +466,7 @@ IMPORTED = {
     "transformers.core_model_loading": {
         "WeightConverter",
         "build_glob_alternation",
+        "dot_natural_key",
         "rename_source_key",
         "revert_weight_conversion",
     },

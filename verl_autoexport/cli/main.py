@@ -128,11 +128,11 @@ def _verify(args: argparse.Namespace) -> int:
 
     checks = check_directory(args.directory, load=not args.no_load, trust_remote_code=args.trust_remote_code)
     if args.json:
-        print(json.dumps(checks, indent=2))
+        print(json.dumps({name: check.to_json() for name, check in checks.items()}, indent=2))
     else:
         for name, check in checks.items():
-            print(shown(f"{name:<10} {check['status']:<8} {check['detail']}"))
-    if failed := [name for name, check in checks.items() if check["status"] == "failed"]:
+            print(shown(f"{name:<10} {check.status:<8} {check.detail}"))
+    if failed := [name for name, check in checks.items() if check.status == "failed"]:
         complain(f"{args.directory}: failed: {', '.join(failed)}")
     return 1 if failed else 0
 

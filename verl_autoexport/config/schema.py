@@ -25,6 +25,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_METRIC = "the metric: its name, or a glob that matches exactly one logged name"
 
 
 def may_be_val(metric: str) -> bool:
@@ -90,7 +91,8 @@ def _rule(
 ) -> Any:
     """A field with its rule: an enumeration, a bound, or a reader of its own.
 
-    One with a `help` is an option of the command line too, where `metavar` stands for its value.
+    `help` describes it in `docs/configuration.md`. A field of `ExportOptions` that has one is also an option of
+    the command line, where `metavar` stands for its value.
     """
     rule = {"one_of": one_of, "least": least, "above": above, "convert": convert, "help": help, "metavar": metavar}
     return field(default=default, metadata=rule)
@@ -102,22 +104,22 @@ def _size(default: str | None, help: str = "", metavar: str | None = None) -> An
 
 @dataclass(frozen=True, kw_only=True)
 class BestConfig:
-    """A milestone whenever `metric` is better than ever by more than `min_delta`."""
+    """A milestone whenever `metric` beats every earlier value by more than `min_delta`."""
 
-    metric: str
-    mode: str = _rule("max", one_of=("max", "min"))
-    min_delta: float = _rule(0.0, least=0)
-    name: str = "best"
+    metric: str = field(metadata={"help": _METRIC})
+    mode: str = _rule("max", one_of=("max", "min"), help="whether a higher or a lower value is better")
+    min_delta: float = _rule(0.0, least=0, help="a value must be better than the best one by more than this")
+    name: str = _rule("best", help="the pointer: `best` for this name, `best-NAME` for any other")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThresholdConfig:
     """A milestone when `metric` is above (or below) a value; only the first time if `once`."""
 
-    metric: str
-    above: float | None = None
-    below: float | None = None
-    once: bool = True
+    metric: str = field(metadata={"help": _METRIC})
+    above: float | None = _rule(None, help="fires when the value is above this; give either `above` or `below`")
+    below: float | None = _rule(None, help="fires when the value is below this")
+    once: bool = _rule(True, help="`false`: fires every time, not only the first time")
 
     @property
     def name(self) -> str:
@@ -129,15 +131,25 @@ class ThresholdConfig:
 class TriggerConfig:
     """Which steps become milestones."""
 
-    every_n_steps: int | None = _rule(None, least=1)
-    at_steps: tuple[int, ...] = _rule((), least=1)
-    every_seconds: float | None = _rule(None, above=0)
-    on_save: bool = False
-    on_train_end: bool = True
-    on_request: bool = True
-    best: tuple[BestConfig, ...] = ()
-    threshold: tuple[ThresholdConfig, ...] = ()
-    min_steps_between: int = _rule(0, least=0)
+    every_n_steps: int | None = _rule(None, least=1, help="the first possible step in each interval of N steps")
+    at_steps: tuple[int, ...] = _rule((), least=1, help="exactly these steps")
+    every_seconds: float | None = _rule(
+        None, above=0, help="the first possible step at least this long after the last one"
+    )
+    on_save: bool = _rule(False, help="every step at which verl saves a checkpoint")
+    on_train_end: bool = _rule(True, help="the last step of a training that succeeded")
+    on_request: bool = _rule(True, help="the next possible step after `verl-autoexport request`")
+    best: tuple[BestConfig, ...] = _rule(
+        (), help="a step whose metric is better than ever; one entry, or a list of them"
+    )
+    threshold: tuple[ThresholdConfig, ...] = _rule(
+        (), help="a step whose metric passes a value; one entry, or a list of them"
+    )
+    min_steps_between: int = _rule(
+        0,
+        least=0,
+        help="holds back `every_n_steps`, `every_seconds` and `on_save` until this many steps after the last milestone",
+    )
 
     @property
     def metrics(self) -> tuple[tuple[str, str], ...]:
@@ -148,31 +160,47 @@ class TriggerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
-    """What the exported files hold; sizes are in bytes."""
+    """What the exported files hold. Each of these keys is also an option of `verl-autoexport export`."""
 
     dtype: str = _rule(
         "bfloat16",
         one_of=("bfloat16", "float16", "float32", "base", "source"),
         help="`source`: as in training; `base`: tensor for tensor as in the base model",
     )
-    max_shard_size: int = _size("5GB", help="split larger models (default 5GB)", metavar="S")
-    lora: str = _rule("fused", one_of=("fused", "adapter", "both"), help="how a LoRA checkpoint is exported")
+    max_shard_size: int = _size("5GB", help="split larger models into several files (default 5GB)", metavar="S")
+    lora: str = _rule(
+        "fused",
+        one_of=("fused", "adapter", "both"),
+        help="how a LoRA run is exported: the fused model, the adapter, or the model with the adapter in `adapter/`",
+    )
     base_check: str = _rule(
         "strict",
         one_of=("strict", "warn", "off"),
-        help="differences from the base model are refused, noted, or not looked for",
+        help="unexplained differences from the base model are refused, noted, or not looked for",
     )
     carry_unread: bool = _rule(False, help="copy the base's tensors that training never read (MTP layers)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Checks before publication; `auto` is skipped above `max_memory` bytes."""
+    """Checks before publication."""
 
-    load: bool | str = _rule("auto", one_of=(True, False, "auto"))
-    generate: bool | str = _rule("auto", one_of=(True, False, "auto"))
-    max_memory: int = _size("16GiB")
-    timeout_s: float = _rule(600.0, least=0)
+    load: bool | str = _rule(
+        "auto",
+        one_of=(True, False, "auto"),
+        help="load the version in a fresh process on the CPU; `auto` skips this above `max_memory`, or if too little "
+        "memory is free; `false` also skips `generate`",
+    )
+    generate: bool | str = _rule(
+        "auto",
+        one_of=(True, False, "auto"),
+        help="after loading, generate a few tokens and compare tensors and logits with the shards; `true` acts as "
+        "`auto`",
+    )
+    max_memory: int = _size("16GiB", help="memory that loading may need with `load: auto`")
+    timeout_s: float = _rule(
+        600.0, least=0, help="loading and generating are skipped after this long, and the version is published"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,61 +220,108 @@ class ExportOptions(WeightsConfig):
     )
     memory_budget: int = _size("1GiB", help="bytes of buffers per worker", metavar="B")
     trust_remote_code: bool = _rule(False, help="let the model's own code run")
-    external_lib: str | None = None
+    external_lib: str | None = None  # from a run's configuration alone: without `help` it is no option
     verify: VerifyConfig = field(default_factory=VerifyConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeepConfig:
-    """Which versions stay: what any key keeps; nothing is removed while none is set. `max_bytes` limits all."""
+    """Which versions stay. A version stays if any key keeps it; while no key is set, nothing is removed."""
 
-    last: int | None = _rule(None, least=1)
-    best: int | None = _rule(None, least=1)
-    every_n_steps: int | None = _rule(None, least=1)
-    max_bytes: int | None = _size(None)
+    last: int | None = _rule(None, least=1, help="the N highest steps")
+    best: int | None = _rule(None, least=1, help="the N best by the metric of each `trigger.best`")
+    every_n_steps: int | None = _rule(
+        None, least=1, help="the first version at or after each multiple of N, permanently"
+    )
+    max_bytes: int | None = _size(None, help="limit on all versions together; the least valuable are removed first")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """Resources of the merge; `workers` null means chosen from the machine."""
+    """Resources of the merge."""
 
-    workers: int | None = _rule(None, least=1)
-    num_cpus: float = _rule(1.0, above=0)
-    memory_budget: int = _size("1GiB")
-    schedule_timeout_s: float = _rule(30.0, least=0)
-    placement: dict[str, Any] | None = field(default=None, metadata={"convert": _placement})
+    workers: int | None = _rule(None, least=1, help="files merged at a time; `null`: 4")
+    num_cpus: float = _rule(1.0, above=0, help="Ray CPUs that a merge task asks for")
+    memory_budget: int = _size(
+        "1GiB",
+        help="buffers of one merge task, packed experts included; only a matrix into which LoRA is fused is held whole",
+    )
+    schedule_timeout_s: float = _rule(
+        30.0,
+        least=0,
+        help="a task that Ray has not started after this long asks for less: first no CPU, then no `placement`",
+    )
+    placement: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "convert": _placement,
+            "help": "Ray nodes to merge on: `{resources: {name: amount}}` and/or `{labels: {name: value}}`",
+        },
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueueConfig:
-    """What happens when milestones come faster than exports, and how long the end waits."""
+    """What happens when milestones come faster than exports, and how long anything may wait."""
 
-    overflow: str = _rule("coalesce", one_of=("coalesce", "wait", "skip"))
-    wait_timeout_s: float = _rule(600.0, least=0)
-    inflight_bytes: int | None = _size(None)
-    device_clone: bool = False
-    stall_timeout_s: float = _rule(60.0, above=0)
-    stage_timeout_s: float = _rule(1800.0, above=0)
-    drain_timeout_s: float = _rule(3600.0, least=0)
-    drain_on_failure_s: float = _rule(120.0, least=0)
+    overflow: str = _rule(
+        "coalesce",
+        one_of=("coalesce", "wait", "skip"),
+        help="when there is no room: a later step takes the place of an earlier one, training waits, or the newest "
+        "milestone is dropped",
+    )
+    wait_timeout_s: float = _rule(600.0, least=0, help="longest time that training waits for room")
+    inflight_bytes: int | None = _size(
+        None, help="live source: most bytes of snapshots in Ray's object store; `null`: 30 % of it"
+    )
+    device_clone: bool = _rule(
+        False, help="live source: copy on the GPU first, which shortens the stall and takes GPU memory for a moment"
+    )
+    stall_timeout_s: float = _rule(
+        60.0, above=0, help="longest time that a file system that does not answer holds training at a step"
+    )
+    stage_timeout_s: float = _rule(
+        1800.0,
+        above=0,
+        help="an export fails when one of its stages shows no progress for this long; verification has "
+        "`verify.timeout_s` on top",
+    )
+    drain_timeout_s: float = _rule(3600.0, least=0, help="longest wait for open exports after training")
+    drain_on_failure_s: float = _rule(120.0, least=0, help="the same after a training that failed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoExportConfig:
     """The whole node; `output_dir` is absolute."""
 
-    enabled: bool = True
-    output_dir: Path = field(metadata={"convert": _directory})
-    source: str = _rule("auto", one_of=("auto", "live", "checkpoint"))
-    role: str = _rule("actor", one_of=("actor", "critic"))
+    enabled: bool = _rule(True, help="`false` turns everything off without removing the flag")
+    output_dir: Path = field(
+        metadata={
+            "convert": _directory,
+            "help": "where versions are published: a directory that verl's TaskRunner can write to, no URL",
+        }
+    )
+    source: str = _rule(
+        "auto",
+        one_of=("auto", "live", "checkpoint"),
+        help="where weights come from: the running workers, verl's checkpoints, or with `auto` a checkpoint at a step "
+        "that verl saves and the workers at any other",
+    )
+    role: str = _rule("actor", one_of=("actor", "critic"), help="whose weights are exported")
     trigger: TriggerConfig = field(default_factory=TriggerConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     keep: KeepConfig = field(default_factory=KeepConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
     queue: QueueConfig = field(default_factory=QueueConfig)
-    on_error: str = _rule("warn", one_of=("warn", "raise"))
-    chain_callback: str | None = _rule(None, convert=_class_path)
+    on_error: str = _rule(
+        "warn", one_of=("warn", "raise"), help="`warn`: a failed export is logged; `raise`: it stops training"
+    )
+    chain_callback: str | None = _rule(
+        None,
+        convert=_class_path,
+        help="your own `CheckpointCallback` as `package.module.Class`, called after this one",
+    )
 
 
 def refused(key: str, value: Any, expected: str, hint: str = "") -> ConfigError:

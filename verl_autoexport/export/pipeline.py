@@ -41,6 +41,7 @@ from verl_autoexport.sources.download_stubs import check_fetched
 from verl_autoexport.sources.formats import format_of, open_source
 from verl_autoexport.sources.protocol import ShardSource
 from verl_autoexport.sources.saved_files import check_links
+from verl_autoexport.system.cpus import cores
 from verl_autoexport.system.page_cache import drop_cache
 from verl_autoexport.system.untrusted import is_plain_name
 from verl_autoexport.verify import checks as verify
@@ -65,7 +66,7 @@ class LocalRunner:
     """
 
     def __init__(self, workers: int | None = None, threads: int | None = None) -> None:
-        self.cores = len(os.sched_getaffinity(0))
+        self.cores = cores()
         self.workers = workers or min(4, self.cores)
         self.threads = threads
 
@@ -294,11 +295,8 @@ def _check_space(target: Path, plan: MergePlan) -> None:
 
 
 def _verify(spec: ExportSpec, saved: Path, target: Path, planned: Planned, reference: Reference) -> dict[str, Any]:
+    """The checks as `export.json` has them; raises VerifyError where one failed."""
     options = spec.options
-    checks: dict[str, Any] = {
-        "structure": verify.check_structure(target, planned.plan),
-        "contract": planned.contract.to_check(),
-    }
     check = partial(
         verify.check_loading,
         load=options.verify.load,
@@ -309,13 +307,18 @@ def _verify(spec: ExportSpec, saved: Path, target: Path, planned: Planned, refer
         external_lib=options.external_lib,
         carried=planned.contract.carried,
     )
+    checks = {"structure": verify.check_structure(target, planned.plan)}
     nbytes, source, beside = planned.plan.nbytes, _source(spec, saved, planned), reference.to_json()
-    if planned.adapter is None or options.lora == "fused":
-        return checks | check(target, nbytes, source=source, assets=beside)
-    if options.lora == "adapter":
-        return checks | check(target, nbytes, adapter_of=saved, assets=beside)
-    adapter = check(target / ADAPTER_FOLDER, planned.plan.files[-1].nbytes, adapter_of=saved)
-    return checks | check(target, nbytes, source=source, assets=beside) | {"adapter": adapter["load"]}
+    if planned.adapter is not None and options.lora == "adapter":
+        checks |= check(target, nbytes, adapter_of=saved, assets=beside)
+    else:
+        if planned.adapter is not None and options.lora == "both":
+            adapter = check(target / ADAPTER_FOLDER, planned.plan.files[-1].nbytes, adapter_of=saved)["load"]
+        else:
+            adapter = None
+        checks |= check(target, nbytes, source=source, assets=beside)
+        checks |= {} if adapter is None else {"adapter": adapter}
+    return {"contract": planned.contract.to_check()} | {name: found.to_json() for name, found in checks.items()}
 
 
 def _source(spec: ExportSpec, saved: Path, planned: Planned) -> verify.Source | None:

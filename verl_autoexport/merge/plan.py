@@ -144,8 +144,8 @@ def make_plan(
     groups = [[o for o in outputs if o.name in apart], [o for o in outputs if o.name not in apart]]
     if sum(map(nbytes, groups[0])) < _WORTH_A_FILE * sum(map(nbytes, outputs)):
         groups = [[], list(outputs)]
-    bins = [(True, held) for held in _fill(groups[0], max_shard_size)]
-    bins += [(False, held) for held in _fill(groups[1], max_shard_size)]
+    bins = [(True, held) for held in _split(groups[0], max_shard_size)]
+    bins += [(False, held) for held in _split(groups[1], max_shard_size)]
     names = ["model.safetensors"]
     if len(bins) > 1:
         names = [f"model-{i:05d}-of-{len(bins):05d}.safetensors" for i in range(1, len(bins) + 1)]
@@ -155,18 +155,15 @@ def make_plan(
     return MergePlan(files, index, numel)
 
 
-def _fill(outputs: Sequence[Output], max_shard_size: int) -> list[list[Output]]:
-    """The outputs of each file, in their order."""
-    bins: list[list[Output]] = []
-    room = 0
-    for output in outputs:
-        size = nbytes(output)
-        if not bins or size > room:
-            bins.append([])
-            room = max_shard_size
-        bins[-1].append(output)
-        room -= size
-    return bins
+def _split(outputs: Sequence[Output], max_shard_size: int) -> list[list[Output]]:
+    """The outputs of each file, as `save_pretrained` divides them: with the function that it calls."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    by_name = {output.name: output for output in outputs}
+    split = split_state_dict_into_shards_factory(
+        by_name, get_storage_size=nbytes, filename_pattern="{suffix}", max_shard_size=max_shard_size
+    )
+    return [[by_name[name] for name in names] for names in split.filename_to_tensors.values() if names]
 
 
 def one_file_plan(file: PlannedFile) -> MergePlan:

@@ -26,6 +26,7 @@ from verl_autoexport.system.installed import versions
 logger = logging.getLogger(__name__)
 _POLL_S = 1.0
 _CANCEL_S = 10.0
+_SOON_S = 2.0  # a task that finds no free CPU waits so long for one; what holds it in verl holds it to the end
 _RETRIES = 3
 
 
@@ -93,13 +94,14 @@ class _Attempt:
     placed: bool
     here: bool
     losses: int
+    patience_s: float
 
 
 class RayRunner:
     """Runs merge jobs as Ray tasks, at most `workers` at a time.
 
-    A task not scheduled within `schedule_timeout_s` seconds is submitted again without a
-    CPU slot (verl's placement groups may hold every CPU until the end), and so are all
+    A task not scheduled within `schedule_timeout_s` seconds, or within two where no CPU is free, is submitted
+    again without a CPU slot (verl's placement groups may hold every CPU until the end), and so are all
     later ones of this runner; after as long again without the `placement` asked for:
     `resources` and `labels` of Ray nodes. Without one, tasks go where most of their bytes lie.
     """
@@ -151,9 +153,11 @@ class RayRunner:
             options |= _wanted(self.placement)
         elif node := self.node if here else _holder(job):
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=not here)
+        busy = self.num_cpus and ray.available_resources().get("CPU", 0) < self.num_cpus
+        patience_s = min(_SOON_S, self.schedule_timeout_s) if busy else self.schedule_timeout_s
         ref = self.task.options(**options).remote(replace(job, path=part), run.home, str(started))
         run.refs.append(ref)
-        return _Attempt(job, ref, number, time.monotonic(), started, self.num_cpus, placed, here, losses)
+        return _Attempt(job, ref, number, time.monotonic(), started, self.num_cpus, placed, here, losses, patience_s)
 
     def _collect(self, running: Iterable[_Attempt], run: _Run) -> tuple[list[_Attempt], list[WrittenFile]]:
         by_ref = {a.ref: a for a in running}
@@ -193,7 +197,7 @@ class RayRunner:
     def _impatient(self, attempt: _Attempt, run: _Run) -> _Attempt:
         """The attempt, or where it was not begun in time another that asks for less."""
         waited = time.monotonic() - attempt.submitted
-        if waited < self.schedule_timeout_s or attempt.started.exists():
+        if waited < attempt.patience_s or attempt.started.exists():
             return attempt
         if attempt.cpus:
             self.num_cpus = 0
@@ -203,7 +207,7 @@ class RayRunner:
             self.placement = None
         else:
             return attempt
-        logger.warning("%s: within %.0f s %s: going on with %s", attempt.job.path.name, waited, why, less)
+        logger.info("%s: within %.0f s %s: going on with %s", attempt.job.path.name, waited, why, less)
         ray.cancel(attempt.ref, force=False)
         return self._submit(attempt.job, run, attempt.number + 1, attempt.here, attempt.losses)
 

@@ -55,9 +55,9 @@ class Reference:
     processor: Path | None = None
     processor_template: Path | None = None
 
-    def to_json(self) -> str:
+    def to_json(self) -> dict[str, str | None]:
         """As the load check takes it."""
-        return json.dumps({key: value and str(value.absolute()) for key, value in vars(self).items()})
+        return {key: value and str(value.absolute()) for key, value in vars(self).items()}
 
 
 def write_config(

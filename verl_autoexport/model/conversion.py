@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 
 
 def name_outputs(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str) -> list[Output]:
-    """What is written, in the order of `save_pretrained`; raises PlanError unless the model is whole.
+    """All that is written, in the order of a loaded model's `save_pretrained`; raises PlanError unless it is whole.
 
     Tied aliases are dropped (equality of values is the planner's to check: see
     `tied_aliases`), `dtype` is applied to floating tensors only, and what transformers
     keeps in float32 for that dtype stays float32.
     """
-    kept = _check_complete(skeleton, manifest)
+    from transformers.core_model_loading import dot_natural_key
+
+    kept = sorted(_check_complete(skeleton, manifest), key=dot_natural_key)
     dropped = tied_aliases(skeleton, manifest).keys() | set(skeleton._keys_to_ignore_on_save or ())
     rule = DtypeRule(skeleton, dtype)
     metas = {}
@@ -182,6 +184,8 @@ class Spelling:
 
 def spell(skeleton: PreTrainedModel, outputs: Sequence[Output], theirs: Collection[str]) -> Spelling:
     """How files with the names `theirs` spell what is not among them of `outputs`."""
+    from transformers.core_model_loading import dot_natural_key
+
     ours = {o.name: o for o in outputs if o.name not in theirs}
     only_theirs = set(theirs) - {o.name for o in outputs}
     if not ours or not only_theirs:
@@ -190,7 +194,7 @@ def spell(skeleton: PreTrainedModel, outputs: Sequence[Output], theirs: Collecti
 
     def placed(names: Iterable[str]) -> dict[tuple[str, str | None], list[str]]:
         places = defaultdict(list)
-        for name in sorted(names, key=_natural):  # the order in which transformers stacks the parts of a tensor
+        for name in sorted(names, key=dot_natural_key):  # the order in which transformers stacks the parts of a tensor
             places[loading.place(name)].append(name)
         return {place: found for place, found in places.items() if place[0] in loading.state}
 
@@ -207,10 +211,6 @@ def spell(skeleton: PreTrainedModel, outputs: Sequence[Output], theirs: Collecti
     while torn := {fqn for fqns in made if not fqns <= held.keys() for fqn in fqns & held.keys()}:
         held = {fqn: name for fqn, name in held.items() if fqn not in torn}
     return Spelling(spelled, held, {fqn: tuple(loading.state[fqn].shape) for fqn in held})
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _brief(names: Iterable[str]) -> str:

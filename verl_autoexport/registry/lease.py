@@ -164,7 +164,7 @@ def take(root: Path, run: str, locked: Callable[[], Any], wait_s: float = WAIT_S
             raise refuse(root, now)
         write_json_atomic(root / NAME, asdict(mine))
     if before is not None and before.pid != os.getpid():
-        log.warning("verl_autoexport: %s taken over from %s, which is gone", root, before)
+        log.info("verl_autoexport: %s taken over from %s, which is gone", root, before)
     return Lease(root, mine, before)
 
 

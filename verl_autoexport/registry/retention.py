@@ -8,16 +8,25 @@ no pointer moves because of what was removed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from verl_autoexport.milestones.events import is_measured
-from verl_autoexport.registry import pointers
-from verl_autoexport.registry.versions import NAME, Version
-
-# What max_bytes takes first. `last` is the cheapest to lose: training goes on and makes the next one.
-_SUPERSEDED, _LAST, _MILESTONE, _BEST = range(4)
+from verl_autoexport.registry.retention_policies import (
+    ALWAYS,
+    Best,
+    DecidesBest,
+    EveryNSteps,
+    Last,
+    Linked,
+    Pinned,
+    Pointed,
+    RetentionPolicy,
+    WithinMaxBytes,
+    age,
+    ranked,
+)
+from verl_autoexport.registry.versions import Version
 
 
 @dataclass(frozen=True)
@@ -92,15 +101,13 @@ def _judge_once(versions: Iterable[Version], keep: Keep, links: Mapping[str, str
     if not keep:
         return Judgement(tuple(Verdict(v, True, "no rule is set, so everything stays") for v in versions))
     why: dict[str, list[str]] = {v.name: [] for v in versions}
-    for name, reason in _never_removed(versions, links or {}):
-        why.setdefault(name, []).append(reason)
-    held = frozenset(name for name, reasons in why.items() if reasons)
     value: dict[str, int] = {}
-    for version, worth, reason in _wanted(versions, keep):
-        why[version.name].append(reason)
-        value[version.name] = max(worth, value.get(version.name, worth))
-    cut, warnings = _cut(versions, keep.max_bytes, held, value)
-    if keep.best and not any(_ranked(versions)):
+    for policy in _policies(keep, links or {}):
+        for kept in policy.keep(versions):
+            why.setdefault(kept.name, []).append(kept.reason)
+            value[kept.name] = max(kept.worth, value.get(kept.name, kept.worth))
+    cut, warnings = _cut(versions, keep.max_bytes, value)
+    if keep.best and not any(ranked(versions)):
         warnings.append(f"best={keep.best} keeps nothing: no version was chosen by a `best` trigger")
     verdicts, removed = [], []
     for version in versions:
@@ -110,6 +117,19 @@ def _judge_once(versions: Iterable[Version], keep: Keep, links: Mapping[str, str
         removed += [] if kept else [verdicts[-1]]
     removed.sort(key=lambda r: (r.version.name in cut, value.get(r.version.name, 0), *_turn(r.version)))
     return Judgement(tuple(verdicts), tuple(removed), tuple(warnings))
+
+
+def _policies(keep: Keep, links: Mapping[str, str]) -> Iterator[RetentionPolicy]:
+    """Those that `keep` asks for, after those that hold whatever it says; the order is that of the reasons."""
+    yield from (Pinned(), Pointed(), Linked(links), DecidesBest())
+    if keep.last is not None:
+        yield Last(keep.last)
+    if keep.every_n_steps is not None:
+        yield EveryNSteps(keep.every_n_steps)
+    if keep.best is not None:
+        yield Best(keep.best)
+    if keep.last is keep.every_n_steps is keep.best is None:
+        yield WithinMaxBytes()
 
 
 def nbytes(version: Version) -> int:
@@ -165,81 +185,19 @@ def show_size(n: int) -> str:
 
 
 def _turn(version: Version) -> tuple[bool, int, int]:
-    return not version.superseded, *_age(version)
+    return not version.superseded, *age(version)
 
 
-def _age(version: Version) -> tuple[int, int]:
-    return version.step, version.number
-
-
-def _never_removed(versions: Sequence[Version], links: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-    chosen = pointers.choose(versions)
-    yield from ((v.name, "pinned") for v in versions if v.pinned)
-    yield from ((name, pointer) for pointer, name in chosen.items())
-    there = {v.name for v in versions}
-    for link, name in links.items():
-        folder, inside, _ = link.partition("/")
-        gone = inside and NAME.fullmatch(folder) and folder not in there  # and takes its own links with it
-        if chosen.get(link) != name and not gone:
-            yield name, f"{link} links to it"
-    for pointer, claims in pointers.claims(versions).items():
-        newest = claims[-1]
-        others = [v for v, t in claims if pointers.measure(t) != pointers.measure(newest[1])]
-        target = next(v for v, _ in claims if v.name == chosen[pointer])
-        # Of two metrics under one name the newest decides; without it an older one would take the pointer over.
-        if any(v.number > target.number for v in others):
-            yield newest[0].name, f"its metric decides what {pointer} means"
-
-
-def _wanted(versions: Sequence[Version], keep: Keep) -> Iterable[tuple[Version, int, str]]:
-    """Version, worth and reason, for each key that wants it."""
-    live = sorted((v for v in versions if not v.superseded), key=_age)
-    if keep.last is not None:
-        yield from ((v, _LAST, f"last={keep.last}") for v in live[-keep.last :])
-    if keep.every_n_steps is not None:
-        intervals: dict[int, Version] = {}
-        for version in live:
-            intervals.setdefault(version.step // keep.every_n_steps, version)
-        for multiple in sorted(intervals.keys() - {0}):
-            reason = f"every_n_steps={keep.every_n_steps}: the first from step {multiple * keep.every_n_steps} on"
-            yield intervals[multiple], _MILESTONE, reason
-    if keep.best is not None:
-        for metric, ranking in _ranked(versions):
-            for rank, (version, value) in enumerate(ranking[: keep.best], start=1):
-                yield version, _BEST, f"best={keep.best}: number {rank} by {metric} ({value:.6g})"
-    if keep.last is keep.every_n_steps is keep.best is None:
-        yield from ((v, _SUPERSEDED if v.superseded else _LAST, "within max_bytes") for v in versions)
-
-
-def _ranked(versions: Sequence[Version]) -> Iterable[tuple[str, list[tuple[Version, float]]]]:
-    """For each `best…` its metric and all versions that measured it, the best first; of equals the earliest."""
-    live = [v for v in versions if not v.superseded]
-    for claims in pointers.claims(versions).values():
-        metric, mode = pointers.measure(claims[-1][1])
-        claimed = {v.name: t["value"] for v, t in claims if pointers.measure(t) == (metric, mode)}
-        values = [(v, claimed.get(v.name, _measured(v, metric))) for v in live]
-        sign = -1 if mode == "max" else 1
-        measured = [(v, float(x)) for v, x in values if is_measured(x)]
-        yield str(metric), sorted(measured, key=lambda found: (sign * found[1], *_age(found[0])))
-
-
-def _measured(version: Version, metric: Any) -> Any:
-    return version.record.metrics.get(metric) if isinstance(metric, str) else None
-
-
-def _cut(
-    versions: Sequence[Version], limit: int | None, held: frozenset[str], value: Mapping[str, int]
-) -> tuple[dict[str, str], list[str]]:
-    """What has to go for `max_bytes`, with the reason: by worth, then the lowest step first; never what is held."""
+def _cut(versions: Sequence[Version], limit: int | None, value: Mapping[str, int]) -> tuple[dict[str, str], list[str]]:
+    """What has to go for `max_bytes`, with the reason: by worth, then the lowest step first."""
     cut: dict[str, str] = {}
     stock = _Stock()
-    for version in versions:
-        if version.name in held or version.name in value:
-            stock.add(version)
+    for version in (v for v in versions if v.name in value):
+        stock.add(version)
     if limit is None or stock.total <= limit:
         return cut, []
-    loose = [v for v in versions if v.name in value and v.name not in held]
-    for version in sorted(loose, key=lambda v: (value[v.name], *_age(v))):
+    loose = [v for v in versions if value.get(v.name, ALWAYS) < ALWAYS]
+    for version in sorted(loose, key=lambda v: (value[v.name], *age(v))):
         if stock.total <= limit:
             break
         size = show_size(stock.total)
@@ -247,7 +205,8 @@ def _cut(
         stock.remove(version)
     if stock.total <= limit:
         return cut, []
-    left = f"{sum(v.name in held for v in versions)} versions that are never removed hold {show_size(stock.total)}"
+    held = sum(value.get(v.name) == ALWAYS for v in versions)
+    left = f"{held} versions that are never removed hold {show_size(stock.total)}"
     return cut, [f"max_bytes={limit} cannot be met: the {left}; unpin what need not stay, or raise the limit"]
 
 

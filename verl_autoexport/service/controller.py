@@ -1,70 +1,77 @@
-"""The driver's side: what happens at a save, at a log, and at the end of training. Knows no verl class."""
+"""The controller of a run, in the trainer's driver: it holds checkpoints, asks the judge, and has milestones exported.
+
+It knows no trainer and no Ray: an adapter calls it, a service exports for it.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import ray
+from typing import TYPE_CHECKING, Any
 
 from verl_autoexport.config.schema import AutoExportConfig
-from verl_autoexport.errors import AutoExportError, RegistryBusy, RegistryError, SourceError
-from verl_autoexport.milestones.events import Decision, StepEvent, Trigger
+from verl_autoexport.errors import AutoExportError, RegistryBusy, RegistryError, SourceBusy, SourceError
+from verl_autoexport.milestones.events import Decision, StepEvent
+from verl_autoexport.milestones.judge import Judge
 from verl_autoexport.milestones.metrics import check_logged, numbers
-from verl_autoexport.milestones.triggers import RunStart, build_policies, decide
+from verl_autoexport.milestones.triggers import RunStart
 from verl_autoexport.registry.store import Registry
-from verl_autoexport.service.actor import MAX_WAITING, start_actor
-from verl_autoexport.service.export_request import RunInfo, check_request, make_request
+from verl_autoexport.service.exporter import MAX_WAITING
 from verl_autoexport.service.ledger import Ledger
+from verl_autoexport.service.protocol import ExportService
+from verl_autoexport.service.request import ExportRequest, Outcome, RunInfo, make_request
 from verl_autoexport.service.requests import Asked
 from verl_autoexport.sources import holds
 from verl_autoexport.sources.holds import Hold
-from verl_autoexport.sources.live.coordinator import Busy, LiveSource
-from verl_autoexport.sources.nodes.cluster import Nodes
-from verl_autoexport.system.deadlines import Bounded, GivenUp
+from verl_autoexport.system.deadlines import Bounded, GivenUp, wait_for
+
+if TYPE_CHECKING:
+    from verl_autoexport.sources.live.coordinator import LiveSource
+    from verl_autoexport.sources.live.snapshot import SnapshotHandle
+    from verl_autoexport.sources.nodes.cluster import Nodes
 
 logger = logging.getLogger(__name__)
 _LOCK_S = 2.0  # training waits at most this long for another process at work in the output directory
 _AGAIN_S = 0.2
+StartService = Callable[[AutoExportConfig, str], ExportService]
+"""Starts a service under the settings of the run, as the owner that the token names."""
 
 
 class ExportFailed(AutoExportError):
     """Raised into training only with `on_error=raise`."""
 
 
-class ExportDriver:
-    """Decides at `logged`, asks the actor, and waits for it in `drain`.
+class RunController:
+    """Holds at `saved`, decides at `logged`, has milestones exported by a service, and waits for it in `drain`.
 
     Order of calls: `begin`, then for each step `saved` (if verl saved it) and `logged`,
     then `end`, then `drain`. A metric that no step logs raises ConfigError from the first
     validation's `logged`; everything else is the caller's to guard.
     """
 
-    def __init__(self, settings: AutoExportConfig, info: RunInfo) -> None:
+    def __init__(self, settings: AutoExportConfig, info: RunInfo, service: StartService | None = None) -> None:
         self.settings = settings
         self.info = info
         self.calls = Bounded()
         self.registry = Registry.create(settings.output_dir)
         self.lease = self.registry.own("/".join(str(info.run[k]) for k in ("project", "experiment") if k in info.run))
         self.registry.lock_timeout_s = _LOCK_S
-        self.policies = build_policies(settings.trigger)
-        self.actor = start_actor(settings, self.lease.token)
-        self.start = RunStart(0, time.time())
-        self.last_step: int | None = None
-        self.ledger = Ledger(self.registry, self.actor)
+        self.service = (service or _in_ray)(settings, self.lease.token)
+        self.judge = Judge(settings.trigger)
+        self.ledger = Ledger(self.registry, self.service, self.judge)
         self.live: LiveSource | None = None
         self.nodes: Nodes | None = None
-        self.saved_step = 0  # of a checkpoint that is not held
         self.holds: dict[int, Hold] = {}
-        self.undecided: list[tuple[StepEvent, Hold | None]] = []  # the live source needs no hold
-        self.held: tuple[StepEvent, Hold | None] | None = None
+        """By step: saved, and not decided yet."""
         self.beyond: list[Hold] = []
+        """Of steps beyond the one that the run was resumed at, until it has a past of its own."""
         self.requests = Asked(self.registry.root)
+        self.saved_step = 0  # of a checkpoint, held or not
         self.trained = self.past_cut = False
         self.logged_step = 0
         self.metrics_checked = not settings.trigger.metrics
@@ -86,8 +93,8 @@ class ExportDriver:
         self._bounded(f"begin at step {step}", self._begin, step, last_step)
 
     def _begin(self, step: int, last_step: int | None) -> None:
-        self.start, self.last_step, self.logged_step = RunStart(step, time.time()), last_step, step
-        self.ledger.history = self.registry.milestones(up_to_step=step)
+        self.logged_step = step
+        self.judge.begin(RunStart(step, time.time()), last_step, self.registry.milestones(up_to_step=step))
         found = holds.find_holds(self.info.checkpoints)
         if self.nodes is not None:
             known = (self.info.checkpoints / holds.FOLDER).glob("step_*")  # those that cannot be read, too
@@ -99,16 +106,16 @@ class ExportDriver:
                 self._resubmit(hold)
             else:
                 self.beyond.append(hold)
-        self._pin_unseen(step)
+        self._hold_unseen(step)
         resumed = {p.decision.step for p in self.ledger.pending}
-        for lost in [m for m in self.ledger.history if m.status == "pending" and m.step not in resumed]:
+        for lost in [m for m in self.judge.history if m.status == "pending" and m.step not in resumed]:
             self.ledger.note(lost.step, "failed", "interrupted, and its checkpoint was not kept")
-            self.ledger.remember(Decision(lost.step, lost.time, lost.triggers), "failed")
+            self.judge.remember(Decision(lost.step, lost.time, lost.triggers), "failed")
         self.ledger.send()
 
-    def _pin_unseen(self, step: int) -> None:
+    def _hold_unseen(self, step: int) -> None:
         """The run before was killed: perhaps after verl had saved this step, and before anything here knew of it."""
-        judged = any(m.step == step and {t.policy for t in m.triggers} != {"command"} for m in self.ledger.history)
+        judged = any(m.step == step and {t.policy for t in m.triggers} != {"command"} for m in self.judge.history)
         if not step or judged or step in self.holds or self.settings.source == "live" or self.lease.before is None:
             return
         try:
@@ -143,7 +150,7 @@ class ExportDriver:
                 step,
             )
         self.holds[step] = hold
-        self.trained = self.trained or step > self.start.step
+        self.trained = self.trained or step > self.judge.start.step
         self.hold_s = time.monotonic() - started
         self._book()  # before its validation, which the run may not survive
 
@@ -154,20 +161,17 @@ class ExportDriver:
 
     def _logged(self, step: int, data: Mapping[str, Any]) -> None:
         if not self.metrics_checked:
-            trained = step > self.start.step
+            trained = step > self.judge.start.step
             self.metrics_checked = check_logged(self.settings.trigger, data, trained)
         self.logged_step = max(step, self.logged_step)
         asked = self.requests.look if self.settings.trigger.on_request else bool
-        copied = self.live is not None and step > self.start.step and step not in self.holds
-        for saved in sorted(s for s in self.holds if s <= step):
+        for saved in (s for s in self.holds if s <= step and s not in self.judge.waiting):
             # An earlier one is the resumed step, which not every run logs again.
             metrics, requested = (numbers(data), asked()) if saved == step else ({}, False)
-            event = StepEvent(saved, metrics, time.time(), requested=requested)
-            self.undecided.append((event, self.holds.pop(saved)))
-        if copied:
-            event = StepEvent(step, numbers(data), time.time(), step == self.saved_step, asked())
-            self.undecided.append((event, None))
-        self._decide_all(hold_last=True)
+            self.judge.log(StepEvent(saved, metrics, time.time(), requested=requested))
+        if self.live is not None and step > self.judge.start.step and step not in self.holds:
+            self.judge.log(StepEvent(step, numbers(data), time.time(), step == self.saved_step, asked()))
+        self._decide_all()
         self._book()
 
     def end(self, succeeded: bool) -> None:
@@ -176,19 +180,13 @@ class ExportDriver:
         self._bounded("end", self._end, succeeded)
 
     def _end(self, succeeded: bool) -> None:
-        trained = self.logged_step > self.start.step
-        if succeeded and (hold := self.holds.pop(self.start.step, None)):
-            event = StepEvent(self.start.step, {}, time.time(), last=self.start.step == self.last_step)
-            self.undecided.append((event, hold))
-        if self.held is not None:
-            event, hold = self.held
-            # Trained by this process, or by one that died before it could decide on its last step.
-            finished = event.step == self.logged_step and (trained or event.step == self.last_step)
-            self.undecided.append((replace(event, last=succeeded and finished), hold))
-            self.held = None
-        self._decide_all(hold_last=False)
+        trained = self.logged_step > self.judge.start.step
+        if succeeded and self.judge.start.step in self.holds:
+            self.judge.log(StepEvent(self.judge.start.step, {}, time.time()))
+        self.judge.end(succeeded, self.logged_step)
+        self._decide_all(ended=True)
         wanted = self.settings.trigger.on_train_end and self.live is None and succeeded and trained
-        if wanted and not self.ledger.asked(self.logged_step):
+        if wanted and not self.judge.history.stands(self.logged_step):
             self.ledger.note(self.logged_step, "failed", "on_train_end: verl saved no checkpoint of the final step")
         self._book()
 
@@ -238,7 +236,7 @@ class ExportDriver:
             if self.registry.lock_timeout_s:
                 logger.warning("verl_autoexport: booked later, nothing is lost: %s", e)
             self.registry.lock_timeout_s = 0.0  # training has waited for it once
-            self.ledger.hold()
+            self.ledger.expect()
             return False
         self.registry.lock_timeout_s = _LOCK_S
         return True
@@ -253,59 +251,53 @@ class ExportDriver:
 
     def _cut_past(self) -> None:
         """From its first trained step on the run has a past of its own: what lies beyond the resumed step goes."""
-        for version in self.registry.supersede_after(self.start.step):
-            logger.warning("verl_autoexport: %s superseded: resumed at step %s", version.path, self.start.step)
-        mine = {p.path for p in self.holds.values()} | {p.path for _, p in self.undecided if p is not None}
+        for version in self.registry.supersede_after(self.judge.start.step):
+            logger.info("verl_autoexport: %s superseded: resumed at step %s", version.path, self.judge.start.step)
+        mine = {hold.path for hold in self.holds.values()}
         for hold in self.beyond:
             if hold.request is not None:
                 self.ledger.note(
-                    hold.step, "dropped", f"the run went back to step {self.start.step} before it was exported"
+                    hold.step, "dropped", f"the run went back to step {self.judge.start.step} before it was exported"
                 )
             if hold.path not in mine:  # the same bytes, saved again, have the same hold
                 self._release(hold)
         self.past_cut = True
 
-    def _decide_all(self, hold_last: bool) -> None:
-        """Decide what is waiting for it, without the output directory, which may be out of reach."""
-        while self.undecided:
-            event, hold = self.undecided[0]
-            self.trained = self.trained or event.step > self.start.step
-            if hold_last and self.last_step is not None and event.step >= self.last_step:
-                if self.held is not None:  # it was not the last step after all
-                    self._decide(*self.held)
-                self.held = event, hold  # `on_train_end` may become one more reason of this version
-            else:
-                self._decide(event, hold)
-            self.undecided.pop(0)
+    def _decide_all(self, ended: bool = False) -> None:
+        """Decide each event whose turn it is, without the output directory, which may be out of reach."""
+        for event in self.judge.due(ended):
+            self.trained = self.trained or event.step > self.judge.start.step
+            self._decide(event, self.holds.get(event.step))
+            self.judge.decided(event.step)
+            self.holds.pop(event.step, None)
 
     def _decide(self, event: StepEvent, hold: Hold | None) -> None:
         if hold is None and event.step != self.logged_step:  # the workers hold later weights by now
-            if (missed := decide(self.policies, event, self.ledger.history, self.start)) is not None:
+            if (missed := self.judge.decide(event, spaced=False)) is not None:
                 self.ledger.lost(missed, "it could not be judged while the workers held its weights")
             return
         failures = self.ledger.poll()
         if failures and self.settings.on_error == "raise":
-            raise ExportFailed(f"step {failures[0]['step']}: {failures[0]['reason']}")
-        decision = decide(
-            self.policies, event, self.ledger.history, self.start, self.settings.trigger.min_steps_between
-        )
+            raise ExportFailed(f"step {failures[0].step}: {failures[0].reason}")
+        decision = self.judge.decide(event)
         if decision is None or not self._make_room(decision, hold is None):
             if hold is not None:
                 self._release(hold)
             return
-        if hold is None:
-            request = self._captured(decision, event)
-        else:
-            request = self._request(decision, event, hold)
-            try:
-                holds.choose(hold, request)
-            except OSError as e:
-                logger.warning("verl_autoexport: %s: %s; step %s would not survive a kill", hold.path, e, hold.step)
+        request = self._captured(decision, event) if hold is None else self._held(decision, event, hold)
         if request is None:
             return
-        self.ledger.submit(decision, request)
+        self.ledger.submit(request)
         if event.requested:
             self.requests.taken_by(event.step)
+
+    def _held(self, decision: Decision, event: StepEvent, hold: Hold) -> ExportRequest:
+        request = self._request(decision, event, hold)
+        try:
+            holds.choose(hold, request.to_json())
+        except OSError as e:
+            logger.warning("verl_autoexport: %s: %s; step %s would not survive a kill", hold.path, e, hold.step)
+        return request
 
     def _hold(self, checkpoint_dir: Path, step: int) -> Hold:
         make = holds.make_hold if self.nodes is None else self.nodes.hold
@@ -321,24 +313,24 @@ class ExportDriver:
 
         For a copy of the weights also where the object store is full: nothing more can wait then, whatever the policy.
         """
-        queue, refs = self.settings.queue, self.ledger.open
-        surplus = len(refs) - MAX_WAITING if queue.overflow == "wait" else 0
-        if copied and len(snapshots := self.ledger.snapshots) >= self.live.room:
-            refs = [ref for ref in snapshots.values() if ref is not None]
+        queue, exports = self.settings.queue, self.ledger.open
+        surplus = len(exports) - MAX_WAITING if queue.overflow == "wait" else 0
+        if copied and self.live is not None and len(snapshots := self.ledger.snapshots) >= self.live.room:
+            exports = [export for export in snapshots.values() if export is not None]
             surplus = max(surplus, len(snapshots) + 1 - self.live.room)
         if surplus <= 0:
             return True
         if queue.overflow != "wait" and decision.droppable:
-            return self._drop(decision, f"{len(refs)} snapshots are in flight (queue.inflight_bytes)")
+            return self._drop(decision, f"{len(exports)} snapshots are in flight (queue.inflight_bytes)")
         started = time.monotonic()
         if copied and self.ledger.unsent:
-            refs = self._sent(started + queue.wait_timeout_s)
+            exports = self._sent(started + queue.wait_timeout_s)
         left = max(0.0, started + queue.wait_timeout_s - time.monotonic())
         with self.calls.excused():
-            done = ray.wait(refs, num_returns=min(surplus, len(refs)), timeout=left)[0] if refs else ()
+            done = wait_for(exports, min(surplus, len(exports)), left)
         logger.warning("verl_autoexport: training waited %.1f s for exports", time.monotonic() - started)
         self.ledger.poll()
-        if len(done) < (min(surplus, len(refs)) or 1) and (decision.droppable or copied):
+        if done < (min(surplus, len(exports)) or 1) and (decision.droppable or copied):
             why = f"no export finished within queue.wait_timeout_s={queue.wait_timeout_s:g}"
             if decision.droppable:
                 return self._drop(decision, why)
@@ -346,13 +338,13 @@ class ExportDriver:
             return False
         return True
 
-    def _sent(self, deadline: float) -> list[Any]:
-        """The refs of all snapshots, once the lock that keeps them from the actor is free; without them none ends."""
+    def _sent(self, deadline: float) -> list[Future[Outcome]]:
+        """The exports of all snapshots, once the lock that keeps them from the service is free; else none ends."""
         with suppress(RegistryError, OSError):  # it is said again when this step is booked
             while not self._book() and time.monotonic() < deadline:
                 with self.calls.excused():
                     time.sleep(_AGAIN_S)
-        return [ref for ref in self.ledger.snapshots.values() if ref is not None]
+        return [export for export in self.ledger.snapshots.values() if export is not None]
 
     def _drop(self, decision: Decision, why: str) -> bool:
         """Always False: there is no room. To coalesce, a live milestone stays due: a later step takes its place."""
@@ -360,17 +352,17 @@ class ExportDriver:
             self.ledger.note(decision.step, "dropped", f"coalesced into a later step: {why}")
         else:
             self.ledger.note(decision.step, "dropped", f"skipped: {why}")
-            self.ledger.remember(decision, "dropped")
+            self.judge.remember(decision, "dropped")
         return False
 
-    def _captured(self, decision: Decision, event: StepEvent) -> dict[str, Any] | None:
+    def _captured(self, decision: Decision, event: StepEvent) -> ExportRequest | None:
         """The request, once the workers have copied the weights of this step; None if they could not."""
         queue = self.settings.queue
         wait_s = 0.0 if decision.droppable and queue.overflow != "wait" else queue.wait_timeout_s
         try:
             with self.calls.excused():  # given up before, it would copy the weights of a later step
-                live = self.live.capture(self.actor, wait_s, self.ledger.snapshots.keys())
-        except Busy as e:
+                snapshot = self.live.capture(self.service.receiver, wait_s, self.ledger.snapshots.keys())
+        except SourceBusy as e:
             if decision.droppable:
                 self._drop(decision, str(e))
                 return None
@@ -379,30 +371,27 @@ class ExportDriver:
         except (SourceError, GivenUp) as e:
             self.ledger.lost(decision, str(e))
             return None
-        return self._request(decision, event, None) | {
-            "directory": live["directory"], "fingerprint": live["id"], "live": live,
-        }  # fmt: skip
+        return self._request(decision, event, snapshot)
 
-    def _request(self, decision: Decision, event: StepEvent, hold: Hold | None) -> dict[str, Any]:
-        stall_s = (self.hold_s if hold else 0.0) + time.monotonic() - self.entered
-        return make_request(self.info, decision, event, hold, stall_s)
+    def _request(self, decision: Decision, event: StepEvent, source: Hold | SnapshotHandle) -> ExportRequest:
+        stall_s = (self.hold_s if isinstance(source, Hold) else 0.0) + time.monotonic() - self.entered
+        return make_request(self.info, decision, event, source, stall_s)
 
     def _resubmit(self, hold: Hold) -> None:
-        # The run directory may have been moved since.
-        request = {
-            **(hold.request or {}),
-            "pin": str(hold.path),
-            "directory": str(hold.directory),
-            "origin": hold.origin,
-        }
+        now = {"pin": str(hold.path), "directory": str(hold.directory), "origin": hold.origin}  # may have been moved
         try:
-            check_request(request, hold.step)
-            if request.get("attempts", 0) >= holds.MAX_ATTEMPTS:
-                logger.warning("verl_autoexport: %s", holds.given_up(hold, self.settings.output_dir))
-                return
-            decision = Decision(hold.step, request["time"], tuple(map(Trigger.from_dict, request["triggers"])))
+            request = ExportRequest.from_json({**(hold.request or {}), **now}, hold.step)
         except ValueError as e:
             self.ledger.note(hold.step, "failed", f"its request in {hold.path}, which is kept, cannot be read: {e}")
             return
-        logger.warning("verl_autoexport: step %s was interrupted; exporting it now", hold.step)
-        self.ledger.submit(decision, request)
+        if request.attempts >= holds.MAX_ATTEMPTS:
+            logger.warning("verl_autoexport: %s", holds.given_up(hold, self.settings.output_dir))
+            return
+        logger.info("verl_autoexport: step %s was interrupted; exporting it now", hold.step)
+        self.ledger.submit(request)
+
+
+def _in_ray(settings: AutoExportConfig, owner: str) -> ExportService:
+    from verl_autoexport.service.ray_service import RayExportService
+
+    return RayExportService(settings, owner)

@@ -9,7 +9,7 @@ from typing import Any
 from verl_autoexport.config.schema import AutoExportConfig, ExportOptions
 from verl_autoexport.model.assets import model_files
 from verl_autoexport.model.planner import capture_dtypes, plan_model, tied_shards
-from verl_autoexport.service.export_request import RunInfo
+from verl_autoexport.service.request import RunInfo
 from verl_autoexport.sources.live.coordinator import LiveSource, split_otherwise
 
 

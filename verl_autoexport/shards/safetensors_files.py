@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,23 @@ def model_files(directory: Path) -> ShardManifest:
         raise SourceError(
             f"{directory}: no model.safetensors and no {INDEX_NAME}; expected a model in safetensors files."
         )
+    found = manifest_of(files)
+    if not found.tensors:
+        raise SourceError(f"{directory}: its safetensors hold no tensors.")
+    return found
+
+
+def manifest_of(files: Sequence[Path], fingerprint: str = "") -> ShardManifest:
+    """Every tensor in these files, whole and under its name there; raises SourceError naming the file."""
     tensors: dict[str, TensorEntry] = {}
     for number, path in enumerate(files):
         for name, dtype, shape, offset in _tensors(path):
             if name in tensors:
-                raise SourceError(f"{path}: {name} is in another file of {directory} too.")
+                raise SourceError(f"{path}: {name} is in another file of {path.parent} too.")
             tensors[name] = TensorEntry(
                 name, dtype, shape, (Shard(0, (0,) * len(shape), shape, number, offset),)
             )  # fmt: skip
-    if not tensors:
-        raise SourceError(f"{directory}: its safetensors hold no tensors.")
-    return ShardManifest(tuple(files), tensors, 1, "safetensors", "")
+    return ShardManifest(tuple(files), tensors, 1, "safetensors", fingerprint)
 
 
 def weight_files(directory: Path) -> list[Path]:

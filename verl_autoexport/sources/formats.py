@@ -1,14 +1,23 @@
-"""Which format a checkpoint has: the only module that knows all of them. Register another one here."""
+"""Which format a checkpoint has: the only module that knows all of them."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from verl_autoexport.sources.fsdp.discovery import find_checkpoint
 from verl_autoexport.sources.fsdp.format import FsdpFormat
 from verl_autoexport.sources.protocol import CheckpointFormat, ShardSource
+from verl_autoexport.system.plugins import load
 
-FORMATS: list[CheckpointFormat] = [FsdpFormat()]
+GROUP = "verl_autoexport.formats"
+"""The entry points with which other packages bring further formats."""
+
+
+@cache
+def known_formats() -> tuple[CheckpointFormat, ...]:
+    """Ours first. Raises ConfigError where one of another package cannot be used."""
+    return (FsdpFormat(), *load(GROUP))
 
 
 def find_shards(path: Path, role: str = "actor") -> Path:
@@ -28,7 +37,7 @@ def format_of(directory: Path) -> CheckpointFormat:
 
 
 def _look(path: Path, role: str) -> tuple[Path, CheckpointFormat]:
-    for format_ in FORMATS:
+    for format_ in known_formats():
         if (found := format_.find(path, role)) is not None:
             return found, format_
-    return find_checkpoint(path, role), FORMATS[0]  # its error says what is there instead
+    return find_checkpoint(path, role), known_formats()[0]  # its error says what is there instead

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,6 +90,16 @@ class Watch:
     def _check(self) -> None:
         if self._given_up:
             raise GivenUp(f"{self.name}: given up meanwhile")
+
+
+def wait_for(futures: Iterable[Future[Any]], count: int, timeout_s: float) -> int:
+    """Wait until `count` of them are done, at most `timeout_s` seconds; returns how many are."""
+    left, done, deadline = set(futures), 0, time.monotonic() + timeout_s
+    while True:
+        finished, left = wait(left, max(0.0, deadline - time.monotonic()), FIRST_COMPLETED)
+        done += len(finished)
+        if done >= count or not left or time.monotonic() >= deadline:
+            return done
 
 
 def start(call: Callable[..., Any], *args: Any) -> Future[Any]:

@@ -1,4 +1,4 @@
-"""Advice to the kernel on what it caches of files; nothing depends on its being taken. Linux."""
+"""Advice to the kernel on what it caches of files; nothing depends on its being taken."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def drop_cache(path: Path) -> None:
 
 def let_go(fd: int, begin: int = 0, nbytes: int = 0) -> None:
     """The same of an open file, from a byte on; 0 bytes: to its end. What is dirty begins to be written."""
-    with suppress(OSError):  # not every file system takes advice
+    with suppress(OSError, AttributeError):  # not every file system takes advice, and macOS has no such call
         os.posix_fadvise(fd, begin, nbytes, os.POSIX_FADV_DONTNEED)
 
 

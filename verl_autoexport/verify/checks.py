@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,14 @@ from verl_autoexport.errors import SourceError, VerifyError
 from verl_autoexport.merge.plan import MergePlan
 from verl_autoexport.shards import safetensors_files
 from verl_autoexport.system import subprocesses, untrusted
+from verl_autoexport.verify.result import CheckResult, passed, skipped
 
-Check = dict[str, str]
 _OVERHEAD = 1 << 30  # bytes: imports of torch and transformers, activations of a few tokens
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a directory was made of: rank files, the configuration of the LoRA in them, its base if it is not in them.
+    """The origin of a directory: rank files, the configuration of the LoRA in them, its base if it is not in them.
 
     `saved` is the directory with the run's `config.json`, `nbytes` the memory that a second
     model takes, which only LoRA needs.
@@ -34,14 +36,29 @@ class Source:
     base: Path | None = None
     nbytes: int = 0
 
-    def arguments(self) -> list[str]:
-        """Those of the load check."""
-        lora = ["--lora", json.dumps(self.lora)] if self.lora else []
-        shards = ["--shards", str(self.shards.resolve()), "--saved", str(self.saved.resolve())]
-        return [*shards, *lora, *(["--base", str(self.base)] if self.base else [])]
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """The request to the process that loads a directory; paths are absolute. See `check_loading` for its fields.
+
+    `not_loaded` is the reason why only the assets are compared.
+    """
+
+    directory: str
+    generate: bool = True
+    trust_remote_code: bool = False
+    external_lib: str | None = None
+    adapter_of: str | None = None
+    shards: str | None = None
+    saved: str | None = None
+    lora: Mapping[str, Any] | None = None
+    base: str | None = None
+    assets: Mapping[str, str | None] | None = None
+    carried: Sequence[str] = ()
+    not_loaded: str = ""
 
 
-def check_structure(directory: Path, plan: MergePlan) -> Check:
+def check_structure(directory: Path, plan: MergePlan) -> CheckResult:
     """Every planned file is there with the planned header and length, and nothing else claims to be weights.
 
     Values were checked to be finite while they were merged. Raises VerifyError naming the file.
@@ -59,7 +76,7 @@ def check_structure(directory: Path, plan: MergePlan) -> Check:
         raise VerifyError(f"{directory / safetensors_files.INDEX_NAME}: differs from the plan.")
     if stray := {p.name for p in directory.glob("*.safetensors")} - {f.name for f in plan.files}:
         raise VerifyError(f"{directory}: unexpected weight files {sorted(stray)}.")
-    return {"status": "passed", "detail": f"{len(plan.tensors)} tensors: names, shapes, dtypes, all values finite"}
+    return passed(f"{len(plan.tensors)} tensors: names, shapes, dtypes, all values finite")
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -90,9 +107,9 @@ def check_loading(
     external_lib: str | None = None,
     adapter_of: Path | None = None,
     source: Source | None = None,
-    assets: str | None = None,
+    assets: Mapping[str, str | None] | None = None,
     carried: Sequence[str] = (),
-) -> dict[str, Check]:
+) -> dict[str, CheckResult]:
     """Load `directory` in a fresh process on the CPU, generate a few tokens, compare logits with those of `source`.
 
     `nbytes` are those of the weights. With `auto` a check is skipped, with the reason, when
@@ -105,28 +122,45 @@ def check_loading(
     names: tuple[str, ...] = ("load", "generate", "logits") if source else ("load", "generate")
     names = ("assets", *names) if assets else names
     if load is False:
-        return dict.fromkeys(names, _skipped("verify.load=false"))
+        return dict.fromkeys(names, skipped("verify.load=false"))
     too_large = _too_large(nbytes + (source.nbytes if source else 0), max_memory) if load == "auto" else ""
     if too_large and not assets:
-        return dict.fromkeys(names, _skipped(too_large))
-    command = subprocesses.command("verl_autoexport.verify.load_in_child", str(directory.resolve()))
-    command += ["--no-load", too_large] if too_large else []
-    command += ["--assets", assets] if assets else []
-    command += ["--no-generate"] if generate is False else []
-    command += ["--trust-remote-code"] if trust_remote_code else []
-    command += ["--external-lib", external_lib] if external_lib else []
-    command += ["--adapter-of", str(adapter_of.resolve())] if adapter_of else []
-    command += source.arguments() if source else []
-    command += ["--carried"] if carried else []
+        return dict.fromkeys(names, skipped(too_large))
+    request = LoadRequest(
+        str(directory.resolve()),
+        generate=generate is not False,
+        trust_remote_code=trust_remote_code,
+        external_lib=external_lib,
+        adapter_of=_absolute(adapter_of),
+        assets=assets,
+        carried=tuple(carried),
+        not_loaded=too_large,
+        **_of_source(source),
+    )
     try:
-        done = _ask(command, "\n".join(carried), timeout_s)
+        found = _ask(request, timeout_s)
     except subprocess.TimeoutExpired:
-        return dict.fromkeys(names, _skipped(f"not finished within verify.timeout_s={timeout_s:g}"))
-    result = _parse(directory, done, names, required=load is True)
-    for name, check in result.items():
-        if check["status"] == "failed":
-            raise VerifyError(f"{directory}: {name} failed: {check['detail']}")
-    return result
+        return dict.fromkeys(names, skipped(f"not finished within verify.timeout_s={timeout_s:g}"))
+    if found is None:
+        if load is True:
+            raise VerifyError(f"{directory}: the load check was killed (SIGKILL), probably for memory")
+        # Killed from outside: that says nothing of the model.
+        return dict.fromkeys(names, skipped("the process was killed (SIGKILL), probably for memory"))
+    for name, check in found.items():
+        if check.status == "failed":
+            raise VerifyError(f"{directory}: {name} failed: {check.detail}")
+    return {name: found.get(name, skipped("load failed")) for name in names}
+
+
+def _of_source(source: Source | None) -> dict[str, Any]:
+    if source is None:
+        return {}
+    paths = {"shards": source.shards, "saved": source.saved, "base": source.base}
+    return {key: _absolute(path) for key, path in paths.items()} | {"lora": source.lora}
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.resolve())
 
 
 def _too_large(nbytes: int, max_memory: int) -> str:
@@ -136,23 +170,21 @@ def _too_large(nbytes: int, max_memory: int) -> str:
     return f"needs about {_gib(need)}, {limit}" if need > min(max_memory, free) else ""
 
 
-def _ask(command: Sequence[str], text: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, input=text, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout_s,
-        env=_environment(),
-    )  # fmt: skip
-
-
-def _parse(
-    directory: Path, done: subprocess.CompletedProcess[str], names: Sequence[str], required: bool
-) -> dict[str, Check]:
-    if done.returncode == 0:
-        result = json.loads(done.stdout.strip().splitlines()[-1])
-        return {name: result.get(name, _skipped("load failed")) for name in names}
+def _ask(request: LoadRequest, timeout_s: float) -> dict[str, CheckResult] | None:
+    """The results of a fresh process, by check; None if it was killed. Whatever a model's code prints is its own."""
+    with tempfile.TemporaryDirectory(prefix="verl-autoexport-") as folder:
+        answer = Path(folder, "result.json")
+        done = subprocess.run(
+            subprocesses.command("verl_autoexport.verify.load_in_child", str(answer)),
+            input=json.dumps(asdict(request)), capture_output=True, encoding="utf-8", errors="replace",
+            timeout=timeout_s, env=_environment(),
+        )  # fmt: skip
+        if done.returncode == 0:
+            return {name: CheckResult(**check) for name, check in read_json(answer).items()}
+    if done.returncode == -signal.SIGKILL:
+        return None
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    if done.returncode == -9 and not required:  # killed from outside, most often for memory: says nothing of the model
-        return dict.fromkeys(names, _skipped("the process was killed (SIGKILL), probably for memory"))
-    raise VerifyError(f"{directory}: the load check exited with {done.returncode}: {last}")
+    raise VerifyError(f"{request.directory}: the load check exited with {done.returncode}: {last}")
 
 
 def _environment() -> dict[str, str]:
@@ -160,10 +192,6 @@ def _environment() -> dict[str, str]:
     env = {k: v for k, v in subprocesses.environment().items() if not k.startswith(("RAY_", "VERL_"))}
     fixed = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**env, **fixed, "OMP_NUM_THREADS": "2"}
-
-
-def _skipped(reason: str) -> Check:
-    return {"status": "skipped", "detail": reason}
 
 
 def _gib(nbytes: int) -> str:

@@ -22,9 +22,10 @@ from verl_autoexport.shards.safetensors_files import INDEX_NAME
 from verl_autoexport.sources.download_stubs import check_fetched
 from verl_autoexport.sources.fsdp.discovery import absence
 from verl_autoexport.verify import checks as verify
+from verl_autoexport.verify.result import CheckResult, failed, passed, skipped
 
 
-def check_directory(directory: Path, *, load: bool = True, trust_remote_code: bool = False) -> dict[str, verify.Check]:
+def check_directory(directory: Path, *, load: bool = True, trust_remote_code: bool = False) -> dict[str, CheckResult]:
     """Hashes against `export.json`, tensors against the architecture, then load and generate.
 
     A check that fails is reported, not raised; later ones still run where they can.
@@ -42,7 +43,7 @@ def check_directory(directory: Path, *, load: bool = True, trust_remote_code: bo
     )
     if (directory / ADAPTER_FOLDER / CONFIG_NAME).is_file():
         adapter = _adapter(directory / ADAPTER_FOLDER, directory, load, trust_remote_code)
-        checks |= {"adapter": adapter["structure" if adapter["structure"]["status"] == "failed" else "load"]}
+        checks |= {"adapter": adapter["structure" if adapter["structure"].status == "failed" else "load"]}
     return checks
 
 
@@ -53,7 +54,7 @@ def _load(
     trust_remote_code: bool,
     adapter_of: Path | None = None,
     carried: Sequence[str] = (),
-) -> dict[str, verify.Check]:
+) -> dict[str, CheckResult]:
     try:
         return verify.check_loading(
             directory,
@@ -64,22 +65,22 @@ def _load(
             carried=carried,
         )
     except VerifyError as e:
-        return {"load": {"status": "failed", "detail": str(e)}}
+        return {"load": failed(str(e))}
 
 
-def _adapter(directory: Path, base: Path | None, load: bool, trust_remote_code: bool) -> dict[str, verify.Check]:
+def _adapter(directory: Path, base: Path | None, load: bool, trust_remote_code: bool) -> dict[str, CheckResult]:
     """A PEFT adapter; `base` has the config of the model it belongs to, else the adapter names that model."""
     structure = _run(lambda: _adapter_structure(directory))
-    if structure["status"] == "failed":
+    if structure.status == "failed":
         return {"structure": structure}
     name = verify.read_json(directory / CONFIG_NAME).get("base_model_name_or_path")
     if (base := base or base_directory(name)) is None:
-        return {"structure": structure, "load": {"status": "skipped", "detail": f"its base {name!r} is not here"}}
+        return {"structure": structure, "load": skipped(f"its base {name!r} is not here")}
     nbytes = (directory / WEIGHTS_NAME).stat().st_size
     return {"structure": structure} | _load(directory, nbytes, load, trust_remote_code, base)
 
 
-def _adapter_structure(directory: Path) -> verify.Check:
+def _adapter_structure(directory: Path) -> CheckResult:
     config, _ = read_settings(directory, directory)
     header = verify.read_header(directory / WEIGHTS_NAME)
     header.pop("__metadata__", None)
@@ -93,20 +94,20 @@ def _adapter_structure(directory: Path) -> verify.Check:
     ]
     if lone or not factors:
         raise VerifyError(f"{directory / WEIGHTS_NAME}: lora_A without lora_B, or the reverse: {lone[:8]}.")
-    return {"status": "passed", "detail": f"LoRA of rank {config['r']}, {len(header)} tensors"}
+    return passed(f"LoRA of rank {config['r']}, {len(header)} tensors")
 
 
-def _run(check: Callable[[], verify.Check]) -> verify.Check:
+def _run(check: Callable[[], CheckResult]) -> CheckResult:
     try:
         return check()
     except (AutoExportError, OSError, ValueError) as e:  # names in a record may be none of files
-        return {"status": "failed", "detail": str(e)}
+        return failed(str(e))
 
 
-def _hashes(directory: Path, record: ExportRecord | None) -> verify.Check:
+def _hashes(directory: Path, record: ExportRecord | None) -> CheckResult:
     check_fetched(sorted(directory.iterdir()))
     if record is None:
-        return {"status": "skipped", "detail": "no export.json here"}
+        return skipped("no export.json here")
     for entry in record.files:
         path = directory / entry.get("name", "")
         if not path.resolve().is_relative_to(directory.resolve()) or not path.is_file():
@@ -117,12 +118,10 @@ def _hashes(directory: Path, record: ExportRecord | None) -> verify.Check:
                 digest.update(block)
         if digest.hexdigest() != (expected := entry.get("sha256")):
             raise VerifyError(f"{path}: sha256 {expected} expected, {digest.hexdigest()} found: it was changed.")
-    return {"status": "passed", "detail": f"{len(record.files)} files as export.json lists them"}
+    return passed(f"{len(record.files)} files as export.json lists them")
 
 
-def _structure(
-    directory: Path, files: list[Path], record: ExportRecord | None, trust_remote_code: bool
-) -> verify.Check:
+def _structure(directory: Path, files: list[Path], record: ExportRecord | None, trust_remote_code: bool) -> CheckResult:
     if not files:
         raise VerifyError(f"{directory}: no *.safetensors file.")
     found: dict[str, Any] = {}
@@ -159,7 +158,7 @@ def _structure(
         )
     if bad := [k for k, v in found.items() if v[0] not in SAFETENSORS_DTYPE.values()]:
         raise VerifyError(f"{directory}: {bad[0]} has the unknown dtype {found[bad[0]][0]}.")
-    return {"status": "passed", "detail": f"{len(found)} tensors of {type(skeleton).__name__}"}
+    return passed(f"{len(found)} tensors of {type(skeleton).__name__}")
 
 
 def _listed(record: ExportRecord | None, key: str) -> tuple[str, ...]:

@@ -1,52 +1,42 @@
 """Run in a fresh process: load a published directory as a user would, and generate a little.
 
-`python -m verl_autoexport.verify.load_in_child DIR` prints one JSON line `{"load": {"status", "detail"},
-"generate": {…}, "logits": {…}, "assets": {…}}` and exits 0 whatever it found; any other exit means
-that the process itself did not get that far.
+`python -m verl_autoexport.verify.load_in_child FILE` takes a `LoadRequest` as JSON on stdin and writes one
+result for each check into FILE. It exits 0 whatever it found; any other exit means that the process itself did
+not get that far.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from verl_autoexport.verify.checks import LoadRequest
+from verl_autoexport.verify.result import CheckResult, failed, passed, skipped
+
 NEW_TOKENS = 8
+_NOT_ASKED_FOR = skipped("not asked for")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--no-generate", action="store_true")
-    parser.add_argument("--trust-remote-code", action="store_true")
-    parser.add_argument("--external-lib")
-    parser.add_argument("--adapter-of", type=Path, help="DIR is a PEFT adapter of the model whose config is there")
-    parser.add_argument("--shards", type=Path, help="the rank files that DIR was made of: its logits must be theirs")
-    parser.add_argument("--lora", type=json.loads, help="the adapter in the shards: its configuration, as JSON")
-    parser.add_argument("--saved", type=Path, help="the directory with the config.json that belongs to the shards")
-    parser.add_argument("--base", type=Path, help="the base model, where the shards hold the adapter only")
-    parser.add_argument("--assets", type=json.loads, help="JSON: directories that tokenizer and processor must equal")
-    parser.add_argument("--no-load", metavar="REASON", help="look at the assets only")
-    parser.add_argument("--carried", action="store_true", help="stdin names tensors that the class does not read")
-    args = parser.parse_args()
-    if args.external_lib:
-        for module in args.external_lib.split(","):
+    request = LoadRequest(**json.load(sys.stdin))
+    if request.external_lib:
+        for module in request.external_lib.split(","):
             importlib.import_module(module.strip())
-    result: dict[str, Any] = {}
-    if args.assets:
-        result["assets"] = check_assets(args.directory, args.assets, args.trust_remote_code)
-    if args.no_load:
-        skipped = {"status": "skipped", "detail": args.no_load}
-        result |= dict.fromkeys(("load", "generate", *(["logits"] if args.shards else [])), skipped)
-    elif args.adapter_of:
-        result |= _check_adapter(args.directory, args.adapter_of, args.trust_remote_code)
+    directory, results = Path(request.directory), {}
+    if request.assets:
+        results["assets"] = check_assets(directory, request.assets, request.trust_remote_code)
+    if request.not_loaded:
+        names = ("load", "generate", *(["logits"] if request.shards else []))
+        results |= dict.fromkeys(names, skipped(request.not_loaded))
+    elif request.adapter_of:
+        results |= _check_adapter(directory, Path(request.adapter_of), request.trust_remote_code)
     else:
-        result |= _check_model(args)
-    print(json.dumps(result))
+        results |= _check_model(directory, request)
+    Path(sys.argv[1]).write_text(json.dumps({name: r.to_json() for name, r in results.items()}), encoding="utf-8")
 
 
 def _processors(directory: Path, wanted: Path, trust_remote_code: bool, in_files: bool) -> tuple[Any, Any]:
@@ -62,26 +52,22 @@ def _processors(directory: Path, wanted: Path, trust_remote_code: bool, in_files
     return asset_facts.processor_facts(directory, trust_remote_code), expected
 
 
-def _check_model(args: argparse.Namespace) -> dict[str, Any]:
-    result: dict[str, Any] = {}
+def _check_model(directory: Path, request: LoadRequest) -> dict[str, CheckResult]:
+    results: dict[str, CheckResult] = {}
     try:
-        carried = sys.stdin.read().split() if args.carried else []
-        model = load_model(args.directory, args.trust_remote_code, carried)
-        result["load"] = {
-            "status": "passed",
-            "detail": f"{type(model).__name__}, no key missing, unexpected or renewed"
-            + (f", but for the {len(carried)} carried over from the base" if carried else ""),
-        }
+        model = load_model(directory, request.trust_remote_code, request.carried)
     except Exception as e:  # noqa: BLE001 - a model's own code runs here; the finding is the output
-        result["load"] = {"status": "failed", "detail": f"{type(e).__name__}: {e}"}
-    else:
-        result["generate"] = _skip() if args.no_generate else generate(model)
-        if args.shards:
-            result["logits"] = _skip() if args.no_generate else _compare(model, args)
-    return result
+        return {"load": failed(e)}
+    carried = f", but for the {len(request.carried)} carried over from the base" if request.carried else ""
+    results["load"] = passed(f"{type(model).__name__}, no key missing, unexpected or renewed{carried}")
+    results["generate"] = generate(model) if request.generate else _NOT_ASKED_FOR
+    if request.shards and request.saved:
+        compared = _compare(model, request, Path(request.shards), Path(request.saved)) if request.generate else None
+        results["logits"] = compared or _NOT_ASKED_FOR
+    return results
 
 
-def check_assets(directory: Path, wanted: dict[str, str | None], trust_remote_code: bool) -> dict[str, str]:
+def check_assets(directory: Path, wanted: Mapping[str, str | None], trust_remote_code: bool) -> CheckResult:
     """The written tokenizer, processor and templates against those that they were made of."""
     from verl_autoexport.model import asset_facts
 
@@ -106,13 +92,13 @@ def check_assets(directory: Path, wanted: dict[str, str | None], trust_remote_co
                 mine = asset_facts.processor_template(directory)
                 differ += asset_facts.differences({"processor's template": mine}, {"processor's template": shown})
             equal.append(f"{found.get('class', 'settings of the')} processor")
-    except Exception as e:  # noqa: BLE001 - see main; a version whose tokenizer does not load is of no use
-        return {"status": "failed", "detail": f"{type(e).__name__}: {e}"}
+    except Exception as e:  # noqa: BLE001 - see _check_model; a version whose tokenizer does not load is of no use
+        return failed(e)
     if differ:
-        return {"status": "failed", "detail": "; ".join(differ)}
+        return failed("; ".join(differ))
     if not equal:
-        return {"status": "skipped", "detail": "; ".join(unread) or "there is no tokenizer"}
-    return {"status": "passed", "detail": f"equal: {', '.join(equal)}"}
+        return skipped("; ".join(unread) or "there is no tokenizer")
+    return passed(f"equal: {', '.join(equal)}")
 
 
 def load_model(directory: Path, trust_remote_code: bool, carried: Sequence[str] = ()) -> Any:
@@ -135,14 +121,14 @@ def load_model(directory: Path, trust_remote_code: bool, carried: Sequence[str] 
     return model.eval()
 
 
-def _check_adapter(directory: Path, base: Path, trust_remote_code: bool) -> dict[str, dict[str, str]]:
+def _check_adapter(directory: Path, base: Path, trust_remote_code: bool) -> dict[str, CheckResult]:
     """Put the adapter on the base model: every tensor must find its place and arrive unchanged.
 
     The base's own weights are not needed, so its memory is allocated and never touched.
     """
-    generate = {"status": "skipped", "detail": "an adapter alone does not generate"}
+    generate = skipped("an adapter alone does not generate")
     if importlib.util.find_spec("peft") is None:
-        return {"load": {"status": "skipped", "detail": "peft is not installed"}, "generate": generate}
+        return {"load": skipped("peft is not installed"), "generate": generate}
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -157,25 +143,25 @@ def _check_adapter(directory: Path, base: Path, trust_remote_code: bool) -> dict
             raise ValueError(f"PEFT expects other tensors than the file holds: {differ[:8]}")
         if differ := [k for k, v in written.items() if not found[k].to(v.dtype).equal(v)]:
             raise ValueError(f"PEFT did not load {differ[:8]}")
-    except Exception as e:  # noqa: BLE001 - see main
-        return {"load": {"status": "failed", "detail": f"{type(e).__name__}: {e}"}}
+    except Exception as e:  # noqa: BLE001 - see _check_model
+        return {"load": failed(e)}
     detail = f"PeftModel of {type(skeleton).__name__}, {len(written)} tensors in place"
-    return {"load": {"status": "passed", "detail": detail}, "generate": generate}
+    return {"load": passed(detail), "generate": generate}
 
 
-def _compare(model: Any, args: argparse.Namespace) -> dict[str, str]:
+def _compare(model: Any, request: LoadRequest, shards: Path, saved: Path) -> CheckResult:
     from verl_autoexport.verify.against_shards import compare
 
-    if args.lora and importlib.util.find_spec("peft") is None:
-        return {"status": "skipped", "detail": "peft, which would merge the adapter by another path, is not installed"}
+    if request.lora and importlib.util.find_spec("peft") is None:
+        return skipped("peft, which would merge the adapter by another path, is not installed")
+    base = Path(request.base) if request.base else None
     try:
-        found = compare(model, args.shards, args.saved, args.lora, args.base, args.trust_remote_code)
-        return {"status": "passed", "detail": found}
-    except Exception as e:  # noqa: BLE001 - see main
-        return {"status": "failed", "detail": f"{type(e).__name__}: {e}"}
+        return passed(compare(model, shards, saved, request.lora, base, request.trust_remote_code))
+    except Exception as e:  # noqa: BLE001 - see _check_model
+        return failed(e)
 
 
-def generate(model: Any) -> dict[str, str]:
+def generate(model: Any) -> CheckResult:
     import torch
 
     from verl_autoexport.verify.against_shards import CannotRun, fixed_input, forward
@@ -186,13 +172,13 @@ def generate(model: Any) -> dict[str, str]:
                 raise ValueError("the logits of a forward pass are not finite")
             ids = fixed_input(model)
             if not model.can_generate():
-                return {"status": "passed", "detail": f"{type(model).__name__} does not generate; forward pass finite"}
+                return passed(f"{type(model).__name__} does not generate; forward pass finite")
             out = model.generate(ids, generation_config=_neutral(model.config), max_new_tokens=NEW_TOKENS)
     except CannotRun as e:  # says nothing of the weights: those are compared with the shards
-        return {"status": "skipped", "detail": f"{type(model).__name__} does not run on token ids alone here: {e}"}
-    except Exception as e:  # noqa: BLE001 - see main
-        return {"status": "failed", "detail": f"{type(e).__name__}: {e}"}
-    return {"status": "passed", "detail": f"greedy tokens {out[0, ids.shape[1] :].tolist()}"}
+        return skipped(f"{type(model).__name__} does not run on token ids alone here: {e}")
+    except Exception as e:  # noqa: BLE001 - see _check_model
+        return failed(e)
+    return passed(f"greedy tokens {out[0, ids.shape[1] :].tolist()}")
 
 
 def _neutral(config: Any) -> Any:
@@ -202,10 +188,6 @@ def _neutral(config: Any) -> Any:
     text = config.get_text_config(decoder=True)
     start = {key: getattr(text, key, None) for key in ("decoder_start_token_id", "bos_token_id")}
     return GenerationConfig(do_sample=False, pad_token_id=0, **start)
-
-
-def _skip() -> dict[str, str]:
-    return {"status": "skipped", "detail": "not asked for"}
 
 
 if __name__ == "__main__":

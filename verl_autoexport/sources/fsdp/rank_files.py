@@ -8,7 +8,6 @@ read later by position, so a file truncated meanwhile is an error and not a SIGB
 from __future__ import annotations
 
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -50,6 +49,7 @@ from verl_autoexport.sources.fsdp.rank_state import (
 )
 from verl_autoexport.sources.fsdp.same_save import check_one_save
 from verl_autoexport.sources.fsdp.torch_archive import Storage, read_archive
+from verl_autoexport.system.cpus import cores
 from verl_autoexport.system.page_cache import drop_cache
 from verl_autoexport.system.untrusted import read_json
 
@@ -96,7 +96,7 @@ class FsdpFiles:
 
     def check_sums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
         by_file, ended = runs_by_file(runs), Event()
-        with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
+        with ThreadPoolExecutor(min(4, cores())) as pool:
             try:
                 running = [
                     pool.submit(compare, self.paths[i], i, self.marks[i], records, by_file.get(i, ()), ended)

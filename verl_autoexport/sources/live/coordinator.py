@@ -18,7 +18,7 @@ from verl_autoexport.errors import SourceError
 from verl_autoexport.shards.manifest import ShardManifest
 from verl_autoexport.sources.live import in_worker
 from verl_autoexport.sources.live.copier import Box, Layout, make_manifest
-from verl_autoexport.sources.live.in_worker import Busy
+from verl_autoexport.sources.live.snapshot import SnapshotHandle
 
 logger = logging.getLogger(__name__)
 FOLDER = ".live"
@@ -28,7 +28,7 @@ _SHARE = 0.3  # of the object store, for snapshots in flight
 
 
 class LiveSource:
-    """The driver's side. Raises SourceError where a worker fails, Busy where one is not ready.
+    """The driver's side. Raises SourceError where a worker fails, SourceBusy where one is not ready.
 
     `read_files`, called in a worker with its module and verl's tokenizer or processor, returns by name what
     verl saves beside the shards.
@@ -83,7 +83,7 @@ class LiveSource:
         self._call(in_worker.allocate, page_locked, timeout_s=_START_S)
         self.known = ray.put(self.layouts)
 
-    def capture(self, actor: Any, wait_s: float, needed: Collection[str] = ()) -> dict[str, Any]:
+    def capture(self, actor: Any, wait_s: float, needed: Collection[str] = ()) -> SnapshotHandle:
         """Copy this step's weights in every worker; returns when training may go on, with what the actor needs.
 
         Waits at most `wait_s` for workers that still hand over the snapshot before. Of earlier
@@ -96,17 +96,14 @@ class LiveSource:
         except SourceError:
             actor.forget.remote(ident)  # what the other workers hand over
             raise
-        return {
-            "id": ident, "layouts": self.known, "backend": self.backend, "directory": str(self.directory),
-            "captured": time.time(), "workers": self.workers, "nodes": self.nodes,
-        }  # fmt: skip
+        return SnapshotHandle(ident, self.directory, self.known, self.backend, time.time(), self.workers, self.nodes)
 
     def _call(self, function: Callable[..., Any], *args: Any, timeout_s: float) -> list[Any]:
         refs = [w.__ray_call__.remote(function, rank, *args) for rank, w in enumerate(self.workers)]
         try:
             return ray.get(refs, timeout=timeout_s)
         except ray.exceptions.RayTaskError as e:
-            raise e.cause if isinstance(e.cause, SourceError | Busy) else SourceError(str(e.cause)) from e
+            raise e.cause if isinstance(e.cause, SourceError) else SourceError(str(e.cause)) from e
         except ray.exceptions.RayError as e:
             raise SourceError(f"a worker of the {self.role} is lost or stuck: {str(e).splitlines()[0]}") from e
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from verl_autoexport.errors import SourceError
+from verl_autoexport.errors import SourceBusy, SourceError
 from verl_autoexport.sources.live.copier import Copier, Layout, frozen_names, held_parts, is_flat, lay_out
 from verl_autoexport.system.host_memory import headroom
 
@@ -26,10 +26,6 @@ _copier: Copier | None = None
 _free = threading.Event()  # the copier has its memory, and no snapshot in it that is still to be handed over
 _held: dict[str, tuple[list[Any] | None, str | None]] = {}
 """By snapshot: its blocks, lost with this process, or why there are none; until the merge needs them no more."""
-
-
-class Busy(Exception):
-    """A worker still hands over the snapshot before."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +91,11 @@ def allocate(worker: Any, rank: int, page_locked: Collection[int]) -> None:
 
 
 def ready(worker: Any, rank: int, wait_s: float, needed: Collection[str]) -> None:
-    """Let go of all snapshots but `needed`; raises Busy where the memory is not free within `wait_s` seconds."""
+    """Let go of all snapshots but `needed`; raises SourceBusy where the memory is not free within `wait_s` seconds."""
     for ident in _held.keys() - needed:
         _held.pop(ident, None)
     if not _free.wait(wait_s):
-        raise Busy(f"rank {rank} still takes memory, or hands over the snapshot before")
+        raise SourceBusy(f"rank {rank} still takes memory, or hands over the snapshot before")
 
 
 def capture(worker: Any, rank: int, ident: str, actor: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,34 @@ class RayBlock:
         self.ref = self.seen = None
 
 
+@dataclass(frozen=True)
+class SnapshotHandle:
+    """All that an exporter needs to fetch a snapshot.
+
+    `fingerprint` is its id, `layouts` a Ray ref of the ranks' layouts; `workers` are verl's and `nodes` theirs, by
+    rank; `captured` is the unix time of the copy.
+    """
+
+    fingerprint: str
+    directory: Path
+    layouts: Any
+    backend: str
+    captured: float
+    workers: Sequence[Any]
+    nodes: Sequence[str]
+
+
 class Snapshot:
     """What the actor exports: the ranks' layouts and their blocks. `hand_over_s`: from the copy until all were here."""
 
     kind = "live"
 
     def __init__(
-        self, live: Mapping[str, Any], layouts: Sequence[Layout], refs: Mapping[int, Sequence[Any]], hand_over_s: float
+        self, handle: SnapshotHandle, layouts: Sequence[Layout], refs: Mapping[int, Sequence[Any]], hand_over_s: float
     ) -> None:
-        self.directory, self.fingerprint, self.backend = Path(live["directory"]), live["id"], live["backend"]
+        self.directory, self.fingerprint, self.backend = handle.directory, handle.fingerprint, handle.backend
         self.layouts, self.refs, self.hand_over_s = layouts, refs, hand_over_s
-        self.nodes: Sequence[str] = live["nodes"]  # by rank: a worker's blocks are in the store of its own node
+        self.nodes = handle.nodes  # by rank: a worker's blocks are in the store of its own node
 
     def manifest(self) -> ShardManifest:
         files = [[RayBlock(ref, self.nodes[at.rank]) for ref in self.refs[at.rank]] for at in self.layouts]
@@ -101,9 +119,9 @@ class Deliveries:
             self.changed.notify_all()
             return True
 
-    def whole(self, live: Mapping[str, Any]) -> Snapshot:
+    def whole(self, handle: SnapshotHandle) -> Snapshot:
         """Wait, bounded, for all ranks; raises SourceError naming those that cannot or do not come."""
-        ident, layouts = live["id"], ray.get(live["layouts"])
+        ident, layouts = handle.fingerprint, ray.get(handle.layouts)
         ranks, deadline, probes = {layout.rank for layout in layouts}, time.monotonic() + _HAND_OVER_S, {}
         while True:
             with self.changed:
@@ -113,8 +131,8 @@ class Deliveries:
             if reasons := [v for v in found.values() if isinstance(v, str)]:
                 raise SourceError(f"the snapshot is not whole: {'; '.join(reasons[:4])}")
             if not missing:
-                return Snapshot(live, layouts, found, max(0.0, time.time() - live["captured"]))
-            why = _dead(probes, live["workers"], missing)
+                return Snapshot(handle, layouts, found, max(0.0, time.time() - handle.captured))
+            why = _dead(probes, handle.workers, missing)
             if why is None and time.monotonic() > deadline:
                 why = f"not handed over within {_HAND_OVER_S:g} s"
             if why is not None:

@@ -153,7 +153,7 @@ def find_nodes(workers: Sequence[Any], checkpoints: Path) -> Nodes | None:
     for rank, (node, _) in enumerate(found):
         ranks.setdefault(node, []).append(rank)
     where = "; ".join(f"{nodes.names[node]}: ranks {brief(held)}" for node, held in ranks.items())
-    logger.warning("verl_autoexport: %s is on the nodes' own disks; shards are read from there: %s", checkpoints, where)
+    logger.info("verl_autoexport: %s is on the nodes' own disks; shards are read from there: %s", checkpoints, where)
     return nodes
 
 

@@ -1,4 +1,4 @@
-"""The Ray actor that exports: one at a time, a few waiting, on the TaskRunner's node, without CPU or GPU slot."""
+"""The exporter: one milestone at a time, a few waiting. It knows no Ray; a service says where it runs."""
 
 from __future__ import annotations
 
@@ -6,51 +6,40 @@ import dataclasses
 import gc
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 from verl_autoexport.config.schema import AutoExportConfig
 from verl_autoexport.errors import AutoExportError, RegistryBusy, shown
 from verl_autoexport.export.pipeline import VERIFYING, MergeRunner, export_to_registry
 from verl_autoexport.export.spec import ExportSpec
-from verl_autoexport.merge.ray_runner import RayRunner
-from verl_autoexport.milestones.events import Trigger
+from verl_autoexport.publishers.protocol import GROUP, Publisher
 from verl_autoexport.registry.retention import Keep, show_size
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.bookings import Bookings
-from verl_autoexport.service.export_request import make_spec
+from verl_autoexport.service.protocol import LocalSources, Sources
+from verl_autoexport.service.request import ExportRequest, Outcome, make_spec
 from verl_autoexport.sources import holds
-from verl_autoexport.sources.live.snapshot import Deliveries
-from verl_autoexport.sources.nodes.cluster import Nodes, SpreadFiles
 from verl_autoexport.system.deadlines import Bounded, GivenUp, Watch, start
+from verl_autoexport.system.logs import show_info
+from verl_autoexport.system.plugins import load
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 MAX_WAITING = 2
 """Exports that may wait behind the one that runs before `queue.overflow` applies."""
-_THREADS = 64  # calls of `export` that Ray lets in at a time; each only waits
-
-Outcome = dict[str, Any]
-"""`{"step", "status": published | failed | dropped, "version" | "reason"}`."""
 
 
 @dataclass
 class _Job:
     """`noted`: the journal knows that it was asked for; it is neither begun nor dropped before."""
 
-    request: Mapping[str, Any]
+    request: ExportRequest
     done: Future[Outcome] = field(default_factory=Future)
     noted: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def droppable(self) -> bool:
-        return all(Trigger.from_dict(t).droppable for t in self.request["triggers"])
 
 
 def _patiently(call: Callable[[], _T]) -> _T:
@@ -62,23 +51,30 @@ def _patiently(call: Callable[[], _T]) -> _T:
             logger.warning("verl_autoexport: %s; exports wait for it", e)
 
 
-class ExportActor:
+class Exporter:
     """`export` returns when its export has an outcome; it never raises for a failed one.
 
-    Ray restarts the actor when its process dies and sends the unfinished calls again, so
+    A service that restarts it after its process died sends the unfinished calls again, so
     `export` does nothing twice: what is published already is returned as it is. `owner` is the
     token of the run's lease: once another run has it, nothing is published or released any more.
     """
 
-    def __init__(self, settings: AutoExportConfig, owner: str | None = None, runner: MergeRunner | None = None) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    def __init__(
+        self,
+        settings: AutoExportConfig,
+        runner: MergeRunner,
+        owner: str | None = None,
+        sources: Sources | None = None,
+        publishers: Sequence[Publisher] | None = None,
+    ) -> None:
+        show_info()
         self.settings = settings
         self.registry = _patiently(lambda: Registry.create(settings.output_dir, owner=owner))
         # A version that is made waits for the lock as long as a stage may take, and is not lost for it.
         self.patient = Registry(settings.output_dir, settings.queue.stage_timeout_s / 2, owner)
         try:
             for line in _patiently(self.registry.recover):
-                logger.warning("verl_autoexport: recovered: %s", shown(line))
+                logger.info("verl_autoexport: recovered: %s", shown(line))
         except AutoExportError as e:
             logger.warning("verl_autoexport: what was interrupted could not be repaired: %s", e)
         self.bookings = Bookings(self.registry)
@@ -87,27 +83,24 @@ class ExportActor:
             self.registry.note_policy(self.keep)
         except AutoExportError as e:
             logger.warning("verl_autoexport: `verl-autoexport prune` will not know this run's keep.*: %s", e)
-        merge = settings.merge
-        self.runner = runner or RayRunner(merge.workers, merge.num_cpus, merge.schedule_timeout_s, merge.placement)
+        self.runner = runner
+        self.sources = sources or LocalSources()
+        self.publishers = load(GROUP) if publishers is None else publishers
         self.waiting: list[_Job] = []
-        self.deliveries = Deliveries()
         self.running = 0
-        self.nodes: Nodes | None = None  # that keep checkpoints on their own disks
         self.changed = threading.Condition()
         threading.Thread(target=self._work, name="autoexport", daemon=True).start()
 
-    def export(self, request: Mapping[str, Any]) -> Outcome:
-        """Queue one chosen step and wait for its outcome; `request` is what `driver` wrote into the hold."""
+    def export(self, request: ExportRequest) -> Outcome:
+        """Queue one milestone and wait for its outcome."""
         job = _Job(request)
-        if live := request.get("live"):
-            self.deliveries.ask(live["id"])
         with self.changed:  # never held while a file system may hang
             self.waiting.append(job)
-            self.waiting.sort(key=lambda j: j.request["step"])  # Ray may start concurrent calls in any order
+            self.waiting.sort(key=lambda j: j.request.step)  # Ray may start concurrent calls in any order
             surplus = self._surplus()
             if surplus is not None:
                 self.waiting.remove(surplus[0])
-        self._bounded(f"noting step {request['step']}", self._note_asked, request)
+        self._bounded(f"noting step {request.step}", self._note_asked, request)
         with self.changed:
             job.noted.set()
             self.changed.notify_all()
@@ -117,57 +110,35 @@ class ExportActor:
             dropped.done.set_result(self._settle(dropped.request, "dropped", reason))
         return job.done.result()
 
-    def deliver(self, ident: str, rank: int, blocks: list[list[Any]] | None, reason: str | None) -> bool:
-        """A worker hands over its blocks of a snapshot (nested, so that Ray passes refs), or why it cannot.
+    def _release(self, request: ExportRequest) -> None:
+        if request.hold is not None and not self._taken_over():  # then the hold is the other run's to export
+            holds.release(request.hold)
+            self.sources.release(request)
+        elif request.snapshot is not None:
+            self.sources.release(request)
 
-        False: let go of them. Until then it says so again, since a restarted actor knows nothing.
-        """
-        return self.deliveries.take(ident, rank, blocks[0] if blocks else str(reason))
-
-    def expect(self, ident: str) -> None:
-        """A snapshot whose export will be asked for, though not yet."""
-        self.deliveries.ask(ident)
-
-    def forget(self, ident: str) -> None:
-        """A snapshot that will not be exported."""
-        self.deliveries.forget(ident)
-
-    def _release(self, request: Mapping[str, Any]) -> None:
-        if request["pin"] is not None and not self._taken_over():  # then the hold is the other run's to export
-            holds.release(Path(request["pin"]))
-            if self.nodes is not None and request.get("spread"):
-                self.nodes.release(Path(request["pin"]))
-        if live := request.get("live"):
-            self.deliveries.forget(live["id"])
-
-    def _is_last_copy(self, request: Mapping[str, Any]) -> bool:
-        """Whether nothing but the hold holds the step any more, so that another try needs it."""
-        if request["pin"] is None or self._taken_over():
+    def _is_last_copy(self, request: ExportRequest) -> bool:
+        """Whether only the hold still has the step, so that another try needs it."""
+        if request.hold is None or self._taken_over():
             return False
-        if not request.get("spread"):
-            return holds.is_last_copy(Path(request["pin"]))
-        try:
-            where = (Path(request["origin"]), Path(request["pin"]))
-            return len({self._spread(request, directory).fingerprint for directory in where}) > 1
-        except AutoExportError:
-            return True
+        return self.sources.is_last_copy(request) if request.spread else holds.is_last_copy(request.hold)
 
-    def _keep(self, request: Mapping[str, Any]) -> None:
+    def _keep(self, request: ExportRequest, hold: Path) -> None:
         try:
-            attempts = holds.count_attempt(Path(request["pin"]))
+            attempts = holds.count_attempt(hold)
         except (OSError, ValueError, KeyError, TypeError) as e:
-            logger.warning("verl_autoexport: %s: its failure could not be recorded: %r", request["pin"], e)
+            logger.warning("verl_autoexport: %s: its failure could not be recorded: %r", hold, e)
             return
         then = "the next start of this run tries again" if attempts < holds.MAX_ATTEMPTS else "it is not tried again"
         logger.warning(
             "verl_autoexport: step %s has failed %s time(s) and is kept in %s, its last copy; %s",
-            request["step"], attempts, request["pin"], then,
+            request.step, attempts, hold, then,
         )  # fmt: skip
-        waiting = {job.request["pin"] for job in self.waiting}
-        for old in holds.too_many(Path(request["pin"]).parent.parent):
-            if str(old.path) not in waiting:
+        waiting = {job.request.hold for job in self.waiting}
+        for old in holds.too_many(hold.parent.parent):
+            if old.path not in waiting:
                 logger.warning("verl_autoexport: step %s is given up: %s later ones failed", old.step, holds.MAX_KEPT)
-                self._release({"pin": str(old.path), "spread": old.spread})
+                self._release(replace(request, hold=old.path, spread=old.spread, snapshot=None))
 
     def _taken_over(self) -> bool:
         try:
@@ -180,7 +151,7 @@ class ExportActor:
 
     def _surplus(self) -> tuple[_Job, str] | None:
         """The milestone that back pressure drops, and why: never `best`, `at_steps`, `threshold`, `on_train_end`."""
-        droppable = [job for job in self.waiting if job.droppable]
+        droppable = [job for job in self.waiting if job.request.droppable]
         overflow = self.settings.queue.overflow
         if len(self.waiting) + self.running <= MAX_WAITING + 1 or overflow == "wait" or not droppable:
             return None
@@ -189,7 +160,7 @@ class ExportActor:
             return droppable[-1], f"skipped: {full}"
         if len(droppable) == 1:
             return None  # nothing later to coalesce into
-        return droppable[0], f"coalesced into step {droppable[-1].request['step']}: {full}"
+        return droppable[0], f"coalesced into step {droppable[-1].request.step}: {full}"
 
     def _work(self) -> None:
         while True:
@@ -198,15 +169,17 @@ class ExportActor:
                 job = self.waiting.pop(0)
                 self.running = 1
             outcome = self._supervised(job.request)
-            if job.request.get("live"):
+            if job.request.snapshot is not None:
                 gc.collect()  # an error whose traceback is in a circle would keep gigabytes of the object store
-            if outcome["status"] == "published":
+            if outcome.status == "published":
+                for publisher in self.publishers:
+                    self._bounded(f"publisher {publisher.name}", self._publish, publisher, outcome)
                 self._bounded("removing old versions", self._retain)
             with self.changed:
                 self.running = 0
             job.done.set_result(outcome)
 
-    def _supervised(self, request: Mapping[str, Any]) -> Outcome:
+    def _supervised(self, request: ExportRequest) -> Outcome:
         """The outcome of `_export`, which is given up when a stage shows no progress for too long."""
         watch = Watch()
         future = start(self._export, request, watch)
@@ -217,8 +190,8 @@ class ExportActor:
             if not future.done() and watch.idle_s() >= limit:
                 watch.give_up()
                 reason = f"given up: {watch.name}: no progress for {limit:g} s (queue.stage_timeout_s)"
-                settled = self._bounded(f"noting step {request['step']}", self._settle, request, "failed", reason)
-                return settled or {"step": request["step"], "status": "failed", "reason": reason}
+                settled = self._bounded(f"noting step {request.step}", self._settle, request, "failed", reason)
+                return settled or Outcome(request.step, "failed", reason=reason)
         return future.result()
 
     def _bounded(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
@@ -229,48 +202,55 @@ class ExportActor:
             logger.warning("verl_autoexport: %s", e)
             return None
 
-    def _export(self, request: Mapping[str, Any], watch: Watch) -> Outcome:
-        step = request["step"]
+    def _export(self, request: ExportRequest, watch: Watch) -> Outcome:
+        step = request.step
         try:
             if version := self._published(request):
                 self._release(request)
-                return {"step": step, "status": "published", "version": version, "reason": "was published already"}
+                return Outcome(step, "published", version, "was published already")
             version = export_to_registry(self._spec(request), self.patient, self.runner, watch)
         except GivenUp:
-            return {"step": step, "status": "failed", "reason": "given up"}  # nobody waits for it, all is noted
+            return Outcome(step, "failed", reason="given up")  # nobody waits for it, all is noted
         except AutoExportError as e:
             return self._settle(request, "failed", f"{type(e).__name__}: {e}")
         except BaseException as e:  # remote code may exit, libraries may panic: the queue must go on
             logger.exception("verl_autoexport: export of step %s", step)
             return self._settle(request, "failed", f"unexpected {type(e).__name__}: {e}")
         self._release(request)
-        logger.info(
-            "verl_autoexport: published %s (%s)", version.path, ", ".join(t["reason"] for t in request["triggers"])
-        )
-        return {"step": step, "status": "published", "version": version.name}
+        logger.info("verl_autoexport: published %s (%s)", version.path, ", ".join(t.reason for t in request.triggers))
+        return Outcome(step, "published", version.name)
 
-    def _spec(self, request: Mapping[str, Any]) -> ExportSpec:
+    def _spec(self, request: ExportRequest) -> ExportSpec:
         spec = make_spec(request, self.settings)
-        if live := request.get("live"):
-            snapshot = self.deliveries.whole(live)
-            return replace(spec, source=snapshot, hand_over_s=snapshot.hand_over_s)
-        if not request.get("spread"):
+        if (source := self.sources.open(request)) is None:
             return spec
-        source = self._spread(request, spec.checkpoint)
-        return replace(spec, source=source, checkpoint=source.directory)
+        return replace(
+            spec, source=source, checkpoint=source.directory, hand_over_s=getattr(source, "hand_over_s", None)
+        )
 
-    def _spread(self, request: Mapping[str, Any], directory: Path) -> SpreadFiles:
-        self.nodes = self.nodes or Nodes()
-        return SpreadFiles(self.nodes, directory, self.settings.role, request.get("homes") or ())
-
-    def _published(self, request: Mapping[str, Any]) -> str | None:
+    def _published(self, request: ExportRequest) -> str | None:
         """The version that is this very milestone; one made by hand of the same step lacks its reasons."""
-        wanted = {(t["policy"], t.get("name")) for t in request["triggers"]}
+        wanted = {(t.policy, t.name) for t in request.triggers}
         for done in self.registry.exported():  # those that retention has removed since count too
             has = {(t.get("policy"), t.get("name")) for t in done.triggers}
-            if done.step == request["step"] and done.fingerprint == request["fingerprint"] and wanted <= has:
+            if done.step == request.step and done.fingerprint == request.fingerprint and wanted <= has:
                 return done.name
         return None
+
+    def _publish(self, publisher: Publisher, outcome: Outcome) -> None:
+        """Before retention, which may remove the version. A publisher that fails is noted, and stops nothing."""
+        entry = {"step": outcome.step, "version": outcome.version, "publisher": publisher.name}
+        try:
+            receipt = publisher.publish(self.registry.find(str(outcome.version)))
+            logger.info("verl_autoexport: %s is at %s", outcome.version, shown(receipt.where))
+            self.bookings.add("delivered", **entry, where=receipt.where)
+        except Exception as e:  # somebody else's code
+            logger.exception("verl_autoexport: %s was not delivered by %s", outcome.version, publisher.name)
+            self.bookings.add("undelivered", **entry, reason=f"{type(e).__name__}: {e}")
+        try:
+            self.bookings.write()
+        except (AutoExportError, OSError) as e:
+            logger.warning("verl_autoexport: the delivery of %s is not in the journal yet: %s", outcome.version, e)
 
     def _retain(self) -> None:
         """Before the outcome is told, so that the end of a run waits for it. What goes wrong is tried again later."""
@@ -289,31 +269,22 @@ class ExportActor:
         for line in (*judgement.warnings, *failed):
             logger.warning("verl_autoexport: keep: %s", shown(line))
 
-    def _settle(self, request: Mapping[str, Any], status: str, reason: str) -> Outcome:
-        logger.warning("verl_autoexport: step %s %s: %s", request["step"], status, shown(reason))
+    def _settle(self, request: ExportRequest, status: str, reason: str) -> Outcome:
+        logger.warning("verl_autoexport: step %s %s: %s", request.step, status, shown(reason))
         self._journal(status, request, reason=reason)
-        if status == "failed" and self._is_last_copy(request):
-            self._keep(request)
+        if status == "failed" and request.hold is not None and self._is_last_copy(request):
+            self._keep(request, request.hold)
         else:
             self._release(request)
-        return {"step": request["step"], "status": status, "reason": reason}
+        return Outcome(request.step, status, reason=reason)
 
-    def _note_asked(self, request: Mapping[str, Any]) -> None:
-        self._journal("asked", request, time=request["time"], triggers=list(request["triggers"]))
+    def _note_asked(self, request: ExportRequest) -> None:
+        self._journal("asked", request, time=request.time, triggers=[t.to_dict() for t in request.triggers])
 
-    def _journal(self, event: str, request: Mapping[str, Any], **fields: Any) -> None:
+    def _journal(self, event: str, request: ExportRequest, **fields: Any) -> None:
         """What cannot be written now (the disk is full, a lock is held) is written later."""
-        self.bookings.add(event, step=request["step"], **fields)
+        self.bookings.add(event, step=request.step, **fields)
         try:
             self.bookings.write()
         except (AutoExportError, OSError) as e:
-            logger.warning("verl_autoexport: step %s: %r is not in the journal yet: %s", request["step"], event, e)
-
-
-def start_actor(settings: AutoExportConfig, owner: str) -> Any:
-    """A handle to a new actor on this node; returns at once, before the actor's process is up."""
-    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = ray.remote(ExportActor).options(
-        num_cpus=0, num_gpus=0, max_concurrency=_THREADS, max_restarts=-1, max_task_retries=3, scheduling_strategy=node
-    )
-    return options.remote(settings, owner)
+            logger.warning("verl_autoexport: step %s: %r is not in the journal yet: %s", request.step, event, e)
