@@ -92,7 +92,7 @@ def test_an_output_directory_that_hangs_fails_one_milestone_and_the_next_is_expo
         assert timed(run.step, 2) < 3
         assert timed(run.driver.ledger.wait, 60) < 30, "its outcome comes while the file system hangs"
         failures = run.driver.ledger.take()
-    assert [f["step"] for f in failures] == [2]
+    assert [f.step for f in failures] == [2]
     assert "given up: starting: no progress for 3 s (queue.stage_timeout_s)" in failures[0].reason
     wait_for(lambda: not any((disk / "exports/.staging").iterdir()))
     run.step(3)

@@ -27,7 +27,7 @@ from verl_autoexport.service.live_start import start_live
 from verl_autoexport.service.request import RunInfo
 from verl_autoexport.sources.live import in_worker
 from verl_autoexport.sources.live.copier import Layout
-from verl_autoexport.sources.live.snapshot import Deliveries
+from verl_autoexport.sources.live.snapshot import Deliveries, SnapshotHandle
 
 LARGE = QWEN2 | {"vocab_size": 65536, "hidden_size": 1024, "intermediate_size": 2048}
 
@@ -218,15 +218,7 @@ def test_a_worker_dies_with_blocks_that_nobody_has_read(cluster, start):
 def test_a_dead_worker_is_not_waited_for(cluster):
     workers, deliveries = make_workers(), Deliveries()
     layouts = ray.put([Layout(rank, (), ()) for rank in range(WORLD)])
-    live = {
-        "id": "x",
-        "layouts": layouts,
-        "workers": workers,
-        "nodes": ["n"] * WORLD,
-        "directory": ".",
-        "backend": "",
-        "captured": 0.0,
-    }
+    live = SnapshotHandle("x", Path(), layouts, "", 0.0, workers, ["n"] * WORLD)
     ray.get(workers[1].pid.remote())
     ray.kill(workers[1])
     deliveries.ask("x")
