@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.repository import SUPPORT, environment
+from tests.support import fault_library
+from tests.support.repository import environment
 from tests.support.sharding import QWEN2, make_checkpoint
 
 Attempt = Callable[..., dict[str, Any]]
@@ -21,11 +21,8 @@ Attempt = Callable[..., dict[str, Any]]
 @pytest.fixture(scope="module")
 def attempt(tmp_path_factory) -> Iterator[Attempt]:
     """`attempt(nth, err, sticky)`: what became of an export whose nth change to the disk failed."""
-    if not (compiler := shutil.which("gcc") or shutil.which("cc")):
-        pytest.skip("no C compiler here")
     folder = tmp_path_factory.mktemp("faults")
-    library = folder / "faults.so"
-    subprocess.run([compiler, "-w", "-O1", "-shared", "-fPIC", SUPPORT / "faults.c", "-o", library, "-ldl"], check=True)
+    library = fault_library.build(folder)
     source = make_checkpoint(folder / "source", QWEN2, reference=False)
     log = (folder / "log.txt").open("w")
     process = subprocess.Popen(

@@ -19,6 +19,7 @@ import ray
 from tests.support.driven_run import Script
 from tests.support.ray_processes import process_named
 from tests.support.sharding import WIDE, make_checkpoint
+from tests.support.waiting import until
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.exporter import Exporter
 from verl_autoexport.system.deadlines import Bounded, GivenUp
@@ -72,7 +73,7 @@ def test_checkpoints_on_a_hung_file_system_hold_training_once(cluster, source, d
             with pytest.raises(GivenUp, match="saved at step 3 still hangs"):
                 call()
             assert time.monotonic() - began < 0.5
-    wait_for(lambda: answers(run.driver.calls))
+    until(lambda: answers(run.driver.calls), "the hung call ends", 30)
     run.step(5)
     report = run.finish()
     assert sorted(run.live()) == [1, 3, 5], report
@@ -94,11 +95,11 @@ def test_an_output_directory_that_hangs_fails_one_milestone_and_the_next_is_expo
         failures = run.driver.ledger.take()
     assert [f.step for f in failures] == [2]
     assert "given up: starting: no progress for 3 s (queue.stage_timeout_s)" in failures[0].reason
-    wait_for(lambda: not any((disk / "exports/.staging").iterdir()))
+    until(lambda: not any((disk / "exports/.staging").iterdir()), "what was given up is removed", 30)
     run.step(3)
     assert "1 failed (step 2: given up" in run.finish()
     assert sorted(run.live()) == [1, 3]
-    wait_for(lambda: not any((disk / "exports/.staging").iterdir()))
+    until(lambda: not any((disk / "exports/.staging").iterdir()), "what was given up is removed", 30)
     assert sorted(run.live()) == [1, 3], "what was given up is not published later"
 
 
@@ -128,7 +129,7 @@ def test_a_stopped_merge_task_fails_one_milestone(cluster, tmp_path, tmp_path_fa
         assert sorted(run.live()) == [2], report
     finally:
         task.send_signal(signal.SIGCONT)
-    wait_for(lambda: not any((tmp_path / "exports/.staging").iterdir()))
+    until(lambda: not any((tmp_path / "exports/.staging").iterdir()), "what was given up is removed", 30)
     assert [v.step for v in Registry(tmp_path / "exports").versions()] == [2]
 
 
@@ -153,10 +154,3 @@ def answers(calls: Bounded) -> bool:
         return calls.run(5, "asking", lambda: True)
     except GivenUp:
         return False
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.05)

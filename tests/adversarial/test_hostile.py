@@ -80,8 +80,8 @@ def test_links_and_pipes_beside_the_shards_stay_where_they_are(own_checkpoint, t
     (beside / "up.json").symlink_to("../../../secret/key.json")
     os.mkfifo(beside / "pipe.json")
     os.mkfifo(made / "actor/lora_train_meta.json")
-    pin = holds.make_hold(made, STEP, "actor")
-    for number, source in enumerate((made, pin.directory)):
+    hold = holds.make_hold(made, STEP, "actor")
+    for number, source in enumerate((made, hold.directory)):
         output = tmp_path / f"out{number}"
         export_to_directory(checkpoint_spec(source, **ARGUMENTS), output, LocalRunner(1))
         assert not {"link.json", "up.json", "pipe.json", "folder"} & {p.name for p in output.rglob("*")}
@@ -155,10 +155,10 @@ def test_files_have_the_rights_that_the_umask_leaves(umask, checkpoint, tmp_path
         version = export_to_registry(spec, registry, LocalRunner(1))
         registry.pin(version)
         copied = Path(shutil.copytree(checkpoint("even"), tmp_path / f"global_step_{STEP}"))
-        pin = holds.make_hold(copied, STEP, "actor")
+        hold = holds.make_hold(copied, STEP, "actor")
     finally:
         os.umask(before)
-    made = [root, *(p for p in root.rglob("*") if not p.is_symlink()), pin.path, pin.path / "pin.json"]
+    made = [root, *(p for p in root.rglob("*") if not p.is_symlink()), hold.path, hold.path / "pin.json"]
     assert len(made) > 12
     for path in made:
         wanted = (0o777 if path.is_dir() else 0o666) & ~umask
@@ -484,8 +484,8 @@ def fuzz_json(examples: int) -> Callable[..., None]:
     @example({"token": "x", "pid": 10**30, "place": None})
     def run(folder: Path, value: dict[str, Any]) -> None:
         text = json.dumps(value)
-        pin = folder / ".autoexport/step_1-x"
-        pin.mkdir(parents=True, exist_ok=True)
+        hold = folder / ".autoexport/step_1-x"
+        hold.mkdir(parents=True, exist_ok=True)
         for path in ("adapter_config.json", "lora_train_meta.json", INDEX_NAME, "registry.json", ".owner.json",
                      "export.json", "fsdp_config.json", ".autoexport/step_1-x/pin.json"):  # fmt: skip
             (folder / path).write_text(text)

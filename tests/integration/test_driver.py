@@ -202,16 +202,16 @@ def test_a_hold_whose_export_fails_is_tried_again_a_few_times_and_then_named(clu
     shutil.rmtree(run.root)
     moved = Script(run.source, other)
     moved.driver = run.driver
-    (pin,) = find_holds(other)
+    (hold,) = find_holds(other)
     for attempts in range(1, MAX_ATTEMPTS):
-        (pin,) = find_holds(other)
-        assert pin.request["attempts"] == attempts
+        (hold,) = find_holds(other)
+        assert hold.request["attempts"] == attempts
         moved.start(2, at_steps=[2], on_train_end=False)
         assert "1 failed (step 2: PlanError" in moved.finish(False)
     moved.start(2, at_steps=[2], on_train_end=False)
     assert "0 published; in " in moved.finish(False)
-    assert f"export {pin.path} --registry {other / 'exports'}; to give it up: rm -r {pin.path}" in caplog.text
-    assert [p.path for p in find_holds(other)] == [pin.path]
+    assert f"export {hold.path} --registry {other / 'exports'}; to give it up: rm -r {hold.path}" in caplog.text
+    assert [p.path for p in find_holds(other)] == [hold.path]
 
 
 # -- a registry that somebody else has locked -------------------------------------------------
@@ -360,20 +360,20 @@ def test_a_hold_with_wrong_inner_types_stops_nothing(run):
     run.start(at_steps=[1, 2], on_train_end=False)
     run.step(1)
     ray.kill(run.driver.service.receiver)
-    (pin,) = find_holds(run.root)
-    holds.choose(pin, dict(pin.request) | {"time": "x", "triggers": [None]})
+    (hold,) = find_holds(run.root)
+    holds.choose(hold, dict(hold.request) | {"time": "x", "triggers": [None]})
     shutil.rmtree(run.root / "global_step_1")
     run.start(1, at_steps=[1, 2], on_train_end=False)
     run.step(2)
     assert "cannot be read: time: not of the kind that a request holds: 'x'" in run.finish(False)
     assert run.live()[2] == {"at_steps"}
-    assert [p.path for p in find_holds(run.root)] == [pin.path], "it may be the last copy"
+    assert [p.path for p in find_holds(run.root)] == [hold.path], "it may be the last copy"
 
 
 @pytest.mark.parametrize("odd", [{"attempts": "1"}, {"attempts": None}, {"live": 5}, {"live": {"a": 1}}])
 def test_a_hold_of_odd_content_does_not_stop_the_start_of_training(odd, run):
-    run.save_pin = holds.make_hold(run.saved(1), 1, "actor")
-    holds.choose(run.save_pin, {"step": 1, **odd})
+    hold = holds.make_hold(run.saved(1), 1, "actor")
+    holds.choose(hold, {"step": 1, **odd})
     run.start(1, at_steps=[2], on_train_end=False)
     run.step(2)
     assert "step 1 failed: its request" in run.finish(False)

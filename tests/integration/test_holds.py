@@ -27,8 +27,8 @@ def run(source, tmp_path) -> Callable[[], Path]:
     """A run directory in which a step is chosen, and verl has rotated its checkpoint away."""
     root = tmp_path / "run"
     checkpoint = Path(shutil.copytree(source, root / f"global_step_{STEP}"))
-    pin = holds.make_hold(checkpoint, STEP, "actor")
-    holds.choose(pin, request_for(pin).to_json())
+    hold = holds.make_hold(checkpoint, STEP, "actor")
+    holds.choose(hold, request_for(hold).to_json())
     return root
 
 
@@ -45,32 +45,32 @@ def moved(root: Path) -> Path:
 
 
 def start(root: Path) -> dict[str, Any]:
-    """What the next start of the run does with its one pin, by the actor alone."""
+    """What the next start of the run does with its one hold, by the exporter alone."""
     settings = load_config({"output_dir": str(root / "exports"), "verify": {"load": False}})
-    (pin,) = holds.find_holds(root)
-    where = {"pin": str(pin.path), "directory": str(pin.directory), "origin": pin.origin}
-    request = ExportRequest.from_json({**pin.request, **where}, STEP)
+    (hold,) = holds.find_holds(root)
+    where = {"pin": str(hold.path), "directory": str(hold.directory), "origin": hold.origin}
+    request = ExportRequest.from_json({**hold.request, **where}, STEP)
     return vars(Exporter(settings, LocalRunner(1)).export(request))
 
 
 def spoil(root: Path) -> Callable[[], None]:
-    """What makes every export of the pin fail; returns what repairs it."""
-    (pin,) = holds.find_holds(root)
-    config = pin.path / "huggingface/config.json"
+    """What makes every export of the hold fail; returns what repairs it."""
+    (hold,) = holds.find_holds(root)
+    config = hold.path / "huggingface/config.json"
     kept = config.rename(config.with_suffix(".away"))
     return lambda: kept.rename(config)
 
 
 def attempts(root: Path) -> int:
-    (pin,) = holds.find_holds(root)
-    return pin.request.get("attempts", 0)
+    (hold,) = holds.find_holds(root)
+    return hold.request.get("attempts", 0)
 
 
 def test_a_run_directory_that_was_copied_to_another_disk(run):
     rotate(run)
     there = moved(run)
-    (pin,) = holds.find_holds(there)
-    assert pin.origin == str(there / f"global_step_{STEP}/actor")
+    (hold,) = holds.find_holds(there)
+    assert hold.origin == str(there / f"global_step_{STEP}/actor")
     assert start(there)["status"] == "published"
     assert holds.find_holds(there) == []
     assert [v.step for v in Registry(there / "exports").versions()] == [STEP]
@@ -105,9 +105,9 @@ def test_a_failure_keeps_it_where_the_checkpoint_was_saved_anew(run, own_checkpo
 
 def test_content_that_is_another_fails_and_is_kept(run, own_checkpoint):
     rotate(run)
-    (pin,) = holds.find_holds(run)
+    (hold,) = holds.find_holds(run)
     for file in (own_checkpoint("even") / "actor").glob("*.pt"):
-        (pin.path / file.name).write_bytes(file.read_bytes())
+        (hold.path / file.name).write_bytes(file.read_bytes())
     outcome = start(run)
     assert "no longer those of step 2 as it was chosen" in outcome["reason"]
     assert attempts(run) == 1
@@ -115,22 +115,22 @@ def test_content_that_is_another_fails_and_is_kept(run, own_checkpoint):
 
 def test_a_kept_step_can_be_exported_by_hand(run):
     rotate(run)
-    (pin,) = holds.find_holds(run)
+    (hold,) = holds.find_holds(run)
     version = export_to_registry(
-        checkpoint_spec(pin.path, verify=False), Registry.create(run / "exports"), LocalRunner(1)
+        checkpoint_spec(hold.path, verify=False), Registry.create(run / "exports"), LocalRunner(1)
     )
     assert version.step == STEP
 
 
 def test_what_is_half_made_is_removed_and_what_cannot_be_read_is_not(run, caplog):
-    (pin,) = holds.find_holds(run)
-    half = pin.path.with_name("step_3-00000000")
+    (hold,) = holds.find_holds(run)
+    half = hold.path.with_name("step_3-00000000")
     half.mkdir()
-    (pin.path / "pin.json").write_text('{"step": 2')
+    (hold.path / "pin.json").write_text('{"step": 2')
     assert holds.find_holds(run) == []
     assert not half.exists()
-    assert list(pin.path.glob("*.pt"))
-    assert f"rm -r {pin.path}" in caplog.text
+    assert list(hold.path.glob("*.pt"))
+    assert f"rm -r {hold.path}" in caplog.text
 
 
 def test_only_the_newest_failed_steps_are_held(source, tmp_path, caplog):
@@ -142,11 +142,11 @@ def test_only_the_newest_failed_steps_are_held(source, tmp_path, caplog):
     for step in range(1, holds.MAX_KEPT + 3):
         checkpoint = Path(shutil.copytree(source, root / f"global_step_{step}"))
         (checkpoint / "actor/huggingface/config.json").unlink()
-        pin = holds.make_hold(checkpoint, step, "actor")
-        holds.choose(pin, request_for(pin).to_json())
+        hold = holds.make_hold(checkpoint, step, "actor")
+        holds.choose(hold, request_for(hold).to_json())
         shutil.rmtree(checkpoint)
-        (pin,) = (p for p in holds.find_holds(root) if p.step == step)
-        assert actor.export(request_for(pin)).status == "failed"
+        (hold,) = (p for p in holds.find_holds(root) if p.step == step)
+        assert actor.export(request_for(hold)).status == "failed"
     assert [p.step for p in holds.find_holds(root)] == [3, 4, 5]
     assert "step 1 is given up" in caplog.text
 
@@ -171,9 +171,9 @@ def test_what_ends_a_process_ends_one_export_only(source, tmp_path):
     actor, outcomes = Exporter(settings, Leaves()), []
     for step in (1, 2):
         checkpoint = Path(shutil.copytree(source, root / f"global_step_{step}"))
-        pin = holds.make_hold(checkpoint, step, "actor")
-        holds.choose(pin, request_for(pin).to_json())
-        (pin,) = (p for p in holds.find_holds(root) if p.step == step)
-        outcomes.append(actor.export(request_for(pin)))
+        hold = holds.make_hold(checkpoint, step, "actor")
+        holds.choose(hold, request_for(hold).to_json())
+        (hold,) = (p for p in holds.find_holds(root) if p.step == step)
+        outcomes.append(actor.export(request_for(hold)))
     assert [o.status for o in outcomes] == ["failed", "published"]
     assert "a library has had enough" in outcomes[0].reason

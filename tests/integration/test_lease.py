@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import fault_library
 from tests.support.registry import publish
-from tests.support.repository import SUPPORT, environment
+from tests.support.repository import environment
 from verl_autoexport.cli.main import main
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import lease
@@ -175,12 +175,7 @@ FLAWS = {
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory) -> Path:
-    if not (compiler := shutil.which("gcc") or shutil.which("cc")):
-        pytest.skip("no C compiler here")
-    library = tmp_path_factory.mktemp("faults") / "faults.so"
-    source = SUPPORT / "faults.c"
-    subprocess.run([compiler, "-w", "-O1", "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True)
-    return library
+    return fault_library.build(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(params=FLAWS.values(), ids=FLAWS)

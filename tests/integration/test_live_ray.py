@@ -20,6 +20,7 @@ from tests.support.exports import tensors
 from tests.support.live_workers import MODEL, WORLD, make_workers, train, values, versions
 from tests.support.repository import import_path
 from tests.support.sharding import QWEN2, build, make_checkpoint
+from tests.support.waiting import until
 from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import SourceError
 from verl_autoexport.service.controller import RunController
@@ -80,13 +81,6 @@ def in_each(workers, function, *args) -> list[Any]:
 
 def held(worker: Any) -> list[str]:
     return list(in_worker._held)
-
-
-def until(condition, what: str, timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 def store() -> tuple[int, int]:

@@ -160,8 +160,8 @@ def test_shards_on_three_nodes_make_the_same_model(cluster, source, start, tmp_p
     """What only the head sees is merged there."""
     driver = start(tmp_path if output == "seen by all" else cluster.private)
     driver.saved(1, cluster.spread(source, 1))
-    (pin,) = find_holds(cluster.shared)
-    assert (pin.spread, pin.linked) == (True, True)
+    (hold,) = find_holds(cluster.shared)
+    assert (hold.spread, hold.linked) == (True, True)
     for rank in range(WORLD):
         shutil.rmtree(cluster.own(rank) / "global_step_1")  # verl rotates it away
     driver.logged(1, {})

@@ -187,7 +187,7 @@ def test_a_node_where_something_is_otherwise_does_not_merge(cluster, source, tmp
         replace(home, versions=dict(home.versions) | {"torch": "0"}).compared(job)
 
 
-def test_where_links_are_impossible_the_pin_reads_the_original(source, tmp_path):
+def test_where_links_are_impossible_the_hold_reads_the_original(source, tmp_path):
     checkpoint = Path(shutil.copytree(source, tmp_path / "global_step_2"))
     shard = next((checkpoint / "actor").glob("model_*_rank_1.pt"))
     if subprocess.run(["chattr", "+i", shard], capture_output=True).returncode:
@@ -195,8 +195,8 @@ def test_where_links_are_impossible_the_pin_reads_the_original(source, tmp_path)
     try:
         with pytest.raises(PermissionError):
             os.link(shard, tmp_path / "link")
-        pin = make_hold(checkpoint, 2, "actor")
-        assert not pin.linked
-        assert pin.directory == checkpoint / "actor"
+        hold = make_hold(checkpoint, 2, "actor")
+        assert not hold.linked
+        assert hold.directory == checkpoint / "actor"
     finally:
         subprocess.run(["chattr", "-i", shard], check=True)

@@ -29,7 +29,7 @@ from verl_autoexport.registry.record import RECORD
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.system.durable_files import is_temp
 
-PHASES = ("pin", "stage", "write", "verify", "publish", "pointers", "retention")
+PHASES = ("hold", "stage", "write", "verify", "publish", "pointers", "retention")
 CALLS = frozenset({
     "open", "read", "write", "fsync", "rename", "replace", "link", "symlink", "mkdir", "rmdir", "unlink", "remove",
     "stat", "lstat", "fstat", "listdir", "scandir", "sendfile", "close", "truncate",
@@ -117,24 +117,24 @@ def train(root: Path, source: Path, steps: int, killer: Killer) -> None:
     found = holds.find_holds(root)
     if trained and trained not in known | {p.step for p in found}:
         found.append(holds.make_hold(root / f"global_step_{trained}", trained, "actor"))
-    for pin in found:
-        export(actor, pin)
+    for hold in found:
+        export(actor, hold)
     for step in range(trained + 1, trained + 1 + steps):
         folder = root / f"global_step_{step}"
         shutil.copytree(source, folder.with_suffix(".saving"))
         folder.with_suffix(".saving").rename(folder)
-        pin = holds.make_hold(folder, step, "actor")
+        hold = holds.make_hold(folder, step, "actor")
         for old in (p for p in root.glob("global_step_*") if p != folder):
             shutil.rmtree(old)  # as with max_actor_ckpt_to_keep=1: from here on the links are the only source
-        export(actor, pin)
+        export(actor, hold)
     lease.release()
 
 
-def export(actor: Any, pin: Any) -> None:
+def export(actor: Any, hold: Any) -> None:
     from verl_autoexport.sources import holds
 
-    request = request_for(pin)
-    holds.choose(pin, request.to_json())
+    request = request_for(hold)
+    holds.choose(hold, request.to_json())
     outcome = actor.export(request)
     assert outcome.status == "published", outcome
 
@@ -155,7 +155,7 @@ def instrument(killer: Killer) -> None:
     from verl_autoexport.sources import holds
 
     for owner, name, phase in (
-        (holds, "make_hold", "pin"), (holds, "choose", "pin"), (staging, "create", "stage"),
+        (holds, "make_hold", "hold"), (holds, "choose", "hold"), (staging, "create", "stage"),
         (merge.MergeJob, "run", "write"), (merge.FileWriter, "write", "write"), (pipeline, "_write_beside", "write"),
         (pipeline, "_verify", "verify"), (pipeline, "make_record", "verify"), (Registry, "publish", "publish"),
         (Registry, "_book", "pointers"), (Registry, "prune", "retention"),

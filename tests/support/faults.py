@@ -35,8 +35,8 @@ class Run:
 
         node = {"output_dir": str(root / "exports"), "verify": {"load": False}, "keep": {"last": 1}}
         self.root, self.actor = root, Exporter(load_config(node), LocalRunner(1))
-        for pin in holds.find_holds(root):
-            self.actor.export(chaos.request_for(pin))
+        for hold in holds.find_holds(root):
+            self.actor.export(chaos.request_for(hold))
 
     def save(self, source: Path, step: int) -> None:
         shutil.copytree(source, self.root / f"global_step_{step}")
@@ -46,14 +46,14 @@ class Run:
         from verl_autoexport.sources import holds
 
         try:
-            pin = holds.make_hold(self.root / f"global_step_{step}", step, "actor")
+            hold = holds.make_hold(self.root / f"global_step_{step}", step, "actor")
         except AutoExportError as e:
             return {"status": "failed", "reason": f"{type(e).__name__}: {e}"}
         try:
-            holds.choose(pin, chaos.request_for(pin).to_json())
+            holds.choose(hold, chaos.request_for(hold).to_json())
         except OSError as e:
             print(f"not durable: {e}", file=sys.stderr)
-        return vars(self.actor.export(chaos.request_for(pin)))
+        return vars(self.actor.export(chaos.request_for(hold)))
 
 
 def attempt(root: Path, source: Path, order: dict[str, Any]) -> dict[str, Any]:

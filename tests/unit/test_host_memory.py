@@ -1,4 +1,4 @@
-"""What memory is left, read from trees of files as the kernel shows them; and which copies may be pinned."""
+"""What memory is left, read from trees of files as the kernel shows them; and which copies may be page-locked."""
 
 from __future__ import annotations
 
@@ -73,18 +73,18 @@ def test_this_machine():
     assert 0 < headroom() < 1 << 50
 
 
-# -- what may be pinned --------------------------------------------------------------------
+# -- what may be page-locked ---------------------------------------------------------------
 
-LAYOUT = Layout(0, (), (64 * MIB, 33 * MIB))  # pinned: 64 and 64 MiB
+LAYOUT = Layout(0, (), (64 * MIB, 33 * MIB))  # page-locked: 64 and 64 MiB
 
 
-def test_pinned_memory_is_counted_in_powers_of_two():
+def test_page_locked_memory_is_counted_in_powers_of_two():
     assert (LAYOUT.nbytes, LAYOUT.page_locked_bytes) == (97 * MIB, 128 * MIB)
     assert Layout(0, (), (0,)).page_locked_bytes == 0
 
 
 def test_the_workers_of_a_node_share_what_is_left(caplog):
-    """Each alone would fit twice over; of node b the copies fit, but not pinned; c has just enough."""
+    """Each alone would fit twice over; of node b the copies fit, but not page-locked; c has just enough."""
     nodes, layouts = ["a", "b", "b", "c", "c"], [LAYOUT] * 5
     needed = 2 * (97 + 128) * MIB
     left = [GIB, needed - 1, needed - 1, needed, needed]

@@ -157,7 +157,7 @@ def test_checkpoints_lie_where_they_are_looked_for() -> None:
     save = function(TRAINER, "PPOTrainer._save_checkpoint")
     (folder,) = assigned(save, "local_global_step_folder")
     expected = "os.path.join(self.config.trainer.default_local_dir, f'global_step_{self.global_steps}')"
-    assert ast.unparse(folder.value) == expected, "pins lie in default_local_dir, beside global_step_N"
+    assert ast.unparse(folder.value) == expected, "holds lie in default_local_dir, beside global_step_N"
     for target, role in (("actor_local_path", "'actor'"), ("critic_local_path", "str(Role.Critic)")):
         (path,) = assigned(save, target)
         found = ast.unparse(path.value)
