@@ -141,11 +141,15 @@ def check_loading(
         found = _ask(request, timeout_s)
     except subprocess.TimeoutExpired:
         return dict.fromkeys(names, skipped(f"not finished within verify.timeout_s={timeout_s:g}"))
-    if found is None:
-        if load is True:
-            raise VerifyError(f"{directory}: the load check was killed (SIGKILL), probably for memory")
-        # Killed from outside: that says nothing of the model.
+    if found is None and load is not True:  # killed from outside, which says nothing of the model
         return dict.fromkeys(names, skipped("the process was killed (SIGKILL), probably for memory"))
+    return _passed(directory, found, names)
+
+
+def _passed(directory: Path, found: Mapping[str, CheckResult] | None, names: Sequence[str]) -> dict[str, CheckResult]:
+    """The results of a fresh process; VerifyError where a check failed, or where there are none."""
+    if found is None:
+        raise VerifyError(f"{directory}: the load check was killed (SIGKILL), probably for memory")
     for name, check in found.items():
         if check.status == "failed":
             raise VerifyError(f"{directory}: {name} failed: {check.detail}")
