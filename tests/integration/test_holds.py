@@ -18,6 +18,7 @@ from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.exporter import Exporter
 from verl_autoexport.service.request import ExportRequest
 from verl_autoexport.sources import holds
+from verl_autoexport.system.deadlines import start as begin
 
 STEP = 2
 
@@ -120,6 +121,16 @@ def test_a_kept_step_can_be_exported_by_hand(run):
         checkpoint_spec(hold.path, verify=False), Registry.create(run / "exports"), LocalRunner(1)
     )
     assert version.step == STEP
+
+
+def test_a_trigger_that_gives_no_reason_is_exported(run):
+    """Somebody may have written the request in a hold; a trigger is sound with a policy alone."""
+    rotate(run)
+    (pin,) = holds.find_holds(run)
+    holds.choose(pin, dict(pin.request) | {"triggers": [{"policy": "at_steps"}]})
+    assert begin(start, run).result(60)["status"] == "published"
+    (version,) = Registry(run / "exports").versions()
+    assert [t["policy"] for t in version.record.triggers] == ["at_steps"]
 
 
 def test_what_is_half_made_is_removed_and_what_cannot_be_read_is_not(run, caplog):

@@ -57,10 +57,14 @@ class Trigger:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Trigger:
         """The trigger in `data`, which anybody may have written: what is of a wrong type is left out."""
-        texts = {f.name: data.get(f.name) for f in dataclasses.fields(cls) if f.name != "value"}
-        texts = {key: text if isinstance(text, str) else None for key, text in texts.items()}
+
+        def text(key: str) -> str | None:
+            found = data.get(key)
+            return found if isinstance(found, str) else None
+
         value = data.get("value")
-        return cls(**texts, value=value if is_measured(value) else None)
+        number = value if is_measured(value) else None
+        return cls(text("policy") or "", text("reason") or "", text("name"), text("metric"), number, text("mode"))
 
 
 @dataclass(frozen=True)
