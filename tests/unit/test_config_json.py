@@ -20,6 +20,7 @@ def test_overlay_changes_only_what_differs():
     wanted = {"a": 1, "b": {"c": 4, "d": 3}, "text_config": {"vocab_size": 6}, "dtype": "bfloat16"}
     assert overlay(file, known, wanted) == {"a": 1, "b": {"c": 4, "x": 0}, "own": True, "vocab_size": 6}
     assert overlay(file, known, known) == file
+    assert overlay(file, known, known | {"text_config": None}) == file | {"text_config": None}
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ def overlay(
             _set_old_rope(changed, before if isinstance(before, Mapping) else {}, after)
         elif isinstance(before, Mapping) and isinstance(after, Mapping) and isinstance(file.get(spelled), Mapping):
             changed[spelled] = overlay(file[spelled], before, after, aliases, old)
-        elif key == "text_config" and key not in file:  # older files have the text model's keys beside the others
+        elif key == "text_config" and key not in file and isinstance(after, Mapping):
+            # Older files have the text model's keys beside the others.
             flat = {k for k in (before or {}) if k in file}
             changed |= overlay({k: file[k] for k in flat}, before or {}, after, aliases, old)
         else:
