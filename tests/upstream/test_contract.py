@@ -131,6 +131,20 @@ def test_our_name_leads_verl_to_our_class() -> None:
     assert found is AutoExportCallback, f"verl finds {found} under the name {CALLBACK}"
 
 
+@pytest.mark.parametrize(("given", "taken"), [(None, None), ("csv", "csv"), (["csv", "json"], "csv,json")])
+def test_external_lib_is_what_verl_takes(given: Any, taken: str | None) -> None:
+    from omegaconf import OmegaConf
+    from verl.utils.import_utils import import_external_libs
+
+    from verl_autoexport.trainers.verl_ppo import _run_info
+
+    import_external_libs(given)  # raises for what verl does not take
+    model = {"path": "m", "external_lib": given}
+    trainer = {"default_local_dir": "d", "project_name": "p", "experiment_name": "e"}
+    config = OmegaConf.create({"actor_rollout_ref": {"model": model}, "trainer": trainer})
+    assert _run_info(config, "actor").external_lib == taken
+
+
 def test_callback_is_built_first_in_the_trainer() -> None:
     first = [ast.unparse(statement) for statement in function(TRAINER, "PPOTrainer.__init__").body[:2]]
     expected = ["self.config = config", "self.checkpoint_callback = build_checkpoint_callback(config)"]

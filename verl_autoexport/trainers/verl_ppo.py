@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils.import_utils import load_class_from_fqn
@@ -99,8 +99,13 @@ def _run_info(config: DictConfig, role: str) -> RunInfo:
         base_model=_local(model.get("path")),
         lora_adapter=_local(model.get("lora_adapter_path")) if (model.get("lora_rank") or 0) > 0 else None,
         trust_remote_code=bool(model.get("trust_remote_code", False)),
-        external_lib=OmegaConf.to_container(model).get("external_lib"),
+        external_lib=_modules(model.get("external_lib")),
     )
+
+
+def _modules(external_lib: str | ListConfig | None) -> str | None:
+    """Names of modules separated by commas; verl takes one, or a list of them."""
+    return ",".join(external_lib) if isinstance(external_lib, ListConfig) else external_lib
 
 
 def _local(path: str | None) -> str | None:
