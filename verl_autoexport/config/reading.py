@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeGuard, get_args, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -87,10 +87,10 @@ def _read(cls: type, data: Any, key: str) -> Any:
 
 
 def _read_field(cls: type, f: dataclasses.Field, hint: Any, value: Any, key: str) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if _is_mapping(hint):
         return _read(hint, value, key)
     item = (*get_args(hint), None)[0]
-    if dataclasses.is_dataclass(item):
+    if _is_mapping(item):
         if isinstance(value, list):
             return tuple(_read(item, v, f"{key}[{i}]") for i, v in enumerate(value))
         return () if value is None else (_read(item, value, key),)
@@ -101,6 +101,11 @@ def _read_field(cls: type, f: dataclasses.Field, hint: Any, value: Any, key: str
     for v in value if isinstance(value, tuple) else (value,):
         _check_rule(f, v, key)
     return value
+
+
+def _is_mapping(hint: Any) -> TypeGuard[type]:
+    """Whether what has this type is given as a mapping: one of the schema's dataclasses."""
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
 def _typed(cls: type, name: str, hint: Any, value: Any, key: str) -> Any:
@@ -179,5 +184,5 @@ def _all_keys(cls: type = AutoExportConfig, key: str = ROOT) -> Iterable[str]:
     for name, hint in get_type_hints(cls).items():
         yield f"{key}.{name}"
         for part in (hint, *get_args(hint)):
-            if dataclasses.is_dataclass(part):
+            if _is_mapping(part):
                 yield from _all_keys(part, f"{key}.{name}")

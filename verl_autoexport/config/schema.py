@@ -74,7 +74,7 @@ def _placement(value: Any, key: str) -> dict[str, dict[str, Any]]:
         for name, entry in entries.items():
             if not isinstance(name, str) or isinstance(entry, bool) or not isinstance(entry, types):
                 raise refused(f"{key}.{kind}.{name}", entry, expected)
-            if name in ("CPU", "GPU", "memory") or (kind == "resources" and entry <= 0):
+            if name in ("CPU", "GPU", "memory") or (not isinstance(entry, str) and entry <= 0):
                 raise refused(f"{key}.{kind}.{name}", entry, "a resource of your own, and more than 0 of it")
     return {kind: dict(value.get(kind) or {}) for kind in ("resources", "labels")}
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 DROPPABLE_POLICIES = frozenset({"every_n_steps", "every_seconds", "on_save"})
 """Policies whose milestones back pressure or `min_steps_between` may drop; no other ever is."""
@@ -104,7 +104,7 @@ def as_number(value: Any) -> float | None:
         return None
 
 
-def is_measured(value: Any) -> bool:
+def is_measured(value: object) -> TypeGuard[float]:
     """Whether it is a finite number."""
     if type(value) is float:
         return math.isfinite(value)
@@ -114,7 +114,7 @@ def is_measured(value: Any) -> bool:
         return False
 
 
-def is_trigger(value: Any) -> bool:
+def is_trigger(value: object) -> TypeGuard[Mapping[str, Any]]:
     """Whether `Trigger.from_dict` can take it as somebody wrote it."""
     # The value is judged where it is compared.
     texts = ("reason", "name", "metric", "mode")

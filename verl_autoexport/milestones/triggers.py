@@ -254,8 +254,11 @@ def build_policies(config: TriggerConfig) -> list[Policy]:
 
 
 def _threshold(t: ThresholdConfig) -> Threshold:
-    mode, limit = ("above", t.above) if t.above is not None else ("below", t.below)
-    return Threshold(t.name, t.metric, limit, mode, t.once)
+    if t.above is not None:
+        return Threshold(t.name, t.metric, t.above, "above", t.once)
+    if t.below is not None:
+        return Threshold(t.name, t.metric, t.below, "below", t.once)
+    raise ConfigError(f"threshold ({t.metric}): expected one of above, below; found none.")
 
 
 def decide(

@@ -18,6 +18,7 @@ from verl_autoexport.registry.history import past
 from verl_autoexport.registry.journal_reader import WORTH, Notes
 from verl_autoexport.registry.state import Facts, is_name
 from verl_autoexport.system.durable_files import fsync_dir, temp_path
+from verl_autoexport.system.untrusted import is_count
 
 _REPORTS = 100  # the last ones, which tell of the last runs
 _PER_STEP = frozenset({"asked", *journal.OUTCOMES})
@@ -73,14 +74,15 @@ def keep(entries: Sequence[dict[str, Any] | None]) -> list[int]:
     """The indices of what is not void, in order; None is a damaged line."""
     kept, seen, reports, standing = [], set(), 0, _standing(entries)
     for index in range(len(entries) - 1, -1, -1):  # the last word on something makes the earlier ones void
-        entry = entries[index]
-        event, void = entry["event"] if entry else None, False
-        if event in _PER_STEP and journal.is_count(entry.get("step")):
+        entry, void = entries[index], False
+        if entry is None:
+            pass
+        elif entry["event"] in _PER_STEP and is_count(entry.get("step")):
             void = index not in standing
-        elif (key := _last_only(event, entry)) is not None:
+        elif (key := _last_only(entry)) is not None:
             void = key in seen
             seen.add(key)
-        elif event == "report":
+        elif entry["event"] == "report":
             reports += 1
             void = reports > _REPORTS
         if not void:
@@ -94,11 +96,13 @@ def _standing(entries: Iterable[dict[str, Any] | None]) -> set[int]:
     last: dict[int, int] = {}
     published = set()
     for index, entry in enumerate(entries):
-        event = entry["event"] if entry else None
-        if event == "superseded" and journal.is_count(at := entry.get("resumed_at")):
+        if entry is None:
+            continue
+        event = entry["event"]
+        if event == "superseded" and is_count(at := entry.get("resumed_at")):
             first = {step: i for step, i in first.items() if step <= at}
             last = {step: i for step, i in last.items() if step <= at}
-        elif event in _PER_STEP and journal.is_count(step := entry.get("step")):
+        elif event in _PER_STEP and is_count(step := entry.get("step")):
             if event == "asked":
                 first[step] = index
             else:
@@ -108,8 +112,9 @@ def _standing(entries: Iterable[dict[str, Any] | None]) -> set[int]:
     return {*first.values(), *last.values(), *published}
 
 
-def _last_only(event: str | None, entry: dict[str, Any] | None) -> tuple[str, str] | None:
+def _last_only(entry: dict[str, Any]) -> tuple[str, str] | None:
     """What an entry speaks of, where only the last one of it counts."""
+    event = entry["event"]
     if event in ("pinned", "unpinned") and is_name(name := entry.get("version")):
         return "pin", name
     if event == "delete_failed" and isinstance(path := entry.get("path"), str):

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from verl_autoexport.milestones.events import Milestone, Trigger, is_measured
+from verl_autoexport.milestones.events import Milestone, Trigger
 from verl_autoexport.registry import journal
 from verl_autoexport.registry.record import created_at
 from verl_autoexport.registry.state import State, is_name, number_of
 from verl_autoexport.registry.versions import Version
+from verl_autoexport.system.untrusted import is_count
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,11 @@ def past(entries: Iterable[dict[str, Any]]) -> dict[str, Exported]:
     found: dict[str, Exported] = {}
     for entry in entries:
         name, step = entry.get("version"), entry.get("step")
-        if entry["event"] == "superseded" and journal.is_count(resumed_at := entry.get("resumed_at")):
+        if entry["event"] == "superseded" and is_count(resumed_at := entry.get("resumed_at")):
             found = {name: e for name, e in found.items() if e.step <= resumed_at}
-        elif entry["event"] == "removed" and is_name(name) and journal.is_count(step) and not entry.get("superseded"):
-            triggers, created = entry.get("triggers"), entry.get("created")
-            triggers = [t for t in triggers if isinstance(t, dict)] if isinstance(triggers, list) else []
-            triggers = tuple(Trigger.from_dict(t).to_dict() for t in triggers)
-            created = float(created) if is_measured(created) else 0.0
-            found[name] = Exported(name, step, created, triggers, entry.get("fingerprint"))
+        elif entry["event"] == "removed" and is_name(name) and is_count(step) and not entry.get("superseded"):
+            triggers = tuple(t.to_dict() for t in journal.triggers(entry))
+            found[name] = Exported(name, step, journal.seconds(entry, "created"), triggers, entry.get("fingerprint"))
     return found
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.milestones.events import Milestone, Trigger, is_measured
 from verl_autoexport.system.durable_files import fsync_dir, to_json
+from verl_autoexport.system.untrusted import is_count
 
 NAME = ".journal.jsonl"
 OUTCOMES = ("published", "failed", "dropped")
@@ -128,23 +129,21 @@ def replay(entries: Iterable[dict[str, Any]]) -> dict[int, Fate]:
         if event == "superseded" and is_count(resumed_at := entry.get("resumed_at")):
             fates = {step: fate for step, fate in fates.items() if step <= resumed_at}
         elif is_count(step := entry.get("step")) and event == "asked":
-            fates[step] = Fate(step, _time(entry), _triggers(entry), entry=entry)
+            fates[step] = Fate(step, seconds(entry, "time"), triggers(entry), entry=entry)
         elif is_count(step) and event in OUTCOMES:
             # An outcome keeps the time and reasons of the asking, unless that line was lost.
-            asked = fates.get(step) or Fate(step, _time(entry), _triggers(entry))
+            asked = fates.get(step) or Fate(step, seconds(entry, "time"), triggers(entry))
             fates[step] = Fate(step, asked.time, asked.triggers, event, entry)
     return fates
 
 
-def is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _time(entry: dict[str, Any]) -> float:
-    value = entry.get("time")
+def seconds(entry: dict[str, Any], key: str) -> float:
+    """The number under `key`; 0 where there is none."""
+    value = entry.get(key)
     return float(value) if is_measured(value) else 0.0
 
 
-def _triggers(entry: dict[str, Any]) -> tuple[Trigger, ...]:
+def triggers(entry: dict[str, Any]) -> tuple[Trigger, ...]:
+    """Those that an entry lists, as far as they are any."""
     found = entry.get("triggers")
     return tuple(Trigger.from_dict(t) for t in found if isinstance(t, dict)) if isinstance(found, list) else ()

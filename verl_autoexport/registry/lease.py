@@ -93,7 +93,8 @@ def read(root: Path) -> Owner | None:
     """The owner on record; None where there is none, or where the record is damaged."""
     try:
         data = read_json(root / NAME)
-        owner = Owner(**{key: data.get(key) for key in Owner.__dataclass_fields__})
+        found: dict[str, Any] = {key: data.get(key) for key in Owner.__dataclass_fields__}  # of any type, until below
+        owner = Owner(**found)
         texts = (owner.token, owner.host, owner.run, owner.since, owner.place or "", owner.born or "")
         sound = all(isinstance(text, str) for text in texts)
         return owner if sound and isinstance(owner.pid, int) and not isinstance(owner.pid, bool) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+from functools import cached_property
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
@@ -24,13 +25,10 @@ class RootLock:
     def __init__(self, root: Path) -> None:
         self.root, self.path = root, root / NAME
         self.flaw: str | None = None
-        self._lock: BaseFileLock | None = None
 
     def acquire(self, timeout_s: float) -> None:
         """Raises RegistryBusy when another process holds it for so long."""
         try:
-            if self._lock is None:
-                self._choose()
             self._lock.acquire(timeout=timeout_s, poll_interval=_POLL_S)
         except Timeout:
             held = f"{self._lock.lock_file}: held by another process for more than {timeout_s:g} s"
@@ -46,18 +44,19 @@ class RootLock:
         kind = FileLock if self.flaw is None else SoftFileLock
         return kind(f"{path}.lock", thread_local=False)
 
-    def _choose(self) -> None:
+    @cached_property
+    def _lock(self) -> BaseFileLock:
+        """Chosen when it is first acquired: trying how locks work makes the file."""
         self.flaw = flaw_of(self.path)
         if self.flaw is None:
-            self._lock = FileLock(self.path)
-            return
+            return FileLock(self.path)
         log.warning(
             "verl_autoexport: %s: locks do not work on this file system (%s); a file takes their place, and no command "
             "writes here while a run is alive",
             self.root,
             self.flaw,
         )
-        self._lock = SoftFileLock(f"{self.path}{SOFT_SUFFIX}")
+        return SoftFileLock(f"{self.path}{SOFT_SUFFIX}")
 
 
 def flaw_of(path: Path) -> str | None:

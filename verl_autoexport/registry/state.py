@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import journal
@@ -14,7 +14,7 @@ from verl_autoexport.registry.pointers import POINTER
 from verl_autoexport.registry.retention import Keep, from_dict
 from verl_autoexport.registry.versions import NAME
 from verl_autoexport.system.durable_files import write_json_atomic
-from verl_autoexport.system.untrusted import read_json
+from verl_autoexport.system.untrusted import is_count, read_json
 
 FILE = "registry.json"
 SCHEMA_VERSION = 1
@@ -112,7 +112,7 @@ def supersede(state: State, entry: dict[str, Any]) -> None:
 
 def _supersede(superseded: dict[str, dict[str, Any]], entry: dict[str, Any]) -> None:
     names, resumed_at = entry.get("versions"), entry.get("resumed_at")
-    if not isinstance(names, list) or not journal.is_count(resumed_at):
+    if not isinstance(names, list) or not is_count(resumed_at):
         return
     for name in filter(is_name, names):
         superseded.setdefault(name, {"resumed_at": resumed_at, "at": entry.get("at")})
@@ -122,27 +122,32 @@ def number_of(name: str) -> int:
     return int(name[1 : name.index("-")])
 
 
-def is_name(name: Any) -> bool:
+def is_name(name: object) -> TypeGuard[str]:
+    """Whether it is the name of a version's directory."""
     return isinstance(name, str) and len(name) < 256 and NAME.fullmatch(name) is not None
 
 
 def _parse(path: Path) -> State:
     data = read_json(path)
     schema = data.get("schema_version")
-    if journal.is_count(schema) and schema > SCHEMA_VERSION:
+    if is_count(schema) and schema > SCHEMA_VERSION:
         # Not damage: rebuilding would throw away what a newer program wrote.
         raise RegistryError(f"{path}: schema_version {schema} is newer than {SCHEMA_VERSION}: upgrade verl_autoexport")
     next_version, superseded = data.get("next_version"), data.get("superseded")
-    pins, pointers, removed = data.get("pins"), data.get("pointers"), data.get("removed", [])
-    if schema != SCHEMA_VERSION or not journal.is_count(next_version) or next_version > _LARGEST:
+    pointers = data.get("pointers")
+    if schema != SCHEMA_VERSION or not is_count(next_version) or next_version > _LARGEST:
         raise ValueError(f"schema_version {schema!r} or next_version {next_version!r} is not as it must be")
     if not isinstance(superseded, dict) or not all(map(is_name, superseded)):
         raise ValueError("superseded: expected an object keyed by version directories")
-    if not all(isinstance(mark, dict) and journal.is_count(mark.get("resumed_at")) for mark in superseded.values()):
+    if not all(isinstance(mark, dict) and is_count(mark.get("resumed_at")) for mark in superseded.values()):
         raise ValueError("superseded: expected objects with resumed_at")
-    for key, names in (("pins", pins), ("removed", removed)):
-        if not isinstance(names, list) or not all(map(is_name, names)):
-            raise ValueError(f"{key}: expected a list of version directories")
+    pins, removed = _names("pins", data.get("pins")), _names("removed", data.get("removed", []))
     if not isinstance(pointers, dict) or not all(POINTER.fullmatch(k) and is_name(v) for k, v in pointers.items()):
         raise ValueError("pointers: expected an object from latest, best… to version directories")
     return State(next_version, superseded, pins, pointers, removed)
+
+
+def _names(key: str, value: object) -> list[str]:
+    if not isinstance(value, list) or not all(map(is_name, value)):
+        raise ValueError(f"{key}: expected a list of version directories")
+    return value

@@ -36,7 +36,7 @@ from verl_autoexport.registry.record import RECORD, ExportRecord, read_record
 from verl_autoexport.registry.retention import Judgement, Keep
 from verl_autoexport.registry.staging import Staging
 from verl_autoexport.registry.state import State
-from verl_autoexport.registry.versions import LIKE_A_NAME, Version, names_like_versions, version_name
+from verl_autoexport.registry.versions import Version, names_like_versions, version_name
 from verl_autoexport.system.durable_files import fsync_dir, fsync_tree, is_temp, temp_path, write_json_atomic
 
 __all__ = ["Registry", "Staging", "Version", "read_record", "write_json_atomic"]
@@ -281,7 +281,7 @@ class Registry(Reader):
             raise RegistryError(f"{staged.path}: not a staging directory in {self._staging}")
 
     def _next_number(self, state: State) -> int:
-        taken = [int(LIKE_A_NAME.fullmatch(name)[1]) for name in names_like_versions(self.root)]
+        taken = map(states.number_of, names_like_versions(self.root))
         return max(state.next_version, self._notes.facts().next_version, 1 + max(taken, default=0))
 
     def _rename(self, staged: Staging, record: ExportRecord) -> Version:

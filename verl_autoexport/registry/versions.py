@@ -89,7 +89,10 @@ def names_like_versions(root: Path) -> list[str]:
 
 
 def _read_version(path: Path) -> ExportRecord:
-    number, step = map(int, LIKE_A_NAME.fullmatch(path.name).groups())
+    match = LIKE_A_NAME.fullmatch(path.name)
+    if match is None:
+        raise RegistryError(f"{path}: not a version's name")
+    number, step = int(match[1]), int(match[2])
     if path.name != version_name(number, step):
         raise RegistryError(f"{path}: not a version's name, which would be {version_name(number, step)}")
     if path.is_symlink():

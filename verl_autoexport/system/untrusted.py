@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 MAX_JSON_BYTES = 64 << 20
 
@@ -52,11 +52,11 @@ def leads_out(path: Path, root: Path) -> bool:
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))  # knows links in a circle
 
 
-def is_plain_name(name: object) -> bool:
+def is_plain_name(name: object) -> TypeGuard[str]:
     """Whether `name` is that of a file in its directory, and leads nowhere else."""
     return isinstance(name, str) and name not in ("", ".", "..") and len(name) < 256 and not {"/", "\\", "\0"} & {*name}
 
 
-def is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """Whether it is a whole number from 0 on."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
