@@ -479,6 +479,7 @@ IMPORTED = {
     "transformers.conversion_mapping": {"get_model_conversion_mapping"},
     "transformers.core_model_loading": {
         "WeightConverter",
+        "WeightRenaming",
         "build_glob_alternation",
         "dot_natural_key",
         "rename_source_key",

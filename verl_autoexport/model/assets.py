@@ -12,13 +12,14 @@ import fnmatch
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from verl_autoexport.errors import PlanError
 from verl_autoexport.model import asset_facts, custom_code, transformers4_form
 from verl_autoexport.model.asset_facts import WEIGHTS, Facts, Unreadable
 from verl_autoexport.model.base_model import BaseModel
@@ -74,9 +75,11 @@ def write_config(
     would write it. `dtype` None: each tensor has that of the base, and so has the file. `values`, by
     dotted key, replace the trained model's.
     """
-    config = skeleton.config
+    config, named = skeleton.config, dtype or (base and base.usual_dtype)
+    if named is None:
+        raise PlanError(f"{target}: config.json would name the dtype of the base model, and there is none at hand.")
     set_values(config, values)
-    config.dtype = dtype or base.usual_dtype  # nested ones were set when the skeleton was built
+    config.dtype = named  # nested ones were set when the skeleton was built
     config.architectures = [architecture(config)]
     config.save_pretrained(target)
     if base is None:
@@ -147,9 +150,15 @@ class _Work:
 
     def theirs(self, kind: tuple[str, ...]) -> list[Path]:
         """The base's files of a kind; in the hub's cache they are links."""
-        folders = (self.base, self.base / "additional_chat_templates") if self.base else ()
+        if self.base is None:
+            return []
+        folders = (self.base, self.base / "additional_chat_templates")
         paths = (p for folder in folders if folder.is_dir() for p in sorted(folder.iterdir()) if p.is_file())
         return [p for p in (p.relative_to(self.base) for p in paths) if _kind(p) == kind]
+
+    def base_with(self, has: Callable[[Path], bool]) -> Path | None:
+        """The base's directory, if that `has` what is asked for."""
+        return self.base if self.base is not None and has(self.base) else None
 
     def facts(self, directory: Path | None) -> Facts | None:
         """Those of the tokenizer in `directory`; None where there is none, or none that can be loaded."""
@@ -176,24 +185,26 @@ class _Work:
 
     def add_code(self) -> list[str]:
         """The code of a tokenizer or processor that the base has filled in."""
-        lost = [m for m in _auto_maps(self.target) if custom_code.broken(m, self.target)] if self.base else []
-        needed = [p.relative_to(self.base) for p in custom_code.files(lost, self.base)] if lost else []
+        if self.base is None:
+            return []
+        lost = [m for m in _auto_maps(self.target) if custom_code.broken(m, self.target)]
+        needed = [p.relative_to(self.base) for p in custom_code.files(lost, self.base)]
         needed = [p for p in needed if not (self.target / p).exists()]
         _copy(self.base, self.target, needed)
         return [f"code of the base model's own: {', '.join(map(str, needed))}"] if needed else []
 
     def write_tokenizer(self) -> list[str]:
-        own, theirs = asset_facts.has_tokenizer(self.run), self.base and asset_facts.has_tokenizer(self.base)
-        if not own and not theirs:
-            return ["no tokenizer: the run saved none, so this version has none; add the base model's to serve it"]
-        if not own:
-            self.tokenizer = self.base
-            _copy(self.base, self.target, self.theirs(_TOKENIZER))
+        base = self.base_with(asset_facts.has_tokenizer)
+        if not asset_facts.has_tokenizer(self.run):
+            if base is None:
+                return ["no tokenizer: the run saved none, so this version has none; add the base model's to serve it"]
+            self.tokenizer = base
+            _copy(base, self.target, self.theirs(_TOKENIZER))
             return ["tokenizer: the base model's; the run saved none"]
         self.tokenizer = self.run
         facts = self.facts(self.run)
-        if theirs and facts is not None and _same(facts, self.facts(self.base)):
-            _copy(self.base, self.target, self.theirs(_TOKENIZER))
+        if base is not None and facts is not None and _same(facts, self.facts(base)):
+            _copy(base, self.target, self.theirs(_TOKENIZER))
             if _same(facts, self.facts(self.target)):  # beside an adapter there is no config.json to tell its class
                 return []
             for path in self.theirs(_TOKENIZER):
@@ -202,22 +213,23 @@ class _Work:
         if facts is None:
             return []
         with transformers4_form.tried(self.target, ("tokenizer_config.json",)) as keep:
-            transformers4_form.write_tokenizer(self.target, self.base if theirs else None, facts)
+            transformers4_form.write_tokenizer(self.target, base, facts)
             keep(_same(facts, self.facts(self.target)))
         return []
 
     def write_processor(self) -> list[str]:
-        own, theirs = asset_facts.has_processor(self.run), self.base and asset_facts.has_processor(self.base)
-        if not own:
-            if theirs:
-                self.processor = self.base
-                _copy(self.base, self.target, self.theirs(_PROCESSOR))
-            return ["processor: the base model's; the run saved none"] if theirs else []
+        base = self.base_with(asset_facts.has_processor)
+        if not asset_facts.has_processor(self.run):
+            if base is None:
+                return []
+            self.processor = base
+            _copy(base, self.target, self.theirs(_PROCESSOR))
+            return ["processor: the base model's; the run saved none"]
         self.processor = self.run
         with suppress(Unreadable):
             facts = asset_facts.processor_facts(self.run, self.trust)
-            if theirs and facts == asset_facts.processor_facts(self.base, self.trust):
-                _copy(self.base, self.target, self.theirs(_PROCESSOR))
+            if base is not None and facts == asset_facts.processor_facts(base, self.trust):
+                _copy(base, self.target, self.theirs(_PROCESSOR))
                 return []
         _copy(self.run, self.target, self.own(_PROCESSOR))
         transformers4_form.write_processor(self.target)
@@ -227,14 +239,15 @@ class _Work:
         """The run's templates; in the base's spelling, and in that of `chat_template.jinja`."""
         run, base = self.facts(self.run), self.facts(self.base)
         if run is None:  # no tokenizer, or none that can be loaded here: then the files are copied as they are
-            own, theirs = self.own(_TEMPLATE), self.theirs(_TEMPLATE)
+            own = self.own(_TEMPLATE)
             side = self.run if own or self.tokenizer == self.run else self.base
-            _copy(side, self.target, own if side == self.run else theirs)
+            if side is not None:
+                _copy(side, self.target, own if side == self.run else self.theirs(_TEMPLATE))
             self.processor_template = side if self.processor is not None else None
             return
         wanted, unchanged = run["chat template"], base is not None and run["chat template"] == base["chat template"]
         legacy = any(p.name == transformers4_form.LEGACY_TEMPLATE for p in self.theirs(_TEMPLATE))
-        if unchanged:
+        if self.base is not None and unchanged:
             files = [
                 p for p in self.theirs(_TEMPLATE) if self.processor or p.name != transformers4_form.LEGACY_TEMPLATE
             ]
@@ -252,12 +265,12 @@ class _Work:
 
     def write_generation_config(self) -> list[str]:
         own, theirs = self.run / _GENERATION, self.base / _GENERATION if self.base else None
-        has_own, has_theirs = own.is_file() and not own.is_symlink(), theirs is not None and theirs.is_file()
-        if not has_own and not has_theirs:
-            return ["no generation config: the run saved none; engines use their defaults"]
-        if has_theirs and (not has_own or _settings(own) == _settings(theirs)):
+        has_own = own.is_file() and not own.is_symlink()
+        if theirs is not None and theirs.is_file() and (not has_own or _settings(own) == _settings(theirs)):
             shutil.copyfile(theirs, self.target / _GENERATION)
             return [] if has_own else ["generation config: the base model's; the run saved none"]
+        if not has_own:
+            return ["no generation config: the run saved none; engines use their defaults"]
         shutil.copyfile(own, self.target / _GENERATION)
         return []
 
@@ -307,7 +320,7 @@ def _kind(path: Path) -> tuple[str, ...] | None:
     return next((kind for kind in _KINDS if any(fnmatch.fnmatch(name, pattern) for pattern in kind)), None)
 
 
-def _copy(source: Path | None, target: Path, files: Iterable[Path]) -> None:
+def _copy(source: Path, target: Path, files: Iterable[Path]) -> None:
     for relative in files:
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / relative, target / relative)
@@ -346,8 +359,8 @@ def _edit(path: Path, ids: Mapping[str, int], add: bool = False) -> str:
     except (OSError, ValueError):
         return ""
     said = []
-    for node in (data, data.get("text_config")):
-        for key, value in ids.items() if isinstance(node, dict) else ():
+    for node in (n for n in (data, data.get("text_config")) if isinstance(n, dict)):
+        for key, value in ids.items():
             before = node.get(key)
             known = before if isinstance(before, list) else [] if before is None else [before]
             if value in known or (node is not data and key not in node):

@@ -68,7 +68,7 @@ class Contract:
     @property
     def notes(self) -> list[str]:
         """Of what a reader of `export.json` should know, the lines for its `notes`."""
-        if self.differs:
+        if self.base is not None and self.differs:
             return [f"differs from the base model {self.base.directory}: {self.differs}"]
         if self.carried:
             return [f"the base's own, which training never read, were taken along: {brief(self.carried)}"]
@@ -83,7 +83,7 @@ class Contract:
         Layers for multi-token prediction are counted there. Engines look for as many, and verl sets
         the number to 0: where the layers are carried along it is the base's, where they are left out 0.
         """
-        if not self.unread:
+        if self.base is None or not self.unread:
             return {}
         return {key: value if self.carried else 0 for key, value in self.base.predicting.items()}
 
@@ -247,10 +247,11 @@ def _way_out(value: str) -> str:
 
 def apply_base(outputs: Iterable[Output], contract: Contract, dtype: str) -> list[Output]:
     """`outputs` under the base's names, in its layout and, if `dtype` is `base`, in its dtypes."""
-    check_dtype(dtype, contract.base, contract.reason)
+    base = contract.base
+    check_dtype(dtype, base, contract.reason)
     outputs = contract.spelling.apply(outputs)
-    if dtype == "base":
-        outputs = [replace(o, dtype=_base_dtype(o, contract.base)) for o in outputs]
+    if dtype == "base" and base is not None:
+        outputs = [replace(o, dtype=_base_dtype(o, base)) for o in outputs]
     return [o.swapped if o.name in contract.transposed else o for o in outputs]
 
 
@@ -262,9 +263,10 @@ def carry(
     A tensor in the base's usual dtype gets the one of the export, as the layers beside it have; one
     that the base keeps in another (scales, biases of routers) stays as it is.
     """
-    if not contract.carried:
+    base = contract.base
+    if base is None or not contract.carried:
         return manifest, outputs
-    base, usual = contract.base, contract.base.usual_dtype
+    usual = base.usual_dtype
     outputs, tensors = list(outputs), {name: base.files.tensors[name] for name in contract.carried}
     for name, entry in tensors.items():
         if entry.dtype not in SAFETENSORS_DTYPE:

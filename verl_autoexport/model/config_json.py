@@ -88,10 +88,10 @@ def overlay(
     return changed
 
 
-def _is_old(file: dict[str, Any]) -> bool:
+def _is_old(file: Mapping[str, Any]) -> bool:
     """Whether a file is of the style of transformers 4."""
     new = str(file.get("transformers_version", "")).startswith("5")
-    return not new and not any("rope_parameters" in node for node in _nodes(file))
+    return not new and not any("rope_parameters" in node for node in _nodes(dict(file)))
 
 
 def _aliases(config: Any) -> dict[str, frozenset[str]]:

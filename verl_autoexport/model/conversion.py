@@ -129,11 +129,11 @@ class Loading:
 
     def __init__(self, skeleton: PreTrainedModel) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, rename_source_key
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         mapping = get_model_conversion_mapping(skeleton)
         self.converters = [t for t in mapping if isinstance(t, WeightConverter)]
-        self.renamings = [t for t in mapping if not isinstance(t, WeightConverter)]
+        self.renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
         self.state = skeleton.state_dict()
         self.prefix = skeleton.base_model_prefix
         self.rename = rename_source_key
@@ -154,7 +154,7 @@ class Loading:
         """What transformers calls it in its report, if the class does not read it."""
         found, pattern = self.place(name)
         converter = next((c for c in self.converters if pattern in c.source_patterns), None)
-        targets = converter.target_patterns if converter else ()
+        targets = converter.target_patterns if converter else []
         return {found, *(found.replace(targets[0], target) for target in targets)}
 
 

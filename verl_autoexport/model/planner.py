@@ -61,7 +61,7 @@ def plan_model(
     adapter = lora.read_adapter(manifest, skeleton, checkpoint, options.lora_config)
     if adapter is None and options.lora != "fused":
         raise PlanError(f"{checkpoint}: lora={options.lora}, but the shards hold no LoRA weights.")
-    if options.lora == "adapter":
+    if adapter is not None and options.lora == "adapter":
         plan = one_file_plan(lora.plan_adapter(adapter, manifest, options.dtype))
         return Planned(
             skeleton, manifest, plan, Contract(reason="an adapter holds none of the base's tensors"), adapter
@@ -84,7 +84,7 @@ def plan_model(
     apart = _unchanging(frozen, grouped, outputs, fusions, contract)
     held, outputs = carry(contract, held, outputs, options.dtype)
     plan = make_plan(held, outputs, options.max_shard_size, fusions, apart)
-    if options.lora == "both":
+    if adapter is not None and options.lora == "both":
         plan = replace(plan, files=(*plan.files, lora.plan_adapter(adapter, held, options.dtype, f"{ADAPTER_FOLDER}/")))
     return Planned(skeleton, held, plan, contract, adapter, sums.runs())
 

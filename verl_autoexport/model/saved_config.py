@@ -102,7 +102,7 @@ def _with_code(
     if base is not None:
         with suppress(OSError, ValueError):
             theirs = custom_code.localized(read_json(base / _CONFIG).get("auto_map") or {}, base)
-    if theirs and not custom_code.broken(theirs, base):
+    if base is not None and theirs and not custom_code.broken(theirs, base):
         files = custom_code.files([theirs], base)
         notes.append(f"auto_map is the base model's: the run's leads to {lost[0]}, which the run did not save")
         return config | {"auto_map": theirs}, {path.relative_to(base): path for path in files}

@@ -24,7 +24,7 @@ _AUTO_CLASSES = (
     "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForTokenClassification",
     "AutoModelForSequenceClassification", "AutoModel",
 )  # fmt: skip
-_KIND = re.compile(r"For[A-Z]\w*$|Model$|$")
+_KIND = re.compile(r"For[A-Z]\w*$|Model$")
 """The end of a class's name, which says what it is for."""
 _TRUST = " Its code is in the checkpoint: set trust_remote_code (`--trust-remote-code`) if you trust it."
 
@@ -93,7 +93,7 @@ def _of_the_config(cls: type[PreTrainedModel], config: PretrainedConfig, directo
         return cls
     for auto in _AUTO_CLASSES:
         found = getattr(transformers, auto)._model_mapping.get(type(config), None)
-        if isinstance(found, type) and _KIND.search(found.__name__)[0] == _KIND.search(cls.__name__)[0]:
+        if isinstance(found, type) and _kind(found) == _kind(cls):
             return found
     raise PlanError(
         f"{directory / 'config.json'}: architectures names {cls.__name__}, whose model_type is {known.model_type!r}, "
@@ -101,8 +101,14 @@ def _of_the_config(cls: type[PreTrainedModel], config: PretrainedConfig, directo
     )
 
 
+def _kind(cls: type) -> str:
+    return match[0] if (match := _KIND.search(cls.__name__)) else ""
+
+
 def architecture(config: PretrainedConfig) -> str:
-    """The name of the model's class."""
+    """The name of the model's class; raises PlanError where the configuration has none."""
+    if not config.architectures:
+        raise PlanError("`architectures` is missing in the model's configuration; expected the model class's name.")
     return first_architecture(config.architectures)
 
 

@@ -8,7 +8,7 @@ source tensor they are. Copies are made aliases meanwhile, and joins are remembe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,16 +71,21 @@ class _Ops(TorchDispatchMode):
         if func is _aten.clone.default:
             return _aten.alias.default(args[0])
         if func is _aten.stack.default:
-            dim = args[1] if len(args) > 1 else 0
-            args = ([t.unsqueeze(dim) for t in args[0]], dim)
+            parts, dim = _joined(*args)
+            args = ([t.unsqueeze(dim) for t in parts], dim)
             func = _aten.cat.default
         result = func(*args, **(kwargs or {}))
         if func._schema.is_mutable:
             self.written |= {_storage(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         if func is _aten.cat.default:
-            dim = args[1] if len(args) > 1 else 0
-            self.joins[_storage(result)] = _Join(result, tuple(args[0]), dim % result.ndim)
+            parts, dim = _joined(*args)
+            self.joins[_storage(result)] = _Join(result, tuple(parts), dim % result.ndim)
         return result
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> tuple[Sequence[torch.Tensor], int]:
+    """The arguments of `stack` and `cat`."""
+    return parts, dim
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -117,7 +122,7 @@ def _view(tensor: torch.Tensor, fqn: str, source: torch.Tensor) -> tuple[Piece]:
     zeros = (0,) * len(shape)
     if tensor.is_contiguous() and tensor.numel() == source.numel():
         return (Piece(fqn, zeros, shape, None, (0,) * tensor.ndim),)
-    start = _unravel(tensor.storage_offset(), shape)
+    start = _unravel(int(tensor.storage_offset()), shape)
     extent, dims = [1] * len(shape), []
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         dim = None

@@ -41,7 +41,7 @@ def write_tokenizer(directory: Path, base: Path | None, facts: Mapping[str, Any]
     if not config:
         return
     name = config.get("tokenizer_class")
-    config["tokenizer_class"] = _CLASSES.get(name, name)
+    config["tokenizer_class"] = _CLASSES.get(str(name), name)
     if isinstance(extra := config.get("extra_special_tokens"), list):
         del config["extra_special_tokens"]
         if extra:

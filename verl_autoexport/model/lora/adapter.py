@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,9 @@ from verl_autoexport.model.lora.fusion import Fusion
 from verl_autoexport.model.skeleton import tied_names
 from verl_autoexport.shards.manifest import FLOATING, ShardManifest, TensorEntry
 from verl_autoexport.shards.safetensors_files import model_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -62,7 +65,7 @@ class _Names:
 
 
 def read_adapter(
-    manifest: ShardManifest, skeleton: torch.nn.Module, checkpoint: Path, config: Path | None = None
+    manifest: ShardManifest, skeleton: PreTrainedModel, checkpoint: Path, config: Path | None = None
 ) -> Adapter | None:
     """The adapter in the shards, None where they hold none; `config` is an `adapter_config.json` or its directory.
 
@@ -149,7 +152,7 @@ def _read_names(manifest: ShardManifest) -> _Names:
     return names
 
 
-def _check_whole(names: _Names, skeleton: torch.nn.Module) -> None:
+def _check_whole(names: _Names, skeleton: PreTrainedModel) -> None:
     """A target whose LoRA is lost would come out as the base has it, and nothing later could tell."""
     wrapped = {name.rpartition(".")[0] for name, fqn in names.base.items() if ".base_layer." in fqn}
     if lost := sorted(wrapped - names.lora.keys()):
@@ -169,7 +172,7 @@ def _fusions(
     module: str,
     parts: Mapping[str, str],
     manifest: ShardManifest,
-    skeleton: torch.nn.Module,
+    skeleton: PreTrainedModel,
     settings: Mapping[str, Any],
     where: str,
 ) -> dict[str, Fusion]:
@@ -206,14 +209,14 @@ def _fusions(
     return made
 
 
-def _parameter(skeleton: torch.nn.Module, name: str) -> torch.nn.Parameter | None:
+def _parameter(skeleton: PreTrainedModel, name: str) -> torch.nn.Parameter | None:
     try:
         return skeleton.get_parameter(name)
     except AttributeError:
         return None
 
 
-def _module_names(modules: Sequence[str], skeleton: torch.nn.Module, loose: bool = False) -> list[str]:
+def _module_names(modules: Sequence[str], skeleton: PreTrainedModel, loose: bool = False) -> list[str]:
     """The last parts of `modules`, as people write them, where those mean exactly these modules; else whole names.
 
     PEFT is `loose` with modules_to_save: `norm` means `input_layernorm` too.
@@ -225,7 +228,7 @@ def _module_names(modules: Sequence[str], skeleton: torch.nn.Module, loose: bool
 
 
 def model_outputs(
-    adapter: Adapter, manifest: ShardManifest, skeleton: torch.nn.Module, dtype: str, base_model: str | None
+    adapter: Adapter, manifest: ShardManifest, skeleton: PreTrainedModel, dtype: str, base_model: str | None
 ) -> tuple[ShardManifest, list[Output]]:
     """The fused model: where all its tensors are, and what is made of them."""
     if adapter.base:
@@ -254,13 +257,13 @@ def with_adapter(held: ShardManifest, manifest: ShardManifest, adapter: Adapter)
     return replace(held, tensors={**held.tensors, **{fqn: manifest.tensors[fqn] for fqn in adapter.tensors.values()}})
 
 
-def _tied_with(skeleton: torch.nn.Module, name: str) -> list[str]:
+def _tied_with(skeleton: PreTrainedModel, name: str) -> list[str]:
     tied = tied_names(skeleton)
     return sorted({tied[name]} if name in tied else {alias for alias, target in tied.items() if target == name})
 
 
 def _from_base(
-    adapter: Adapter, manifest: ShardManifest, skeleton: torch.nn.Module, dtype: str, base_model: str | None
+    adapter: Adapter, manifest: ShardManifest, skeleton: PreTrainedModel, dtype: str, base_model: str | None
 ) -> tuple[ShardManifest, list[Output]]:
     """The same where the base is in safetensors files, under names on disk, and was trained in the adapter's dtype."""
     directory = base_directory(base_model)

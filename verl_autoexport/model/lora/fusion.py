@@ -26,26 +26,22 @@ class Fusion:
     def sources(self) -> tuple[str, ...]:
         return tuple(fqn for fqn in (self.b, self.a, self.magnitude) if fqn is not None)
 
-    def has_effect(self, b: torch.Tensor, *_: torch.Tensor) -> bool:
-        return bool(b.any())
+    def has_effect(self, *sources: torch.Tensor) -> bool:
+        return bool(sources[0].any())
 
-    def apply(
-        self,
-        tensor: torch.Tensor,
-        b: torch.Tensor,
-        a: torch.Tensor | None = None,
-        magnitude: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if a is None:
+    def apply(self, tensor: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        b, *others = sources
+        if self.a is None:
             return tensor.clone().add_(b * self.scaling)
+        a, *magnitude = others
         half = b.dtype in (torch.float16, torch.bfloat16)
         delta = b.float() @ a.float() if half else b @ a
         flipped = self.transposed or self.kind == "embedding"
         delta = (delta.T if flipped else delta) * self.scaling
         delta = delta.to(b.dtype) if half else delta
-        if magnitude is None:
+        if not magnitude:
             return tensor.clone().add_(delta)
         summed = (tensor.T + delta.T) if flipped else (tensor + delta)
         norm = torch.linalg.norm(summed, dim=1).to(summed.dtype)
-        factor = (magnitude / norm).view((1, -1) if flipped else (-1, 1))
+        factor = (magnitude[0] / norm).view((1, -1) if flipped else (-1, 1))
         return (factor * (tensor + delta)).to(tensor.dtype)

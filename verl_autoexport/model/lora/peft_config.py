@@ -38,12 +38,13 @@ def read_settings(checkpoint: Path, given: Path | None) -> tuple[dict[str, Any],
     path = next((p for p in places if p.is_file()), None)
     if path is None and given is not None:
         raise PlanError(f"{places[0]}: not found; expected the {CONFIG_NAME} that this run's adapter began with.")
-    if path is None and meta is None:
+    said = meta if path is None else _check_config(_json(path), path)
+    if said is None:
         raise PlanError(
             f"{meta_path}: not found, so nothing tells lora_alpha, and without it LoRA cannot be scaled. Give the "
             f"adapter's {CONFIG_NAME} (`--lora-config`)."
         )
-    settings = _CONFIG | (meta if path is None else _check_config(_json(path), path))
+    settings = {**_CONFIG, **said}
     if meta and path and any(int(settings[k]) != meta.get(k) for k in ("r", "lora_alpha")):
         raise PlanError(f"{path}: r={settings['r']}, lora_alpha={settings['lora_alpha']}; {meta_path} says {meta}.")
     if not settings["r"] or not settings["lora_alpha"]:
