@@ -8,7 +8,7 @@ position.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from threading import Lock
 import torch
 
 from verl_autoexport.errors import MergeError
-from verl_autoexport.merge.plan import Output, Piece, PlannedFile, nbytes
+from verl_autoexport.merge.plan import Output, PlannedFile, nbytes
 from verl_autoexport.merge.reader import MAX_BLOCK, Range, ShardReader, as_bytes, boxes, within
 from verl_autoexport.merge.writer import FileWriter
 from verl_autoexport.shards.checksums import Run, Sums
@@ -269,24 +269,26 @@ def _fill_pieces(output: Output, source: _Source, offsets: Index, shape: Index, 
         lo, extent = overlap(offsets, shape, piece.at, piece.extent)
         if not math.prod(extent):
             continue
+        if piece.dims is None:
+            raise MergeError(f"{output.name}: {piece.fqn} is reshaped and joined with others; please report this.")
         target = out[within(tuple(a - b for a, b in zip(lo, offsets, strict=True)), extent)]
         start, size = list(piece.offsets), [1] * len(piece.shape)
         for i, dim in enumerate(piece.dims):
             if dim is not None:
                 start[dim] += lo[i] - piece.at[i]
                 size[dim] = extent[i]
-        source.fill(piece.fqn, tuple(start), tuple(size), _as_source(target, piece))
+        source.fill(piece.fqn, tuple(start), tuple(size), _as_source(target, piece.dims, len(piece.shape)))
         filled += math.prod(extent)
     if filled != math.prod(shape):
         raise MergeError(f"{output.name}: {filled} of {math.prod(shape)} elements at {list(offsets)} are covered.")
 
 
-def _as_source(out: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """A view of `out`, a box of the output, with the dimensions of the source tensor."""
-    out = out[tuple(0 if dim is None else slice(None) for dim in piece.dims)]
-    named = [dim for dim in piece.dims if dim is not None]
+def _as_source(out: torch.Tensor, dims: Sequence[int | None], ndim: int) -> torch.Tensor:
+    """A view of `out`, a box of the output, with the `ndim` dimensions of the source tensor; `dims` as in `Piece`."""
+    out = out[tuple(0 if dim is None else slice(None) for dim in dims)]
+    named = [dim for dim in dims if dim is not None]
     out = out.permute(sorted(range(len(named)), key=named.__getitem__))
-    for dim in sorted(set(range(len(piece.shape))) - set(named)):
+    for dim in sorted(set(range(ndim)) - set(named)):
         out = out.unsqueeze(dim)
     return out
 

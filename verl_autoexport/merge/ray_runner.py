@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_autoexport.errors import MergeError, SourceError
@@ -148,16 +149,17 @@ class RayRunner:
         part = job.path.with_name(f"{job.path.name}.part{number}")
         started = run.home.nonce.with_name(f".started-{job.path.name}-{number}")
         options: dict[str, Any] = {"num_cpus": self.num_cpus}
-        placed = self.placement is not None and not here
-        if placed:
-            options |= _wanted(self.placement)
+        placement = None if here else self.placement
+        if placement is not None:
+            options |= _wanted(placement)
         elif node := self.node if here else _holder(job):
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=not here)
         busy = self.num_cpus and ray.available_resources().get("CPU", 0) < self.num_cpus
         patience_s = min(_SOON_S, self.schedule_timeout_s) if busy else self.schedule_timeout_s
         ref = self.task.options(**options).remote(replace(job, path=part), run.home, str(started))
         run.refs.append(ref)
-        return _Attempt(job, ref, number, time.monotonic(), started, self.num_cpus, placed, here, losses, patience_s)
+        submitted, placed = time.monotonic(), placement is not None
+        return _Attempt(job, ref, number, submitted, started, self.num_cpus, placed, here, losses, patience_s)
 
     def _collect(self, running: Iterable[_Attempt], run: _Run) -> tuple[list[_Attempt], list[WrittenFile]]:
         by_ref = {a.ref: a for a in running}
@@ -169,21 +171,25 @@ class RayRunner:
                 continue
             try:
                 done.append(_finish(attempt, ray.get(ref)))
-            except NotShared as e:
-                if attempt.here:
-                    raise MergeError(
-                        f"{e.cause}: not seen by a task on the export's own node; output_dir must be on a disk that "
-                        "Ray's workers see."
-                    ) from None
-                logger.warning("a node does not see %s as it is here; merging on the export's node", e.cause)
-                left.append(self._submit(attempt.job, run, attempt.number + 1, True, attempt.losses))
-            except Lost as e:
-                left.append(self._again(attempt, run, e.cause))
-            except ray.exceptions.RayTaskError as e:
-                raise e.cause from e
-            except ray.exceptions.RayError as e:
+            except RayTaskError as e:
+                left.append(self._answer(attempt, run, e))
+            except RayError as e:
                 left.append(self._again(attempt, run, e))
         return left, done
+
+    def _answer(self, attempt: _Attempt, run: _Run, error: RayTaskError) -> _Attempt:
+        """The next attempt, where the task says that it could do nothing here; else raises what it raised."""
+        if isinstance(error.cause, Lost):
+            return self._again(attempt, run, error.cause)
+        if not isinstance(error.cause, NotShared):
+            raise error.cause from error
+        if attempt.here:
+            raise MergeError(
+                f"{error.cause}: not seen by a task on the export's own node; output_dir must be on a disk that "
+                "Ray's workers see."
+            ) from None
+        logger.warning("a node does not see %s as it is here; merging on the export's node", error.cause)
+        return self._submit(attempt.job, run, attempt.number + 1, True, attempt.losses)
 
     def _again(self, attempt: _Attempt, run: _Run, error: Exception) -> _Attempt:
         reason = str(error).strip().splitlines()[0]

@@ -118,7 +118,7 @@ class ShardReader:
         if self.buffer.numel() < nbytes:
             self.buffer = torch.empty(nbytes, dtype=torch.uint8)
         held = self.buffer[:nbytes]
-        self._read(entry, shard, cut, memoryview(held.numpy()))
+        self._read(entry, shard, cut, held.numpy().data)
         part = held.view(dtype)
         if in_order:
             part = part.view(target.shape)
@@ -151,6 +151,7 @@ class ShardReader:
             if len(self.fds) == _OPEN:
                 os.close(self.fds.pop(next(iter(self.fds))))  # to be read again, for the next block
             path = self.manifest.files[file]
+            assert isinstance(path, Path)  # bytes in memory are not opened: see `ranges` and `_pread`
             self.opened.add(path)
             try:
                 self.fds[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -200,7 +201,7 @@ def equal_values(manifest: ShardManifest, a: str, b: str, sums: Sums | None = No
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not copied."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def within(offsets: Index, shape: Index) -> tuple[slice, ...]:

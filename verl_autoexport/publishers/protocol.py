@@ -20,7 +20,10 @@ class Receipt:
 class Publisher(Protocol):
     """Delivers versions, one at a time. What it publishes again is as if it had been published once."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Its name in the journal and the log."""
+        ...
 
     def publish(self, version: Version) -> Receipt:
         """Raises PublishError, with the reason, where the version did not arrive whole."""

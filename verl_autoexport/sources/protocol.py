@@ -21,8 +21,11 @@ class ShardSource(Protocol):
     `fingerprint` identifies the content.
     """
 
-    kind: str
-    directory: Path
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def directory(self) -> Path: ...
 
     @property
     def fingerprint(self) -> str: ...
@@ -47,8 +50,8 @@ class ShardSource(Protocol):
         ...
 
 
-Leaf = Callable[["torch.Tensor", "torch.Tensor"], None]
-"""Receives, for one shard, its place in a tensor and its values."""
+Leaf = Callable[["torch.Tensor", "torch.Tensor"], object]
+"""Receives, for one shard, its place in a tensor and its values; what it returns does not matter."""
 Visit = Callable[["torch.Tensor", Leaf], None]
 """Calls a Leaf for every shard of one tensor; the first argument is the tensor that the shards fill."""
 

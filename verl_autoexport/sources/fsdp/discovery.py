@@ -76,7 +76,8 @@ def absence(path: Path) -> str:
 def _elsewhere(path: Path) -> str:
     """A sentence that names the directory which is probably meant; empty where none is known."""
     if steps := sorted((int(match[1]), p) for p in path.iterdir() if (match := STEP.fullmatch(p.name)) and p.is_dir()):
-        latest = dict(steps).get(_tracked(path), steps[-1][1])
+        tracked = _tracked(path)
+        latest = next((p for n, p in reversed(steps) if n == tracked), steps[-1][1])
         return f"It is a run's directory with the steps {brief([n for n, _ in steps])}: give one, such as {latest}."
     if roles := [path / role for role in ROLES if has_shards(path / role)]:
         return f"There are some in {roles[0]}."

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.distributed.tensor import Replicate
@@ -54,6 +55,8 @@ from verl_autoexport.system.page_cache import drop_cache
 from verl_autoexport.system.untrusted import read_json
 
 CHANGED = "changed while being exported. The step was saved again meanwhile; export it again."
+_INTEGERS: Mapping[str, Literal["i", "q"]] = {"int32": "i", "int64": "q"}
+"""dtype → its code in a `memoryview`."""
 _DAMAGED = "The file is truncated or damaged, or holds more than plain tensors and DTensors (`weights_only`)."
 
 
@@ -286,7 +289,7 @@ class RankFile:
 
     def integers(self, where: str, tensor: Strided) -> list[int]:
         """The values of a small tensor, of any strides."""
-        code, size = {"int32": "i", "int64": "q"}.get(tensor.dtype), ITEMSIZE.get(tensor.dtype, 8)
+        code, size = _INTEGERS.get(tensor.dtype), ITEMSIZE.get(tensor.dtype, 8)
         count, storage = math.prod(tensor.shape), self.storage(where, tensor, size)
         if code is None or max(storage.nbytes, count * size) > BLOCK:
             raise SourceError(f"{where}: {storage.nbytes} bytes of {tensor.dtype}; no run has so many ranks.")
@@ -358,6 +361,7 @@ def _assemble(fqn: str, pieces: Sequence[Piece], files: Sequence[Path | Memory])
     else:
         unique: dict[Any, Shard] = {}  # replica groups (HSDP) hold the same boxes: the lowest rank's copy is taken
         for rank, p in enumerate(pieces):
+            assert p.offsets is not None  # as the first one's
             shard = Shard(rank, p.offsets, p.local_shape, rank, p.byte_offset)
             known = unique.setdefault((p.offsets, p.local_shape), shard)
             if pieces[known.rank].crc and p.crc and pieces[known.rank].crc != p.crc:
@@ -387,14 +391,14 @@ def _check_replicas(fqn: str, pieces: Sequence[Piece], files: Sequence[Path | Me
 
 def _blocks(file: Path | Memory, offset: int, nbytes: int) -> Iterator[bytes]:
     """`nbytes` from `offset` on, BLOCK at a time."""
-    with file.open("rb") if isinstance(file, Path) else nullcontext() as opened:
+    with file.open("rb") if isinstance(file, Path) else nullcontext(file) as opened:
         for start in range(offset, offset + nbytes, BLOCK):
             block = bytearray(min(BLOCK, offset + nbytes - start))
-            if opened is None:
-                file.read(memoryview(block), start, offset + nbytes)
-            else:
+            if isinstance(opened, BufferedReader):
                 opened.seek(start)
                 opened.readinto(block)
+            else:
+                opened.read(memoryview(block), start, offset + nbytes)
             yield bytes(block)
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NoReturn, TypeGuard
 
 from verl_autoexport.shards.tiling import Index
 from verl_autoexport.sources.fsdp.rank_pickle import Call, Name, Refused, Stored
@@ -107,12 +107,16 @@ def name_of(record: Any) -> str:
     )  # fmt: skip
 
 
-def _refuse(record: Any) -> Any:
+def _refuse(record: Any) -> NoReturn:
     raise Refused(f"it is a {name_of(record)}; expected a plain tensor or a DTensor")
 
 
 def _called(record: Any) -> tuple[str, tuple[Any, ...]]:
     return (record.name.leaf, record.args) if isinstance(record, Call) else ("", ())
+
+
+def _is_a(record: Any, name: str) -> TypeGuard[Call]:
+    return isinstance(record, Call) and record.name.leaf == name
 
 
 def _strided(args: tuple[Any, ...], typed: bool) -> Strided:
@@ -133,15 +137,15 @@ def _parts(args: tuple[Any, ...], state: Any) -> Parts:
     _, dtype, size, *_ = args
     held = _state(state)
     local, spec = _plain(held.get("_local_tensor")), held.get("_spec")
-    if _called(spec)[0] != "DTensorSpec":
+    if not _is_a(spec, "DTensorSpec"):
         raise Refused("a DTensor without a spec")
     spec, shape = _state(spec.state), sizes(size)
     mesh, placements, meta = spec.get("mesh"), spec.get("placements"), spec.get("tensor_meta")
-    if _called(mesh)[0] != "DeviceMesh" or not isinstance(placements, tuple | list):
+    if not _is_a(mesh, "DeviceMesh") or not isinstance(placements, tuple | list):
         raise Refused("a DTensor without a device mesh or placements")
     told = [(shape, dtype_of(dtype))]
     if meta is not None:
-        described = (*meta.args, *_state(meta.state or {}).values()) if _called(meta)[0] == "TensorMeta" else ()
+        described = (*meta.args, *_state(meta.state or {}).values()) if _is_a(meta, "TensorMeta") else ()
         if len(described) < 3:
             raise Refused("its tensor_meta is not as torch writes it")
         told.append((sizes(described[0]), dtype_of(described[2])))
@@ -210,8 +214,12 @@ def _axes(layout: Any) -> list[list[tuple[int, int]]]:
         pairs = [(axis.get("shape"), axis.get("stride")) for axis in axes]
     else:
         shape, stride = state.get("shape"), state.get("stride")
-        whole = (shape, stride) if isinstance(shape, tuple) else ((shape,), (stride,))
-        pairs = list(zip(*whole, strict=True))
+        if not isinstance(shape, tuple):
+            pairs = [(shape, stride)]
+        elif isinstance(stride, tuple):
+            pairs = list(zip(shape, stride, strict=True))
+        else:
+            raise Refused("a device mesh with several sizes and one stride")
     return [list(zip(_flat(shape), _flat(stride), strict=True)) for shape, stride in pairs]
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from verl_autoexport.errors import SourceError
 from verl_autoexport.shards.manifest import ITEMSIZE
 from verl_autoexport.sources.fsdp.discovery import rank_files
 from verl_autoexport.sources.fsdp.rank_files import RankFile
@@ -59,7 +60,9 @@ def _rank_files(shards: Path) -> tuple[list[dict[str, Part]], bool]:
 def _loaded(tensor: torch.Tensor) -> Part:
     if not isinstance(tensor, DTensor):
         return Part(tensor)
-    placements = tuple(None if isinstance(p, Replicate) else p.dim for p in tensor.placements)
+    placements = tuple(
+        p.dim if isinstance(p, Shard) else None if isinstance(p, Replicate) else str(p) for p in tensor.placements
+    )
     return Part(tensor._local_tensor, tensor.device_mesh.mesh, placements)
 
 
@@ -86,10 +89,12 @@ def _place(parts: Sequence[Part], target: torch.Tensor, leaf: Leaf) -> None:
     def split(view: torch.Tensor, mesh: torch.Tensor, depth: int) -> None:
         if mesh.ndim == 0:
             leaf(view, parts[int(mesh)].values)
-        elif placements[depth] is None:
+        elif (placement := placements[depth]) is None:
             split(view, mesh[0], depth + 1)
-        else:
-            for part, rest in zip(view.chunk(len(mesh), placements[depth]), mesh, strict=False):
+        elif isinstance(placement, int):
+            for part, rest in zip(view.chunk(len(mesh), placement), mesh, strict=False):
                 split(part, rest, depth + 1)
+        else:
+            raise SourceError(f"placement {placement} is not supported; expected Shard(dim) or Replicate().")
 
     split(target, whole, 0)

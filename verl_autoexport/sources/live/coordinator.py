@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 from verl_autoexport.errors import SourceError
 from verl_autoexport.shards.manifest import ShardManifest
@@ -102,9 +103,9 @@ class LiveSource:
         refs = [w.__ray_call__.remote(function, rank, *args) for rank, w in enumerate(self.workers)]
         try:
             return ray.get(refs, timeout=timeout_s)
-        except ray.exceptions.RayTaskError as e:
+        except RayTaskError as e:
             raise e.cause if isinstance(e.cause, SourceError) else SourceError(str(e.cause)) from e
-        except ray.exceptions.RayError as e:
+        except RayError as e:
             raise SourceError(f"a worker of the {self.role} is lost or stuck: {str(e).splitlines()[0]}") from e
 
     def _write(self, files: Mapping[str, bytes]) -> None:

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 
 from verl_autoexport.errors import SourceError
@@ -162,7 +162,9 @@ def _local(tensor: DTensor) -> torch.Tensor:
 
 def _flat_parts(module: torch.nn.Module) -> Iterator[tuple[Part, Values]]:
     for prefix, unit in module.named_modules():
-        handle = getattr(unit, "_handle", None) if isinstance(unit, FullyShardedDataParallel) else None
+        if not isinstance(unit, FullyShardedDataParallel):
+            continue
+        handle = getattr(unit, "_handle", None)
         if handle is None or _is_replica(unit):
             continue
         flat = handle.flat_param
@@ -175,7 +177,7 @@ def _flat_parts(module: torch.nn.Module) -> Iterator[tuple[Part, Values]]:
             yield Part(name, _name(flat.dtype), tuple(shape), tuple(boxes)), values
 
 
-def _slice(flat: torch.Tensor, fqn: str, offset: int, numel: int) -> torch.Tensor:
+def _slice(flat: FlatParameter, fqn: str, offset: int, numel: int) -> torch.Tensor:
     if flat.data.numel() != flat._sharded_size.numel():
         raise SourceError(f"{fqn}: FSDP1 holds it unsharded at this moment; it cannot be copied.")
     return flat.data[offset : offset + numel]
@@ -291,9 +293,9 @@ class Copier:
 
     def _pairs(self, held: Mapping[str, tuple[Part, Values]]) -> list[tuple[tuple[str, Values], tuple[str, Values]]]:
         """Of those that are two parameters what can be compared here; where it cannot, both are copied."""
-        pairs = []
+        pairs, copied = [], self.groups or {}
         for alias, name in self.tied.items():
-            if alias not in held or (alias in (self.groups or {}) and name in self.groups):
+            if alias not in held or (alias in copied and name in copied):
                 continue  # one parameter, or compared when the copy is exported
             if name not in held or held[alias][0].boxes != held[name][0].boxes:
                 raise SourceError(f"rank {self.rank}: {alias} and {name} are tied, and no longer sharded alike.")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError, RayError
 
 from verl_autoexport.errors import SourceBusy, SourceError
 from verl_autoexport.sources.live.copier import Copier, Layout, frozen_names, held_parts, is_flat, lay_out
@@ -41,8 +42,9 @@ def find_engine(worker: Any, role: str) -> Any:
     """The training engine in one of verl's workers; raises SourceError where it is not the one that is known."""
     for key, inner in (getattr(worker, "worker_dict", None) or {role: worker}).items():
         part = getattr(inner, "actor", None) if role == "actor" else inner
-        if role in key and hasattr(getattr(part, "engine", None), "module"):
-            return part.engine
+        engine = getattr(part, "engine", None)
+        if role in key and hasattr(engine, "module"):
+            return engine
     raise SourceError(f"no training engine of the {role} in {type(worker).__name__}; use autoexport.source=checkpoint.")
 
 
@@ -77,13 +79,20 @@ def prepare(
     return _copier.layout, headroom()
 
 
+def _prepared() -> Copier:
+    if _copier is None:
+        raise SourceError("this worker was not prepared for copies; was its process started again?")
+    return _copier
+
+
 def allocate(worker: Any, rank: int, page_locked: Collection[int]) -> None:
     """Begin to take the memory, page-locked for the ranks in `page_locked`, behind training."""
+    copier = _prepared()
     _free.clear()
 
     def take() -> None:
         try:
-            _copier.allocate(rank in page_locked)
+            copier.allocate(rank in page_locked)
         finally:
             _free.set()
 
@@ -100,15 +109,18 @@ def ready(worker: Any, rank: int, wait_s: float, needed: Collection[str]) -> Non
 
 def capture(worker: Any, rank: int, ident: str, actor: Any) -> None:
     """Returns when training may change the weights."""
-    finish = _copier.copy()
+    copier = _prepared()
+    finish = copier.copy()
     _free.clear()
-    threading.Thread(target=_hand_over, args=(rank, ident, actor, finish), name="autoexport", daemon=True).start()
+    threading.Thread(
+        target=_hand_over, args=(rank, ident, actor, copier, finish), name="autoexport", daemon=True
+    ).start()
 
 
-def _hand_over(rank: int, ident: str, actor: Any, finish: Callable[[], None]) -> None:
+def _hand_over(rank: int, ident: str, actor: Any, copier: Copier, finish: Callable[[], None]) -> None:
     try:
         finish()
-        _held[ident] = [ray.put(chunk.numpy()) for chunk in _copier.chunks], None
+        _held[ident] = [ray.put(chunk.numpy()) for chunk in copier.chunks], None
     except Exception as e:  # the export fails with this reason; training must not notice
         logger.exception("verl_autoexport: rank %s could not hand over its shards", rank)
         _held[ident] = None, f"rank {rank}: {type(e).__name__}: {e}"
@@ -130,9 +142,9 @@ def _delivered(actor: Any, ident: str, rank: int, blocks: list[list[Any]] | None
     try:
         # A future, for verl's workers are async actors, where Ray warns of ray.get in any thread.
         return actor.deliver.remote(ident, rank, blocks, reason).future().result()
-    except ray.exceptions.ActorUnavailableError:  # it is being restarted
+    except ActorUnavailableError:  # it is being restarted
         return True
-    except ray.exceptions.RayError as e:
+    except RayError as e:
         logger.info("verl_autoexport: rank %s: the export actor is gone: %s", rank, str(e).strip().splitlines()[0])
         return False
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from verl_autoexport.errors import SourceError
 from verl_autoexport.shards.checksums import Run
@@ -26,7 +27,8 @@ class RayBlock:
     """A block in the object store of `node`, kept as long as someone holds it. Once read it stays mapped."""
 
     def __init__(self, ref: Any, node: str | None = None) -> None:
-        self.ref, self.node = ref, node
+        self.ref: Any = ref  # of Ray; None once it was let go
+        self.node = node
         self.seen: memoryview | None = None
 
     def __reduce__(self) -> tuple[type[RayBlock], tuple[Any, ...]]:
@@ -36,7 +38,7 @@ class RayBlock:
         if self.seen is None:
             try:
                 self.seen = memoryview(ray.get(self.ref, timeout=_FETCH_S))
-            except ray.exceptions.RayError as e:
+            except RayError as e:
                 reason = str(e).strip().splitlines()[0]
                 raise SourceError(f"a part of the snapshot is lost, with the worker that held it: {reason}") from e
         into[:] = self.seen[offset : offset + len(into)]
@@ -163,7 +165,7 @@ def _dead(probes: dict[int, Any], workers: Sequence[Any], missing: Sequence[int]
     for ref in ray.wait([probes[r] for r in missing], num_returns=len(missing), timeout=1.0)[0]:
         try:
             ray.get(ref)
-        except ray.exceptions.RayError as e:
+        except RayError as e:
             rank = next(r for r, probe in probes.items() if probe == ref)
             return f"rank {rank} has died: {str(e).strip().splitlines()[0].rstrip('.')}"
     return None

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from verl_autoexport.errors import SourceError
 from verl_autoexport.shards.archive_records import Mark, Record, mark, read_records
@@ -82,7 +83,7 @@ class NodeFiles:
         try:
             with path.open("rb", buffering=0) as file:  # not kept open: that would keep the space of a removed file
                 while done < nbytes:
-                    if not (n := os.preadv(file.fileno(), [block[done:]], offset + done)):
+                    if not (n := os.preadv(file.fileno(), [block[done:].data], offset + done)):
                         raise SourceError(f"{path}: ends at byte {offset + done}; it was truncated meanwhile.")
                     done += n
         except OSError as e:
@@ -156,9 +157,9 @@ def answer(ref: Any, timeout_s: float, who: str) -> Any:
     """What a node's actor answered, its own SourceError as it is; SourceError too where it is gone or silent."""
     try:
         return ray.get(ref, timeout=timeout_s)
-    except ray.exceptions.RayTaskError as e:
+    except RayTaskError as e:
         raise e.cause if isinstance(e.cause, SourceError) else SourceError(f"{who}: {e.cause!r}") from e
-    except ray.exceptions.GetTimeoutError:
+    except GetTimeoutError:
         raise SourceError(f"{who}: no answer in time; is the node, or its disk, stuck?") from None
-    except ray.exceptions.RayError as e:
+    except RayError as e:
         raise SourceError(f"{who} is lost: {str(e).strip().splitlines()[0]}") from e
