@@ -154,12 +154,12 @@ class RunController:
         self.hold_s = time.monotonic() - started
         self._book()  # before its validation, which the run may not survive
 
-    def logged(self, step: int, data: Mapping[str, Any]) -> None:
+    def logged(self, step: int, data: Mapping[str, object]) -> None:
         """verl logs `step`: all its metrics exist, and the workers still hold its weights."""
         self.entered = time.monotonic()
         self._bounded(f"logged at step {step}", self._logged, step, data)
 
-    def _logged(self, step: int, data: Mapping[str, Any]) -> None:
+    def _logged(self, step: int, data: Mapping[str, object]) -> None:
         if not self.metrics_checked:
             trained = step > self.judge.start.step
             self.metrics_checked = check_logged(self.settings.trigger, data, trained)
@@ -357,6 +357,9 @@ class RunController:
 
     def _captured(self, decision: Decision, event: StepEvent) -> ExportRequest | None:
         """The request, once the workers have copied the weights of this step; None if they could not."""
+        if self.live is None:
+            self.ledger.lost(decision, "no checkpoint of it is held, and workers are not copied from")
+            return None
         queue = self.settings.queue
         wait_s = 0.0 if decision.droppable and queue.overflow != "wait" else queue.wait_timeout_s
         try:

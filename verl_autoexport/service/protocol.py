@@ -21,7 +21,7 @@ class ExportService(Protocol):
         ...
 
     @property
-    def receiver(self) -> Any:
+    def receiver(self) -> Any:  # Ray's handles have no type of their own
         """The Ray actor to which workers hand over a snapshot; None where there is none, and only checkpoints work."""
         ...
 

@@ -91,7 +91,7 @@ class RayExportService:
             num_cpus=0, num_gpus=0, max_concurrency=_THREADS, max_restarts=-1, max_task_retries=3,
             scheduling_strategy=node,
         )  # fmt: skip
-        self.receiver = options.remote(settings, owner)
+        self.receiver: Any = options.remote(settings, owner)  # its methods have a `remote`, which no type tells
 
     def submit(self, request: ExportRequest) -> Future[Outcome]:
         done: Future[Outcome] = Future()

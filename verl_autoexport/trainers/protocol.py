@@ -16,7 +16,7 @@ class TrainerAdapter(Protocol):
         """What the trainer's configuration says of the run; known before workers are up."""
         ...
 
-    def workers(self) -> Sequence[Any]:
+    def workers(self) -> Sequence[Any]:  # Ray's handles have no type of their own
         """Handles of the Ray actors that hold the exported role's weights, by rank; none where only checkpoints do."""
         ...
 
@@ -40,7 +40,7 @@ class RunEvents(Protocol):
         """The trainer has written the checkpoint of `step`."""
         ...
 
-    def logged(self, step: int, metrics: Mapping[Any, Any]) -> None:
+    def logged(self, step: int, metrics: Mapping[str, object]) -> None:
         """All metrics of `step` exist, and the workers still hold its weights."""
         ...
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from omegaconf import DictConfig
+from ray.exceptions import RayError
 
 from verl_autoexport.config.run_rules import check_length, check_run, choose_source
 from verl_autoexport.config.schema import AutoExportConfig
@@ -65,7 +66,7 @@ class RunSession:
     def saved(self, step: int, directory: Path) -> None:
         self._guarded(step, self.controller.saved, step, directory)
 
-    def logged(self, step: int, metrics: Mapping[Any, Any]) -> None:
+    def logged(self, step: int, metrics: Mapping[str, object]) -> None:
         if self.begun:
             self._guarded(step, self.controller.logged, step, metrics)
 
@@ -85,7 +86,7 @@ class RunSession:
         """Versions share what is not trained; not knowing it costs only disk."""
         try:
             names = ray.get(workers[0].__ray_call__.remote(in_worker.frozen, self.settings.role), timeout=_ASK_S)
-        except ray.exceptions.RayError as e:
+        except RayError as e:
             logger.warning("verl_autoexport: rank 0 does not say which parameters are frozen: %s", e)
             return
         self.controller.info = replace(self.controller.info, frozen=names)

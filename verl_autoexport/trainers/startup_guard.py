@@ -49,7 +49,7 @@ class StartupGuard(Callback):
         except Exception as e:
             raise SystemExit(shown(f"verl_autoexport: start-up check failed: {type(e).__name__}: {e}")) from e
 
-    def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: object, **kwargs: Any) -> None:
         if self.registry is None:
             return
         time.sleep(_LOGS_S)

@@ -21,10 +21,11 @@ from verl.utils.import_utils import load_class_from_fqn
 from verl.utils.tracking import Tracking
 
 from verl_autoexport.config.reading import load_config
+from verl_autoexport.config.schema import AutoExportConfig
 from verl_autoexport.service.request import RunInfo
 from verl_autoexport.trainers.session import RunSession
 
-_active: AutoExportCallback | None = None
+_active: PpoRun | None = None
 
 
 class AutoExportCallback(CheckpointCallback):
@@ -34,30 +35,40 @@ class AutoExportCallback(CheckpointCallback):
     raises into training unless `on_error=raise`.
     """
 
-    def __init__(self, config: DictConfig | None = None) -> None:
+    def __init__(self, config: DictConfig) -> None:
         super().__init__(config)
         global _active
         settings = load_config(config.autoexport)
         self.chained = _build_chained(config, settings.chain_callback)
-        self.trainer: PPOTrainer | None = None
-        self.role = settings.role
-        self.session: RunSession | None = None
-        if settings.enabled:
-            self.session = RunSession(config, settings, self)
-            _active = self
+        self.run = PpoRun(config, settings) if settings.enabled else None
+        if self.run is not None:
+            _active = self.run
             _wrap_verl()
 
     def on_save(
         self, trainer: Any, global_step: int, checkpoint_dir: str, async_save: bool = False, **kwargs: Any
     ) -> None:
-        if self.session is not None:
-            self.session.saved(global_step, Path(checkpoint_dir))
+        if self.run is not None:
+            self.run.session.saved(global_step, Path(checkpoint_dir))
         if self.chained is not None:
             self.chained.on_save(
                 trainer=trainer, global_step=global_step, checkpoint_dir=checkpoint_dir, async_save=async_save, **kwargs
             )
 
-    # -- the adapter --------------------------------------------------------------------
+
+class PpoRun:
+    """The run that is exported: the adapter of verl's trainer, which is known once `fit` begins."""
+
+    def __init__(self, config: DictConfig, settings: AutoExportConfig) -> None:
+        self.config, self.role = config, settings.role
+        self.fitted: PPOTrainer | None = None
+        self.session = RunSession(config, settings, self)
+
+    @property
+    def trainer(self) -> PPOTrainer:
+        if self.fitted is None:
+            raise RuntimeError("verl's trainer is asked for before its `fit` has begun; please report this.")
+        return self.fitted
 
     def info(self) -> RunInfo:
         return _run_info(self.config, self.role)
@@ -74,16 +85,14 @@ class AutoExportCallback(CheckpointCallback):
         last_step = min(total, self.trainer.steps_per_epoch * self.config.trainer.total_epochs)
         return last_step, last_step == total  # if the epochs end before, verl stops without a save
 
-    # -- called by the wrapped methods ----------------------------------------------
-
     def on_fit_begin(self, trainer: PPOTrainer) -> None:
         if not self.config.trainer.get("val_only", False):  # else nothing is trained, and no past is judged
-            self.trainer = trainer
+            self.fitted = trainer
             self.session.begin()
 
     def is_of(self, tracking: Tracking) -> bool:
         """Whether this is the logger of the run that is exported."""
-        return self.trainer is not None and tracking is getattr(self.trainer, "logger", None)
+        return self.fitted is not None and tracking is getattr(self.fitted, "logger", None)
 
 
 def _build_chained(config: DictConfig, fqn: str | None) -> CheckpointCallback | None:
@@ -121,16 +130,17 @@ def _wrap_verl() -> None:
 
     @functools.wraps(fit)
     def wrapped_fit(self: PPOTrainer, *args: Any, **kwargs: Any) -> Any:
-        if _active is None or self.checkpoint_callback is not _active:
+        run = _active
+        if run is None or getattr(self.checkpoint_callback, "run", None) is not run:
             return fit(self, *args, **kwargs)
-        _active.on_fit_begin(self)
+        run.on_fit_begin(self)
         try:
             result = fit(self, *args, **kwargs)
         except BaseException:
             with contextlib.suppress(Exception):  # training's own error is the one to raise
-                _active.session.end(False)
+                run.session.end(False)
             raise
-        _active.session.end(True)
+        run.session.end(True)
         return result
 
     @functools.wraps(log)
@@ -149,5 +159,5 @@ def _wrap_verl() -> None:
             result = finish(self, exit_code)
         return result
 
-    wrapped_fit._autoexport = True
+    vars(wrapped_fit)["_autoexport"] = True
     PPOTrainer.fit, Tracking.log, Tracking.finish = wrapped_fit, wrapped_log, wrapped_finish
