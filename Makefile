@@ -35,9 +35,10 @@ $(READER)/.stamp: Makefile
 	$(@D)/bin/pip install --quiet 'transformers==4.57.*' safetensors pillow jinja2
 	touch $@
 
-lint: $(STAMP)  ## ruff: rules and formatting
+lint: $(STAMP)  ## ruff: rules and formatting; pyright: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test-unit: $(STAMP)  ## parts on their own, without Ray: two minutes at most
 	$(BIN)/python -m pytest tests/unit

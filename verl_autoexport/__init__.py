@@ -8,20 +8,26 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from verl_autoexport.errors import AutoExportError
+    from verl_autoexport.export.pipeline import export_checkpoint
+    from verl_autoexport.registry.record import ExportRecord
+    from verl_autoexport.registry.store import Registry
+    from verl_autoexport.trainers.verl_ppo import AutoExportCallback
+
 __version__ = "0.1.0"
+__all__ = ["AutoExportCallback", "AutoExportError", "ExportRecord", "Registry", "__version__", "export_checkpoint"]
 
 # Public name -> module; resolved on first use so that importing the package stays light.
-_EXPORTS = {
+_MODULES = {
     "AutoExportCallback": "verl_autoexport.trainers.verl_ppo",
     "export_checkpoint": "verl_autoexport.export.pipeline",
     "Registry": "verl_autoexport.registry.store",
     "ExportRecord": "verl_autoexport.registry.record",
     "AutoExportError": "verl_autoexport.errors",
 }
-__all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -84,6 +84,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_config_group_and_nothing_beside_the_package(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"{PACKAGE}/configs/autoexport/default.yaml", "hydra_plugins/autoexport_searchpath/__init__.py"} <= names
+    assert f"{PACKAGE}/py.typed" in names, "without it no type checker reads this package's types"
     tops = {name.partition("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {PACKAGE, "hydra_plugins"}
     assert "hydra_plugins/__init__.py" not in names, "hydra_plugins is a namespace package that others share"
