@@ -21,8 +21,9 @@ from torch.distributed.tensor.placement_types import Partial
 from tests.support.checkpoints import EMBED, HEAD, NORM, STEP, edit, edit_config, rank_file, truncate
 from tests.support.exports import assert_same_model
 from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, PlanError, RegistryError, SourceError
-from verl_autoexport.export.pipeline import LocalRunner, export_to_directory, export_to_registry
+from verl_autoexport.export.pipeline import export_to_directory, export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.sources.fsdp.rank_files import read_rank_file
 

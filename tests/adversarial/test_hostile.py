@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from tests.support.checkpoints import EMBED, STEP, edit, edit_config, rank_file
 from verl_autoexport.cli.main import main
 from verl_autoexport.errors import AutoExportError, PlanError, SourceError
-from verl_autoexport.export.pipeline import LocalRunner, export_to_directory, export_to_registry
+from verl_autoexport.export.pipeline import export_to_directory, export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.model.lora import peft_config
 from verl_autoexport.model.skeleton import build_skeleton
 from verl_autoexport.registry import lease, state

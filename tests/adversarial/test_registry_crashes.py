@@ -162,7 +162,7 @@ def no_renaming() -> Iterator[None]:
 def test_crash_at_any_moment_of_finishing_a_removal(tmp_path, registry, root):
     fill(registry)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(removal, "go_on", lambda *args: 1 / 0)
+        patch.setattr(removal, "resume_removals", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             registry.prune(Keep(last=2))
     assert read_json(root / "registry.json")["removed"] == ["v0006-step6", "v0003-step3"]

@@ -22,9 +22,10 @@ from tests.support.exports import assert_same_model, tensors
 from tests.support.sharding import QWEN2, QWEN3_MOE, make_checkpoints
 from verl_autoexport import export_checkpoint
 from verl_autoexport.errors import SourceError
-from verl_autoexport.export.pipeline import LocalRunner, Silent, export_to_directory
+from verl_autoexport.export.pipeline import Silent, export_to_directory
 from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.merge import writer
+from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.merge.reader import equal_values
 from verl_autoexport.shards.archive_records import difference, read_records
 from verl_autoexport.shards.checksums import Sums
@@ -227,8 +228,8 @@ def test_tied_tensors_were_compared_as_they_were_saved(name, made):
     assert equal_values(manifest, "lm_head.weight", "model.embed_tokens.weight", sums)
     rewrite(path, old)
     with pytest.raises(SourceError, match=r"rank 1\): .*(lm_head|embed_tokens)\.weight"):
-        files.check_sums(manifest, sums.runs(), told.append)
-    files.check_sums(manifest, (), told.append)
+        files.verify_checksums(manifest, sums.runs(), told.append)
+    files.verify_checksums(manifest, (), told.append)
     assert sum(told) > 0
 
 

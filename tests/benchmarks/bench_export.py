@@ -128,6 +128,7 @@ def _merge(source: Path, out: Path, bare: bool, workers: int = 1, threads: int |
     from verl_autoexport.export import pipeline
     from verl_autoexport.export.spec import checkpoint_spec
     from verl_autoexport.merge import job as merge
+    from verl_autoexport.merge.local_runner import LocalRunner
     from verl_autoexport.model.planner import plan_model
     from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
 
@@ -155,7 +156,7 @@ def _merge(source: Path, out: Path, bare: bool, workers: int = 1, threads: int |
         out.mkdir()
         jobs = pipeline._jobs(spec, planned, out)
         start = time.perf_counter()
-        pipeline.LocalRunner(workers, threads).run(jobs, lambda nbytes: None)
+        LocalRunner(workers, threads).run(jobs, lambda nbytes: None)
         took = time.perf_counter() - start
     return took
 

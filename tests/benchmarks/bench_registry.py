@@ -135,7 +135,7 @@ def bench_publish(root: Path, versions: int) -> None:
 
 def bench_prune(root: Path, versions: int) -> None:
     registry = Registry(root)
-    row("judge by max_bytes, half of them go", timed(registry.judge, Keep(max_bytes=versions // 2)))
+    row("judge by max_bytes, half of them go", timed(registry.plan_retention, Keep(max_bytes=versions // 2)))
     with watched() as held:
         row(f"prune, {versions // 2} removed", timed(registry.prune, Keep(last=versions // 2)), "goal 30 s for 5000")
         row("  the lock is held for at most", max(held))

@@ -26,8 +26,8 @@ from tests.support.published import (
 )  # fmt: skip
 from verl_autoexport import export_checkpoint
 from verl_autoexport.errors import VerifyError
+from verl_autoexport.export.assets import Reference
 from verl_autoexport.model.asset_facts import processor_facts, processor_template, tokenizer_facts
-from verl_autoexport.model.assets import Reference
 from verl_autoexport.verify.checks import check_loading
 from verl_autoexport.verify.load_in_child import check_assets, generate, load_model
 from verl_autoexport.verify.result import CheckResult

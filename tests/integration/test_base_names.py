@@ -23,8 +23,9 @@ from tests.support.sharding import QWEN2, QWEN3_MOE, build
 from verl_autoexport.cli.main import main
 from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import ConfigError, PlanError
-from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
+from verl_autoexport.export.pipeline import export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.model.base_compatibility import check_start
 from verl_autoexport.model.base_model import counts_predicting, find_base
 from verl_autoexport.model.planner import capture_dtypes, plan_model
@@ -419,7 +420,7 @@ def test_workers_are_not_asked_for_what_is_carried(tmp_path):
     spec = checkpoint_spec(train(base, tmp_path), base_model=str(base), carry_unread=True)
     manifest = FsdpFiles(spec.checkpoint).manifest()
     planned = plan_model(spec.options, spec.checkpoint, spec.saved, manifest)
-    assert planned.contract.carried
+    assert planned.compatibility.carried
     assert capture_dtypes(spec.options, planned).keys() == manifest.tensors.keys()
 
 

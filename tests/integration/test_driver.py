@@ -16,8 +16,9 @@ from tests.support.driven_run import BEST, METRIC, Script
 from tests.support.odd_metrics import ODD, Odd, Shifty
 from tests.support.registry import publish
 from verl_autoexport.errors import AutoExportError, ConfigError
-from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
+from verl_autoexport.export.pipeline import export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.milestones.events import Trigger
 from verl_autoexport.registry.retention import Keep
 from verl_autoexport.registry.store import Registry

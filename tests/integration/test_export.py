@@ -23,8 +23,9 @@ from tests.support.exports import assert_same_model, export, oracle, tensors
 from tests.support.page_cache import resident
 from tests.support.sharding import LARGE_INT, QWEN2, QWEN3_MOE, make_checkpoint
 from verl_autoexport.errors import SourceError
-from verl_autoexport.export.pipeline import LocalRunner, run_export
+from verl_autoexport.export.pipeline import run_export
 from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
 
 DTYPES = ("bfloat16", "float16", "float32", "source")

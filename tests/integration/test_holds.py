@@ -12,8 +12,9 @@ import pytest
 
 from tests.support.chaos import request_for
 from verl_autoexport.config.reading import load_config
-from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
+from verl_autoexport.export.pipeline import export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.exporter import Exporter
 from verl_autoexport.service.request import ExportRequest

@@ -13,8 +13,9 @@ import torch
 
 from tests.support.sharding import QWEN2, QWEN3_MOE, make_checkpoints
 from verl_autoexport.errors import PlanError
-from verl_autoexport.export.pipeline import LocalRunner, export_to_directory
+from verl_autoexport.export.pipeline import export_to_directory
 from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.merge.reader import ShardReader
 from verl_autoexport.shards.manifest import ShardManifest
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
@@ -119,7 +120,7 @@ class Copied:
     def manifest(self) -> ShardManifest:
         return read(self.folder)
 
-    def check_sums(self, *args: object) -> None:
+    def verify_checksums(self, *args: object) -> None:
         pass
 
     def check_unchanged(self) -> None:

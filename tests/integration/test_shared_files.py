@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.exports import tensors
 from tests.support.sharding import QWEN2, make_checkpoint
-from verl_autoexport.export.pipeline import LocalRunner, export_to_registry
+from verl_autoexport.export.pipeline import export_to_registry
 from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.registry.retention import Keep, stored
-from verl_autoexport.registry.shared_files import find_twins, link_twin
+from verl_autoexport.registry.shared_files import find_shared, link_shared
 from verl_autoexport.verify.directory import check_directory
 
 CONFIG = QWEN2 | {"vocab_size": 8192, "hidden_size": 128, "intermediate_size": 1024}
@@ -94,12 +95,12 @@ def test_what_was_changed_since_or_is_gone_is_no_twin(train, registry, root):
     assert not any(f.get("linked") for f in second.record.files)
     assert check_directory(second.path, load=False)["hashes"].status == "passed"
     file = next(f for f in second.record.files if f.get("apart"))
-    twins = find_twins(registry.versions())
+    shared = find_shared(registry.versions())
     copy = root / "copy"
     copy.write_bytes((second.path / file["name"]).read_bytes())
     for version in (first, second):
         os.unlink(version.path / file["name"])
-    assert not link_twin(copy, file["sha256"], file["bytes"], twins)
+    assert not link_shared(copy, file["sha256"], file["bytes"], shared)
     assert copy.stat().st_nlink == 1
     assert [p for p in root.iterdir() if ".tmp-" in p.name] == []
 
@@ -117,5 +118,5 @@ def test_what_is_linked_counts_once_for_max_bytes(train, registry):
     for step in (1, 2, 3):
         train(step)
     versions = registry.versions()
-    assert registry.judge(Keep(max_bytes=stored(versions))).removed == ()
-    assert [v.version.step for v in registry.judge(Keep(max_bytes=stored(versions) - 1)).removed] == [1]
+    assert registry.plan_retention(Keep(max_bytes=stored(versions))).removed == ()
+    assert [v.version.step for v in registry.plan_retention(Keep(max_bytes=stored(versions) - 1)).removed] == [1]

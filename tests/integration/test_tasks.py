@@ -17,8 +17,9 @@ from tests.support.ray_processes import process_named
 from tests.support.sharding import WIDE, make_checkpoint
 from verl_autoexport.config.reading import load_config
 from verl_autoexport.errors import MergeError
-from verl_autoexport.export.pipeline import LocalRunner, export_to_directory, run_export
+from verl_autoexport.export.pipeline import export_to_directory, run_export
 from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.merge.ray_runner import Home, NotShared, RayRunner
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.controller import RunController

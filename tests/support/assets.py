@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from tests.support.published import SMALL, START, write_json
-from verl_autoexport.model.assets import Reference, write_assets
+from verl_autoexport.export.assets import Reference, write_assets
 
 IMAGE = {
     "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "size": {"shortest_edge": 28},

@@ -174,9 +174,10 @@ def warm_up(source: Path, once: Path) -> None:
 
     import verl_autoexport.service.exporter  # noqa: F401
     from verl_autoexport.export import pipeline, spec
+    from verl_autoexport.merge.local_runner import LocalRunner
 
     torch.set_num_threads(1)
-    pipeline.export_to_directory(spec.checkpoint_spec(source, verify=False), once, pipeline.LocalRunner(1))
+    pipeline.export_to_directory(spec.checkpoint_spec(source, verify=False), once, LocalRunner(1))
 
 
 def zygote(root: Path, source: Path) -> None:

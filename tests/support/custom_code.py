@@ -55,7 +55,7 @@ def main(base: Path, out: Path, strategy: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 
-    from verl_autoexport.model.assets import model_files
+    from verl_autoexport.export.assets import model_files
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

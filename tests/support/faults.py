@@ -29,7 +29,7 @@ class Run:
 
     def __init__(self, root: Path) -> None:
         from verl_autoexport.config.reading import load_config
-        from verl_autoexport.export.pipeline import LocalRunner
+        from verl_autoexport.merge.local_runner import LocalRunner
         from verl_autoexport.service.exporter import Exporter
         from verl_autoexport.sources import holds
 

@@ -38,17 +38,17 @@ def test_what_may_not_be_left_behind_is_waited_for_and_not_begun_once_given_up()
     calls, done = Bounded(), []
 
     def copies() -> str:
-        with calls.excused():
+        with calls.uncounted():
             time.sleep(1)
         time.sleep(0.2)
         return "copied"
 
-    assert calls.run(0.6, "x", copies) == "copied", "only what is not excused counts"
+    assert calls.run(0.6, "x", copies) == "copied", "only what is not uncounted counts"
 
     def late() -> None:
         time.sleep(0.3)
         try:
-            with calls.excused():
+            with calls.uncounted():
                 done.append("copied weights of a later step")
         except GivenUp:
             done.append("refused")

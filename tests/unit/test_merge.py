@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from tests.support.page_cache import resident
 from verl_autoexport.errors import MergeError
-from verl_autoexport.export.pipeline import LocalRunner
 from verl_autoexport.merge import writer
 from verl_autoexport.merge.job import MergeJob
+from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.merge.plan import Output, make_plan, whole
 from verl_autoexport.merge.reader import within
 from verl_autoexport.shards.manifest import Shard, ShardManifest, TensorEntry, check_coverage, join_runs

@@ -1,4 +1,4 @@
-"""Which versions stay and how the others go: against a plain reference, and a twin that removes nothing."""
+"""Which versions stay and how the others go: against a plain reference, and a same that removes nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.retention import fill, memory, removals
 from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry import compaction, journal, pointers, retention, state, versions
 from verl_autoexport.registry import journal_reader as notes
-from verl_autoexport.registry.retention import Keep, judge, nbytes, show_size
+from verl_autoexport.registry.retention import Keep, nbytes, plan_retention, show_size
 from verl_autoexport.registry.state import Facts
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.registry.versions import Version, version_name
@@ -37,7 +37,7 @@ def version(number: int, step: int, *triggers, nbytes: int = 1, superseded=False
 
 
 def steps(versions, keep: Keep, **options) -> list[int]:
-    return [v.version.step for v in judge(versions, keep, **options).verdicts if v.keep]
+    return [v.version.step for v in plan_retention(versions, keep, **options).verdicts if v.keep]
 
 
 # -- the policy, against a reference --------------------------------------------------------
@@ -135,7 +135,7 @@ def reference_once(versions: list[Version], keep: Keep) -> set[int]:
 @SETTINGS
 @given(lists(), keeps)
 def test_judgement_is_that_of_the_reference(versions, keep):
-    judged = judge(versions, keep)
+    judged = plan_retention(versions, keep)
     assert {v.version.number for v in judged.verdicts if v.keep} == reference(versions, keep)
     assert [v.version for v in judged.verdicts] == versions
     assert sorted(v.version.number for v in judged.removed) == [v.version.number for v in judged.verdicts if not v.keep]
@@ -147,21 +147,21 @@ def test_judgement_is_that_of_the_reference(versions, keep):
 @SETTINGS
 @given(lists(), keeps, st.randoms(use_true_random=False))
 def test_what_holds_for_every_judgement(versions, keep, random):
-    judged = judge(versions, keep)
+    judged = plan_retention(versions, keep)
     kept = [v.version for v in judged.verdicts if v.keep]
     assert pointers.choose(kept) == pointers.choose(versions), "no pointer moves because of a removal"
     assert {v.name for v in versions if v.pinned} <= {v.name for v in kept}
     assert {*pointers.choose(versions).values()} <= {v.name for v in kept}
-    assert judge(kept, keep).removed == (), "judged again, nothing more goes"
-    assert judge(random.sample(versions, len(versions)), keep) == judged, "the order of the list is of no account"
+    assert plan_retention(kept, keep).removed == (), "judged again, nothing more goes"
+    assert plan_retention(random.sample(versions, len(versions)), keep) == judged, "in any order of the list"
     left = list(versions)
     for _ in judged.removed:  # one at a time comes to the same
-        left.remove(judge(left, keep).removed[0].version)
+        left.remove(plan_retention(left, keep).removed[0].version)
     assert left == kept
     if keep.max_bytes is None:
         for key, value in keep.to_dict().items():
             if value is not None:
-                alone = {v.version.name for v in judge(versions, Keep(**{key: value})).verdicts if v.keep}
+                alone = {v.version.name for v in plan_retention(versions, Keep(**{key: value})).verdicts if v.keep}
                 assert alone <= {v.name for v in kept}, "what one key keeps stays, whatever the others say"
 
 
@@ -176,11 +176,11 @@ def test_examples():
     assert steps(versions, Keep(last=1), links={"served": "v0003-step30"}) == [30, 90]
     claimed = [*versions[:4], version(5, 50, best(3, metric="acc"), acc=3), *versions[5:]]
     assert steps(claimed, Keep(best=3)) == [30, 50, 70, 90], "all that measured it count, of equals the earliest"
-    warnings = judge(versions, Keep(best=3)).warnings
+    warnings = plan_retention(versions, Keep(best=3)).warnings
     assert warnings == ("best=3 keeps nothing: no version was chosen by a `best` trigger",)
     rolled = [*versions, version(10, 95, superseded=True), version(11, 95, superseded=True, pinned=True)]
-    assert [v.version.number for v in judge(rolled, Keep(last=2)).verdicts if v.keep] == [8, 9, 11]
-    assert [v.version.number for v in judge(rolled, Keep(max_bytes=3)).verdicts if v.keep] == [8, 9, 11]
+    assert [v.version.number for v in plan_retention(rolled, Keep(last=2)).verdicts if v.keep] == [8, 9, 11]
+    assert [v.version.number for v in plan_retention(rolled, Keep(max_bytes=3)).verdicts if v.keep] == [8, 9, 11]
 
 
 def test_what_max_bytes_takes_first():
@@ -271,24 +271,24 @@ def test_a_run_remembers_as_if_nothing_were_ever_removed(script):
     os.fsync = lambda fd: None  # only power loses what a killed process has written
     try:
         with tempfile.TemporaryDirectory() as folder:
-            pruned, twin = (Registry.create(Path(folder, name)) for name in ("pruned", "twin"))
+            pruned, same = (Registry.create(Path(folder, name)) for name in ("pruned", "same"))
             for action in script:
                 act(pruned, *action)
                 if action[0] == "pin" and memory(pruned)["exported"]:
                     with suppress(RegistryError):  # the same version, though a newer one of its step may be gone
-                        twin.pin(pruned.find(f"step{action[1]}"))
+                        same.pin(pruned.find(f"step{action[1]}"))
                 elif action[0] not in ("prune", "pin"):
-                    act(twin, *action)
+                    act(same, *action)
                 rolled_back = rolled_back or action[0] == "rollback"
-                left = [v for v in twin.versions() if v.name in names(pruned)]
+                left = [v for v in same.versions() if v.name in names(pruned)]
                 # After a rollback the best or latest of the past that is left may be one that went before.
                 expected = {"pointers": pointers.choose(left)} if rolled_back else {}
-                assert memory(pruned) == memory(twin) | expected
+                assert memory(pruned) == memory(same) | expected
                 assert links(pruned.root) == pruned.pointers()
-                assert links(twin.root) == twin.pointers()
-                assert {*names(pruned)} <= {*names(twin)} == {p.name for p in twin.root.glob("v*")}
+                assert links(same.root) == same.pointers()
+                assert {*names(pruned)} <= {*names(same)} == {p.name for p in same.root.glob("v*")}
                 assert {*names(pruned)} == {p.name for p in pruned.root.glob("v*")}
-            assert publish(pruned, 7).name == publish(twin, 7).name, "no number is used twice"
+            assert publish(pruned, 7).name == publish(same, 7).name, "no number is used twice"
             assert not any(pruned.root.glob(".trash/*"))
     finally:
         os.fsync = fsync
@@ -393,7 +393,7 @@ def test_a_link_in_a_version_holds_its_target_as_long_as_it_stays_itself(registr
     ):
         (root / holder / link).parent.mkdir(exist_ok=True)
         (root / holder / link).symlink_to(target)
-    judged = registry.judge(Keep(last=2)).verdicts
+    judged = registry.plan_retention(Keep(last=2)).verdicts
     assert [v.version.step for v in judged if v.keep] == [1, 5, 6]
     assert judged[0].reason == "v0006-step6/base links to it"
     registry.prune(Keep(last=2))
@@ -403,16 +403,16 @@ def test_a_link_in_a_version_holds_its_target_as_long_as_it_stays_itself(registr
 def test_a_link_made_while_it_is_judged_is_respected(registry, root, monkeypatch):
     for step in range(1, 6):
         publish(registry, step)
-    judged, judge = [], retention.judge
+    judged = []
 
     def slow(*args):
-        judged.append(judge(*args))
+        judged.append(plan_retention(*args))
         if len(judged) == 1:
             (root / "served").symlink_to("v0001-step1")
             registry.pin("step2")
         return judged[-1]
 
-    monkeypatch.setattr(retention, "judge", slow)
+    monkeypatch.setattr(retention, "plan_retention", slow)
     registry.prune(Keep(last=1))
     assert [v.step for v in registry.versions()] == [1, 2, 5]
 

@@ -552,7 +552,7 @@ def test_skeletons_set_the_dtype_of_nested_configs() -> None:
     with torch.device("meta"):
         config = LlavaForConditionalGeneration._from_config(config, dtype=torch.float16).config
     found = {name: getattr(config, name).to_dict()["dtype"] for name in ("text_config", "vision_config")}
-    assert set(found.values()) == {"float16"}, f"_from_config leaves {found}; model/assets.py writes them so"
+    assert set(found.values()) == {"float16"}, f"_from_config leaves {found}; export/assets.py writes them so"
 
 
 def test_auto_classes_map_configs_to_classes() -> None:

@@ -12,8 +12,8 @@ from verl_autoexport.cli.terminal import Bar, complain
 from verl_autoexport.errors import SourceError, shown
 
 if TYPE_CHECKING:
-    from verl_autoexport.export.pipeline import MergeRunner
     from verl_autoexport.export.spec import ExportSpec
+    from verl_autoexport.merge.protocol import MergeRunner
     from verl_autoexport.registry.store import Registry, Version
     from verl_autoexport.sources.protocol import ShardSource
 
@@ -45,6 +45,7 @@ def _export_once(args: argparse.Namespace) -> int:
             pipeline.export_to_directory(spec, args.output, runner, bar)
             print(args.output)
             return 0
+        assert args.registry is not None, "argparse requires one of the two"
         registry = versions.recovered(Registry.create(args.registry))
         if not args.again and (there := _published(registry, spec)):
             print(f"step {spec.step} is published already as {there.path}; --again exports it once more")
@@ -59,7 +60,7 @@ def _published(registry: Registry, spec: ExportSpec) -> Version | None:
 
 def _runner(args: argparse.Namespace) -> MergeRunner:
     if args.ray_address is None:
-        from verl_autoexport.export.pipeline import LocalRunner
+        from verl_autoexport.merge.local_runner import LocalRunner
 
         return LocalRunner(args.workers)
     from verl_autoexport.cli.connect import connect

@@ -15,7 +15,7 @@ from verl_autoexport.milestones.events import is_measured
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from verl_autoexport.registry.retention import Judgement, Keep
+    from verl_autoexport.registry.retention import Keep, RetentionPlan
     from verl_autoexport.registry.store import Registry, Version
 
 _KEEP = ("last", "best", "every_n_steps", "max_bytes")
@@ -122,22 +122,22 @@ def _prune(args: argparse.Namespace) -> int:
     registry = _existing(args.root)
     given = {key: value for key in _KEEP if (value := getattr(args, key)) is not None}
     keep = Keep(**given) if given else registry.noted_policy()
-    if not keep:
+    if keep is None or not keep:
         found = "the run that exports there keeps all" if keep is not None else "no run has recorded any"
         options = ", ".join(f"--{key.replace('_', '-')}" for key in _KEEP)
-        args.parser.error(f"{args.root}: no autoexport.keep.* to go by ({found}): give one or more of {options}")
+        raise args.parser.error(f"{args.root}: no autoexport.keep.* to go by ({found}): give one or more of {options}")
     if args.best is not None and not registry.pointers().keys() - {"latest"}:
         raise RegistryError(
             f"{args.root}: no version was chosen by a `best` trigger, so --best has no metric to rank by"
         )
-    judgement, failed = (registry.judge(keep), []) if args.dry_run else recovered(registry).prune(keep)
-    removed, problems = judgement.removed, [*judgement.warnings, *failed]
+    plan, failed = (registry.plan_retention(keep), []) if args.dry_run else recovered(registry).prune(keep)
+    removed, problems = plan.removed, [*plan.warnings, *failed]
     if args.json:
-        print(json.dumps(_judgement(args, keep, judgement, failed), indent=2))
+        print(json.dumps(_judgement(args, keep, plan, failed), indent=2))
     else:
         rows = [
             (v.version.name, str(v.version.step), show_size(v.nbytes), "keep" if v.keep else "remove", v.reason)
-            for v in judgement.verdicts
+            for v in plan.verdicts
         ]
         print_table(("VERSION", "STEP", "SIZE", "DECISION", "WHY"), rows)
         what = f"{len(removed)} of {len(rows)} versions, {show_size(sum(v.nbytes for v in removed))}"
@@ -147,13 +147,13 @@ def _prune(args: argparse.Namespace) -> int:
     return 1 if problems and not args.dry_run else 0
 
 
-def _judgement(args: argparse.Namespace, keep: Keep, judgement: Judgement, failed: Sequence[str]) -> dict[str, Any]:
+def _judgement(args: argparse.Namespace, keep: Keep, plan: RetentionPlan, failed: Sequence[str]) -> dict[str, Any]:
     verdicts = [
         {"version": v.version.name, "step": v.version.step, "bytes": v.nbytes, "keep": v.keep, "reason": v.reason}
-        for v in judgement.verdicts
+        for v in plan.verdicts
     ]
     done = {"keep": keep.to_dict(), "dry_run": args.dry_run, "versions": verdicts}
-    return done | {"warnings": list(judgement.warnings), "not_deleted": list(failed)}
+    return done | {"warnings": list(plan.warnings), "not_deleted": list(failed)}
 
 
 def recovered(registry: Registry) -> Registry:

@@ -6,25 +6,24 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Event, Lock
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from verl_autoexport.errors import AutoExportError, ConfigError, MergeError, PlanError, SourceError, VerifyError
-from verl_autoexport.export import by_hand, places
+from verl_autoexport.export import assets, by_hand, places
+from verl_autoexport.export.assets import Reference
 from verl_autoexport.export.destinations import appears_whole
 from verl_autoexport.export.record import make_record
 from verl_autoexport.export.spec import ExportSpec, checkpoint_spec
-from verl_autoexport.merge.job import MergeJob, WrittenFile, one_torch_thread
+from verl_autoexport.merge.job import MergeJob, WrittenFile
+from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.merge.plan import MergePlan
-from verl_autoexport.model import assets
-from verl_autoexport.model.assets import Reference
+from verl_autoexport.merge.protocol import MergeRunner
 from verl_autoexport.model.base_model import base_directory
 from verl_autoexport.model.dtypes import model_dtype
 from verl_autoexport.model.lora import adapter as lora
@@ -33,7 +32,7 @@ from verl_autoexport.model.planner import ADAPTER_FOLDER, Planned, plan_model
 from verl_autoexport.model.saved_config import settled
 from verl_autoexport.model.skeleton import architecture
 from verl_autoexport.registry.record import ExportRecord
-from verl_autoexport.registry.shared_files import Twins, find_twins, link_twin
+from verl_autoexport.registry.shared_files import SharedFiles, find_shared, link_shared
 from verl_autoexport.registry.store import Registry, Version
 from verl_autoexport.shards.checksums import join
 from verl_autoexport.shards.safetensors_files import INDEX_NAME
@@ -41,7 +40,6 @@ from verl_autoexport.sources.download_stubs import check_fetched
 from verl_autoexport.sources.formats import format_of, open_source
 from verl_autoexport.sources.protocol import ShardSource
 from verl_autoexport.sources.saved_files import check_links
-from verl_autoexport.system.cpus import cores
 from verl_autoexport.system.page_cache import drop_cache
 from verl_autoexport.system.untrusted import is_plain_name
 from verl_autoexport.verify import checks as verify
@@ -49,55 +47,7 @@ from verl_autoexport.verify import checks as verify
 RECORD_NAME = "export.json"
 VERIFYING = "verifying"
 """The stage that has a time limit of its own."""
-_THREADS = 2  # of one file: beyond that they wait for each other, to hash
 _SPARE = 64 << 20  # bytes of disk left free beyond the estimate
-
-
-class MergeRunner(Protocol):
-    """Runs merge jobs somewhere; `progress` gets bytes as they are written, 0 as a sign of life, and may raise."""
-
-    def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]: ...
-
-
-class LocalRunner:
-    """Merges in this process, `workers` files at a time, each with `threads`; by default two where cores are free.
-
-    What costs time (reading, casting, writing, hashing) needs no GIL.
-    """
-
-    def __init__(self, workers: int | None = None, threads: int | None = None) -> None:
-        self.cores = cores()
-        self.workers = workers or min(4, self.cores)
-        self.threads = threads
-
-    def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]:
-        workers = min(self.workers, len(jobs))
-        threads = self.threads or max(1, min(_THREADS, self.cores // workers))
-        jobs = [replace(job, threads=threads) for job in jobs]
-        with one_torch_thread():
-            return [job.run(progress) for job in jobs] if workers == 1 else _run_beside(jobs, progress, workers)
-
-
-def _run_beside(jobs: Sequence[MergeJob], progress: Callable[[int], None], workers: int) -> list[WrittenFile]:
-    lock, failed = Lock(), Event()
-
-    def advance(nbytes: int) -> None:
-        with lock:
-            progress(nbytes)
-        if failed.is_set():
-            raise MergeError("given up, because another file could not be written.")
-
-    with ThreadPoolExecutor(workers) as pool:
-        running = [pool.submit(job.run, advance) for job in jobs]
-        try:
-            done, _ = wait(running, return_when=FIRST_EXCEPTION)
-            if errors := [error for future in done if (error := future.exception())]:
-                raise errors[0]
-            return [future.result() for future in running]
-        except BaseException:
-            failed.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 class Progress(Protocol):
@@ -130,7 +80,7 @@ def export_to_registry(
     try:
         versions = registry.versions()
         spec = replace(spec, grouped=_kept_apart(versions))
-        record = run_export(spec, staging.path, runner, progress, find_twins(versions))
+        record = run_export(spec, staging.path, runner, progress, find_shared(versions))
         progress.stage("flushing to disk")
         return registry.publish(staging, record, partial(progress.stage, "publishing"))
     except BaseException:
@@ -158,17 +108,17 @@ def run_export(
     target: Path,
     runner: MergeRunner,
     progress: Progress | None = None,
-    twins: Twins = MappingProxyType({}),
+    shared: SharedFiles = MappingProxyType({}),
 ) -> ExportRecord:
     """Make a complete, verified model directory in `target` (empty, on the output's file system).
 
-    A file of weights that is among `twins` becomes a link to it, before it is verified.
+    A file of weights that is among `shared` becomes a link to it, before it is verified.
     """
     progress = progress or Silent()
     progress.stage("reading shards")
     source = _open_source(spec)
     try:
-        return _run(spec, source, target, runner, progress, twins)
+        return _run(spec, source, target, runner, progress, shared)
     finally:
         if not spec.cached:
             source.drop_cache()
@@ -177,7 +127,7 @@ def run_export(
 
 
 def _run(
-    spec: ExportSpec, source: ShardSource, target: Path, runner: MergeRunner, progress: Progress, twins: Twins
+    spec: ExportSpec, source: ShardSource, target: Path, runner: MergeRunner, progress: Progress, shared: SharedFiles
 ) -> ExportRecord:
     timings = {"stall": spec.stall_s}
     if spec.hand_over_s is not None:
@@ -197,10 +147,10 @@ def _run(
             written = runner.run(_jobs(spec, planned, target), progress.advance)
             progress.stage("comparing checksums")
             runs = join({*planned.read, *(run for file in written for run in file.read)})
-            source.check_sums(manifest, runs, progress.advance)
-            written = [replace(w, linked=link_twin(target / w.name, w.sha256, w.nbytes, twins)) for w in written]
+            source.verify_checksums(manifest, runs, progress.advance)
+            written = [replace(w, linked=link_shared(target / w.name, w.sha256, w.nbytes, shared)) for w in written]
             more, reference = _write_beside(spec, saved, planned, written, target)
-            notes = [*manifest.notes, *planned.contract.notes, *notes, *more]
+            notes = [*manifest.notes, *planned.compatibility.notes, *notes, *more]
         with _timed(timings, "verify"):
             progress.stage(VERIFYING)
             checks = _verify(spec, saved, target, planned, reference)
@@ -256,16 +206,16 @@ def _write_beside(
 ) -> tuple[list[str], Reference]:
     """Everything but the weights; returns notes, and what the tokenizer and processor must equal."""
     options = spec.options
-    skeleton, base, adapter = planned.skeleton, planned.contract.base, planned.adapter
+    skeleton, base, adapter = planned.skeleton, planned.compatibility.base, planned.adapter
     notes = []
     if planned.plan.index is not None:
         (target / INDEX_NAME).write_text(json.dumps(planned.plan.index, indent=2) + "\n", encoding="utf-8")
     if options.lora != "adapter":
         dtype = None if options.dtype == "base" else model_dtype(skeleton, planned.manifest, options.dtype)
-        values = planned.contract.config_values
+        values = planned.compatibility.config_values
         notes += assets.write_config(skeleton, dtype, target, base, options.trust_remote_code, values)
         if base is None:
-            notes.append(f"not compared with the base model: {planned.contract.reason}")
+            notes.append(f"not compared with the base model: {planned.compatibility.reason}")
     more, reference = assets.write_assets(
         saved, base_directory(options.base_model), target,
         generates=skeleton.can_generate(), trust_remote_code=options.trust_remote_code,
@@ -305,7 +255,7 @@ def _verify(spec: ExportSpec, saved: Path, target: Path, planned: Planned, refer
         timeout_s=options.verify.timeout_s,
         trust_remote_code=options.trust_remote_code,
         external_lib=options.external_lib,
-        carried=planned.contract.carried,
+        carried=planned.compatibility.carried,
     )
     checks = {"structure": verify.check_structure(target, planned.plan)}
     nbytes, source, beside = planned.plan.nbytes, _source(spec, saved, planned), reference.to_json()
@@ -318,7 +268,7 @@ def _verify(spec: ExportSpec, saved: Path, target: Path, planned: Planned, refer
             adapter = None
         checks |= check(target, nbytes, source=source, assets=beside)
         checks |= {} if adapter is None else {"adapter": adapter}
-    return {"contract": planned.contract.to_check()} | {name: found.to_json() for name, found in checks.items()}
+    return {"contract": planned.compatibility.to_check()} | {name: found.to_json() for name, found in checks.items()}
 
 
 def _source(spec: ExportSpec, saved: Path, planned: Planned) -> verify.Source | None:

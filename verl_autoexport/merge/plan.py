@@ -80,10 +80,14 @@ class Output:
         def swap(values: tuple[Any, ...]) -> tuple[Any, ...]:
             return (*values[:-2], values[-1], values[-2])
 
-        if any(piece.dims is None for piece in self.pieces):
-            raise PlanError(f"{self.name}: reshaped and transposed at once on its way to disk; that is not supported.")
-        pieces = tuple(replace(p, dims=swap(p.dims), at=swap(p.at)) for p in self.pieces)
-        return replace(self, shape=swap(self.shape), pieces=pieces)
+        pieces = []
+        for piece in self.pieces:
+            if piece.dims is None:
+                raise PlanError(
+                    f"{self.name}: reshaped and transposed at once on its way to disk; that is not supported."
+                )
+            pieces.append(replace(piece, dims=swap(piece.dims), at=swap(piece.at)))
+        return replace(self, shape=swap(self.shape), pieces=tuple(pieces))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Merge jobs as Ray tasks: no GPU, anywhere that sees the output and the shards, never waiting for ever."""
+"""Merge jobs as Ray tasks: no GPU, anywhere that sees the output and the shards, never waiting forever."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class FileWriter:
         self.path, self.read_again = path, read_again
         self.digest = hashlib.sha256()
         self.turn = Condition()
-        self.hashed = self.advised = 0  # bytes from the begin of the file
+        self.hashed = self.advised = 0  # bytes from the beginning of the file
         self.ready: dict[int, bytes | memoryview] = {}  # by offset: written, not yet hashed
         self.hashing = False
         self.broken: BaseException | None = None

@@ -25,7 +25,7 @@ from verl_autoexport.model.value_head import Head
 from verl_autoexport.shards.manifest import FLOATING, ShardManifest
 
 logger = logging.getLogger(__name__)
-Excuse = Callable[[str], str | None]
+AllowedDifference = Callable[[str], str | None]
 _MOVED_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # in old files; no class reads them any more
 _SWAPPED = "in the base's layout, last two dimensions swapped"
 _CHECK = "autoexport.weights.base_check (--base-check)"
@@ -33,7 +33,7 @@ _CARRY = "autoexport.weights.carry_unread (--carry-unread)"
 
 
 @dataclass(frozen=True)
-class Contract:
+class Compatibility:
     """The outcome of a comparison that did not refuse; `reason` says why there was none, or was no `base`.
 
     `explained` maps why they differ to the names that do; `transposed` are those written in
@@ -89,16 +89,16 @@ class Contract:
 
 
 @dataclass(frozen=True)
-class Excuses:
+class AllowedDifferences:
     """Why a tensor may differ: each takes a name and gives the reason, or None.
 
     `unread` holds only where nothing is written that the base lacks: else it could be the same
     tensor under another name. `vocabulary` is the size in the base and the one to be written.
     """
 
-    lacking: Excuse
-    unread: Excuse
-    added: Excuse
+    lacking: AllowedDifference
+    unread: AllowedDifference
+    added: AllowedDifference
     vocabulary: tuple[int | None, int | None]
 
     def reshaped(self, ours: Sequence[int], theirs: Sequence[int]) -> str | None:
@@ -108,7 +108,7 @@ class Excuses:
         return None
 
 
-def check_contract(
+def check_compatibility(
     skeleton: Any,
     head: Head | None,
     outputs: Sequence[Output],
@@ -117,17 +117,17 @@ def check_contract(
     *,
     base_check: str = "strict",
     carry_unread: bool = False,
-) -> Contract:
+) -> Compatibility:
     """Compare what `outputs` will be with the base model at `base_model`, where there is one at hand.
 
     Raises PlanError listing the names that differ without a reason, unless `base_check` is `warn`.
     """
     found = _begin(base_model, base_check, carry_unread)
-    if isinstance(found, Contract):
+    if isinstance(found, Compatibility):
         return found
-    excuses = _excuses(skeleton, head, found, trust_remote_code)
+    allowed = _allowed_differences(skeleton, head, found, trust_remote_code)
     spelling = spell(skeleton, outputs, found.tensors)
-    return compare(outputs, found, excuses, spelling, base_check=base_check, carry_unread=carry_unread)
+    return compare(outputs, found, allowed, spelling, base_check=base_check, carry_unread=carry_unread)
 
 
 def check_start(
@@ -138,25 +138,25 @@ def check_start(
     *,
     base_check: str = "strict",
     carry_unread: bool = False,
-) -> Contract:
+) -> Compatibility:
     """Before anything is trained: is what transformers writes of the base model what the base model is?
 
-    Raises PlanError as `check_contract` does, ConfigError where `dtype` needs a base and none is at hand.
+    Raises PlanError as `check_compatibility` does, ConfigError where `dtype` needs a base and none is at hand.
     """
     found = _begin(base_model, base_check, carry_unread)
-    if isinstance(found, Contract):
+    if isinstance(found, Compatibility):
         check_dtype(dtype, found.base, found.reason)
         return found
     if not found.config.get("architectures"):
-        return Contract(reason=f"{found.directory / 'config.json'} names no architecture; exports are compared")
+        return Compatibility(reason=f"{found.directory / 'config.json'} names no architecture; exports are compared")
     skeleton = build_skeleton(found.directory, "source", trust_remote_code=trust_remote_code, external_lib=external_lib)
     outputs = class_outputs(skeleton)
-    excuses = _excuses(skeleton, None, found, trust_remote_code, own=skeleton)
+    allowed = _allowed_differences(skeleton, None, found, trust_remote_code, own=skeleton)
     spelling = spell(skeleton, outputs, found.tensors)
-    return compare(outputs, found, excuses, spelling, base_check=base_check, carry_unread=carry_unread)
+    return compare(outputs, found, allowed, spelling, base_check=base_check, carry_unread=carry_unread)
 
 
-def _begin(base_model: str | None, base_check: str, carry_unread: bool) -> BaseModel | Contract:
+def _begin(base_model: str | None, base_check: str, carry_unread: bool) -> BaseModel | Compatibility:
     """The base to compare with, or what is to be said where there is no comparison."""
     try:
         base, reason = find_base(base_model)
@@ -170,8 +170,8 @@ def _begin(base_model: str | None, base_check: str, carry_unread: bool) -> BaseM
             "(--base-model, or the run's model path), or leave it out."
         )
     if base is None:
-        return Contract(reason=reason)
-    return Contract(base, f"not compared with {base.directory}: {_CHECK} is off") if base_check == "off" else base
+        return Compatibility(reason=reason)
+    return Compatibility(base, f"not compared with {base.directory}: {_CHECK} is off") if base_check == "off" else base
 
 
 def check_dtype(dtype: str, base: BaseModel | None, reason: str) -> None:
@@ -186,12 +186,12 @@ def check_dtype(dtype: str, base: BaseModel | None, reason: str) -> None:
 def compare(
     outputs: Iterable[Output],
     base: BaseModel,
-    excuses: Excuses,
+    allowed: AllowedDifferences,
     spelling: Spelling,
     *,
     base_check: str = "strict",
     carry_unread: bool = False,
-) -> Contract:
+) -> Compatibility:
     """Pure but for a warning: `outputs` are what will be written, as the base spells them.
 
     Raises PlanError listing the names that differ without a reason, unless `base_check` is `warn`.
@@ -209,25 +209,25 @@ def compare(
         kept.append(text or name if reason is None else name)
 
     for name in ours.keys() - base.tensors.keys():
-        settle(excuses.added(name), name, "not in the base")
+        settle(allowed.added(name), name, "not in the base")
     for name in base.tensors.keys() - ours.keys():
-        reason = excuses.lacking(name)
-        if reason is None and not wrong["not in the base"] and (reason := excuses.unread(name)) is not None:
+        reason = allowed.lacking(name)
+        if reason is None and not wrong["not in the base"] and (reason := allowed.unread(name)) is not None:
             unread.append(name)
         settle(reason, name, "missing")
     for name in ours.keys() & base.tensors.keys():
         shape, expected = ours[name], base.tensors[name].shape
         if shape != expected:
-            reason = _SWAPPED if _swapped(shape) == expected else excuses.reshaped(shape, expected)
+            reason = _SWAPPED if _swapped(shape) == expected else allowed.reshaped(shape, expected)
             settle(reason, name, "of another shape", f"{name} (base {list(expected)}, here {list(shape)})")
     if any(wrong.values()):
         return _refuse(base, wrong, base_check)
     explained = {why: tuple(sorted(names)) for why, names in sorted(found.items()) if names}
     transposed, left = frozenset(explained.get(_SWAPPED, ())), tuple(sorted(unread))
-    return Contract(base, "", explained, transposed, spelling, left, left if carry_unread else ())
+    return Compatibility(base, "", explained, transposed, spelling, left, left if carry_unread else ())
 
 
-def _refuse(base: BaseModel, wrong: Mapping[str, Sequence[str]], base_check: str) -> Contract:
+def _refuse(base: BaseModel, wrong: Mapping[str, Sequence[str]], base_check: str) -> Compatibility:
     lists = "; ".join(f"{kind}: {brief(sorted(names))}" for kind, names in wrong.items() if names)
     text = (
         f"what would be written differs from the base model {base.directory}: {lists}. Engines that serve the "
@@ -238,14 +238,14 @@ def _refuse(base: BaseModel, wrong: Mapping[str, Sequence[str]], base_check: str
             f"{text} Is that the model that was trained, and its files as published? {_way_out('warn or off')}"
         )
     logger.warning("verl_autoexport: %s Exporting nevertheless: %s is warn.", text, _CHECK)
-    return Contract(base, differs=lists)
+    return Compatibility(base, differs=lists)
 
 
 def _way_out(value: str) -> str:
     return f"If it is, and you answer for it: {_CHECK}: {value}."
 
 
-def apply_base(outputs: Iterable[Output], contract: Contract, dtype: str) -> list[Output]:
+def apply_base(outputs: Iterable[Output], contract: Compatibility, dtype: str) -> list[Output]:
     """`outputs` under the base's names, in its layout and, if `dtype` is `base`, in its dtypes."""
     base = contract.base
     check_dtype(dtype, base, contract.reason)
@@ -256,7 +256,7 @@ def apply_base(outputs: Iterable[Output], contract: Contract, dtype: str) -> lis
 
 
 def carry(
-    contract: Contract, manifest: ShardManifest, outputs: list[Output], dtype: str
+    contract: Compatibility, manifest: ShardManifest, outputs: list[Output], dtype: str
 ) -> tuple[ShardManifest, list[Output]]:
     """Both with what is carried over from the base.
 
@@ -293,7 +293,9 @@ def _swapped(shape: tuple[int, ...]) -> tuple[int, ...] | None:
     return (*shape[:-2], shape[-1], shape[-2]) if len(shape) > 2 else None
 
 
-def _excuses(skeleton: Any, head: Head | None, base: BaseModel, trust_remote_code: bool, own: Any = None) -> Excuses:
+def _allowed_differences(
+    skeleton: Any, head: Head | None, base: BaseModel, trust_remote_code: bool, own: Any = None
+) -> AllowedDifferences:
     """`own`: the base's skeleton by its own configuration, where it is at hand."""
     loading, name = Loading(skeleton), type(skeleton).__name__
     tied = tied_names(skeleton)
@@ -326,7 +328,7 @@ def _excuses(skeleton: Any, head: Head | None, base: BaseModel, trust_remote_cod
         may_lack = _matches(skeleton._keys_to_ignore_on_load_missing, loading.place(key)[0])
         return f"{name} loads without it" if may_lack else None
 
-    return Excuses(lacking, unread, added, (_vocabulary(base_config), _vocabulary(skeleton.config)))
+    return AllowedDifferences(lacking, unread, added, (_vocabulary(base_config), _vocabulary(skeleton.config)))
 
 
 def _own_skeleton(skeleton: Any, base: BaseModel, trust_remote_code: bool) -> Any:

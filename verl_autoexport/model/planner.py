@@ -11,7 +11,7 @@ from verl_autoexport.config.schema import ExportOptions
 from verl_autoexport.errors import PlanError
 from verl_autoexport.merge.plan import MergePlan, Output, make_plan, one_file_plan
 from verl_autoexport.merge.reader import equal_values
-from verl_autoexport.model.base_compatibility import Contract, apply_base, carry, check_contract
+from verl_autoexport.model.base_compatibility import Compatibility, apply_base, carry, check_compatibility
 from verl_autoexport.model.conversion import name_outputs, tied_aliases
 from verl_autoexport.model.dtypes import OWN_DTYPES, DtypeRule
 from verl_autoexport.model.lora import adapter as lora
@@ -29,14 +29,14 @@ ADAPTER_FOLDER = "adapter"
 class Planned:
     """What will be written, and of what: `manifest` has every tensor that `plan` reads.
 
-    `skeleton` is the model on the meta device, `contract` how it differs from the base, `read` all that was
+    `skeleton` is the model on the meta device, `compatibility` how it differs from the base, `read` all that was
     read of files with records.
     """
 
     skeleton: Any
     manifest: ShardManifest
     plan: MergePlan
-    contract: Contract
+    compatibility: Compatibility
     adapter: lora.Adapter | None = None
     read: tuple[Run, ...] = ()
 
@@ -64,7 +64,7 @@ def plan_model(
     if adapter is not None and options.lora == "adapter":
         plan = one_file_plan(lora.plan_adapter(adapter, manifest, options.dtype))
         return Planned(
-            skeleton, manifest, plan, Contract(reason="an adapter holds none of the base's tensors"), adapter
+            skeleton, manifest, plan, Compatibility(reason="an adapter holds none of the base's tensors"), adapter
         )
     if adapter is None:
         held, outputs, fusions = manifest, name_outputs(skeleton, manifest, options.dtype), {}
@@ -74,34 +74,34 @@ def plan_model(
     sums = Sums()
     if values:
         _check_tied(skeleton, held, sums)
-    contract = check_contract(
+    compatibility = check_compatibility(
         skeleton, head, outputs, options.base_model, options.trust_remote_code,
         base_check=options.base_check, carry_unread=options.carry_unread,
     )  # fmt: skip
-    outputs = apply_base(outputs, contract, options.dtype)
+    outputs = apply_base(outputs, compatibility, options.dtype)
     if fused := sorted(o.name for o in outputs if any(p.fqn in fusions for p in o.pieces)):
-        contract = replace(contract, explained={**contract.explained, "LoRA fused in": tuple(fused)})
-    apart = _unchanging(frozen, grouped, outputs, fusions, contract)
-    held, outputs = carry(contract, held, outputs, options.dtype)
+        compatibility = replace(compatibility, explained={**compatibility.explained, "LoRA fused in": tuple(fused)})
+    apart = _frozen_outputs(frozen, grouped, outputs, fusions, compatibility)
+    held, outputs = carry(compatibility, held, outputs, options.dtype)
     plan = make_plan(held, outputs, options.max_shard_size, fusions, apart)
     if adapter is not None and options.lora == "both":
         plan = replace(plan, files=(*plan.files, lora.plan_adapter(adapter, held, options.dtype, f"{ADAPTER_FOLDER}/")))
-    return Planned(skeleton, held, plan, contract, adapter, sums.runs())
+    return Planned(skeleton, held, plan, compatibility, adapter, sums.runs())
 
 
-def _unchanging(
+def _frozen_outputs(
     frozen: Collection[str] | None,
     grouped: Collection[str],
     outputs: Sequence[Output],
     fusions: Mapping[str, Fusion],
-    contract: Contract,
+    compatibility: Compatibility,
 ) -> set[str]:
     """Names on disk of what training leaves as it is; where that is not known, what an earlier version keeps apart."""
     if frozen is None:
         return set(grouped)
     names = {lora.plain_name(fqn) for fqn in frozen}
     kept = {o.name for o in outputs if all(p.fqn in names and p.fqn not in fusions for p in o.pieces)}
-    return kept.union(contract.carried)
+    return kept.union(compatibility.carried)
 
 
 def capture_dtypes(options: ExportOptions, planned: Planned) -> dict[str, str]:
@@ -109,7 +109,7 @@ def capture_dtypes(options: ExportOptions, planned: Planned) -> dict[str, str]:
     if planned.adapter is not None or options.dtype in OWN_DTYPES:
         return {}
     rule = DtypeRule(planned.skeleton, options.dtype)
-    carried = planned.contract.carried
+    carried = planned.compatibility.carried
     return {fqn: rule(fqn, t.dtype) for fqn, t in planned.manifest.tensors.items() if fqn not in carried}
 
 

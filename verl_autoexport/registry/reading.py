@@ -12,7 +12,7 @@ from verl_autoexport.registry import journal, pointers, removal, retention
 from verl_autoexport.registry import state as states
 from verl_autoexport.registry.history import Exported, Memory
 from verl_autoexport.registry.journal_reader import Notes
-from verl_autoexport.registry.retention import Judgement, Keep
+from verl_autoexport.registry.retention import Keep, RetentionPlan
 from verl_autoexport.registry.state import State
 from verl_autoexport.registry.versions import Catalog, Version
 
@@ -71,11 +71,11 @@ class Reader:
         """The journal entries, with their triggers, of failed and dropped milestones not published since."""
         return self._memory().outcomes()
 
-    def judge(self, keep: Keep) -> Judgement:
+    def plan_retention(self, keep: Keep) -> RetentionPlan:
         """What `prune` would remove, and why."""
         versions = self.versions()
         inside = pointers.inner_links(self.root, (v.name for v in versions))
-        return retention.judge(versions, keep, inside | pointers.links(self.root))
+        return retention.plan_retention(versions, keep, inside | pointers.links(self.root))
 
     def noted_policy(self) -> Keep | None:
         """The policy of the run that exports here, if one recorded it."""

@@ -44,11 +44,11 @@ def note_lost(state: State, facts: Facts) -> list[str]:
 
 
 def sentence(notes: Notes, verdicts: Sequence[Verdict]) -> bytes:
-    """What `condemn` adds to the journal, made ready before the lock is taken."""
+    """What `mark_removed` adds to the journal, made ready before the lock is taken."""
     return journal.encode(notes.path, [("removed", _fields(verdict)) for verdict in verdicts])
 
 
-def condemn(root: Path, notes: Notes, state: State, verdicts: Sequence[Verdict], lines: bytes) -> int:
+def mark_removed(root: Path, notes: Notes, state: State, verdicts: Sequence[Verdict], lines: bytes) -> int:
     """Notes in the journal, and in `state`, that these are no versions any more; the caller holds the lock.
 
     Returns how many: on a full disk fewer are noted, the others' turn comes when these are gone.
@@ -59,13 +59,13 @@ def condemn(root: Path, notes: Notes, state: State, verdicts: Sequence[Verdict],
     except OSError as e:
         if not is_full(e):
             raise
-        _condemn_some(root, notes, verdicts)
+        _mark_some_removed(root, notes, verdicts)
     note_lost(state, notes.facts())
     _save(root, notes, state)
     return len(state.removed) - before
 
 
-def _condemn_some(root: Path, notes: Notes, verdicts: Sequence[Verdict]) -> None:
+def _mark_some_removed(root: Path, notes: Notes, verdicts: Sequence[Verdict]) -> None:
     """As many as there is room for; the first one in any case."""
     noted = notes.facts().removed
     begun = any(verdict.version.name in noted for verdict in verdicts)
@@ -188,7 +188,7 @@ def _delete(path: Path) -> None:
     raise OSError(f"it is still there after {_TRIES} attempts")
 
 
-def settle(root: Path, notes: Notes, state: State, failed: dict[Path, str]) -> list[str]:
+def finish(root: Path, notes: Notes, state: State, failed: dict[Path, str]) -> list[str]:
     """Notes what is gone and what could not be deleted; returns the names that are free. The caller holds the lock."""
     lying = {_name_of(path) for path in trash(root)}
     free = [name for name in state.removed if name not in lying and not _is_there(root / name)]
@@ -210,7 +210,9 @@ def _reason(error: OSError) -> str:
     return f"{error.strerror or error}{where}"
 
 
-def go_on(root: Path, notes: Notes, locked: Callable[[], AbstractContextManager[None]]) -> tuple[list[str], list[str]]:
+def resume_removals(
+    root: Path, notes: Notes, locked: Callable[[], AbstractContextManager[None]]
+) -> tuple[list[str], list[str]]:
     """Goes on with every removal that was begun; returns a line for each that is done, and that cannot be yet."""
     state = load(root, notes.facts)[0]
     note_lost(state, notes.facts())
@@ -232,7 +234,7 @@ def go_on(root: Path, notes: Notes, locked: Callable[[], AbstractContextManager[
     with locked():
         state = load(root, notes.facts)[0]
         note_lost(state, notes.facts())
-        free = settle(root, notes, state, failed)
+        free = finish(root, notes, state, failed)
     told += [f"{path}: removed, but its data cannot be deleted yet: {reason}" for path, reason in failed.items()]
     return [f"{root / name}: removed" for name in free], told
 

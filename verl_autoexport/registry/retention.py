@@ -34,7 +34,7 @@ class Keep:
     """The policy; a key that is None asks for nothing, and with none set everything stays.
 
     `last`: as many of the highest steps. `best`: as many of the best by the metric of each `best…`.
-    `every_n_steps`: the first version at or after each multiple, for ever. `max_bytes`: in all.
+    `every_n_steps`: the first version at or after each multiple, forever. `max_bytes`: in all.
     """
 
     last: int | None = None
@@ -71,7 +71,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class RetentionPlan:
     """A verdict for every version, by number; `removed` has the least valuable first."""
 
     verdicts: tuple[Verdict, ...]
@@ -79,7 +79,7 @@ class Judgement:
     warnings: tuple[str, ...] = ()
 
 
-def judge(versions: Iterable[Version], keep: Keep, links: Mapping[str, str] | None = None) -> Judgement:
+def plan_retention(versions: Iterable[Version], keep: Keep, links: Mapping[str, str] | None = None) -> RetentionPlan:
     """Judges the whole list. `links` maps further names, such as links on disk, to directories that must stay.
 
     What stays is judged again: what had to stay only because of a version that goes may go with it.
@@ -87,19 +87,19 @@ def judge(versions: Iterable[Version], keep: Keep, links: Mapping[str, str] | No
     final: dict[str, Verdict] = {}
     removed: list[Verdict] = []
     while True:
-        once = _judge_once(versions, keep, links)
+        once = _plan_once(versions, keep, links)
         final |= {v.version.name: v for v in once.verdicts}
         removed += once.removed
         if not once.removed:
             verdicts = sorted(final.values(), key=lambda v: (v.version.number, v.version.step))
-            return Judgement(tuple(verdicts), tuple(removed), once.warnings)
+            return RetentionPlan(tuple(verdicts), tuple(removed), once.warnings)
         versions = [v.version for v in once.verdicts if v.keep]
 
 
-def _judge_once(versions: Iterable[Version], keep: Keep, links: Mapping[str, str] | None) -> Judgement:
+def _plan_once(versions: Iterable[Version], keep: Keep, links: Mapping[str, str] | None) -> RetentionPlan:
     versions = sorted(versions, key=lambda v: (v.number, v.step))
     if not keep:
-        return Judgement(tuple(Verdict(v, True, "no rule is set, so everything stays") for v in versions))
+        return RetentionPlan(tuple(Verdict(v, True, "no rule is set, so everything stays") for v in versions))
     why: dict[str, list[str]] = {v.name: [] for v in versions}
     value: dict[str, int] = {}
     for policy in _policies(keep, links or {}):
@@ -116,7 +116,7 @@ def _judge_once(versions: Iterable[Version], keep: Keep, links: Mapping[str, str
         verdicts.append(Verdict(version, kept, cut.get(version.name, reason)))
         removed += [] if kept else [verdicts[-1]]
     removed.sort(key=lambda r: (r.version.name in cut, value.get(r.version.name, 0), *_turn(r.version)))
-    return Judgement(tuple(verdicts), tuple(removed), tuple(warnings))
+    return RetentionPlan(tuple(verdicts), tuple(removed), tuple(warnings))
 
 
 def _policies(keep: Keep, links: Mapping[str, str]) -> Iterator[RetentionPolicy]:

@@ -15,12 +15,12 @@ from verl_autoexport.system.untrusted import is_plain_name
 
 MIN_BYTES = 1 << 20
 """Smaller files are not worth a link."""
-Twins = Mapping[tuple[str, int], Path]
+SharedFiles = Mapping[tuple[str, int], Path]
 """sha256 (hex) and bytes -> a file of an earlier version that its record says this of."""
 log = logging.getLogger(__name__)
 
 
-def find_twins(versions: Iterable[Version]) -> dict[tuple[str, int], Path]:
+def find_shared(versions: Iterable[Version]) -> dict[tuple[str, int], Path]:
     """Of all versions, the newest last: it is the least likely to be removed meanwhile."""
     found = {}
     for version in sorted(versions, key=lambda v: v.number):
@@ -31,24 +31,24 @@ def find_twins(versions: Iterable[Version]) -> dict[tuple[str, int], Path]:
     return found
 
 
-def link_twin(path: Path, digest: str, nbytes: int, twins: Twins) -> bool:
+def link_shared(path: Path, digest: str, nbytes: int, shared: SharedFiles) -> bool:
     """Replace `path` by a link to an earlier version's file of the same content; False, and nothing done, without one.
 
     What that file holds now counts, not what its record says: it is read once more.
     """
-    twin = twins.get((digest, nbytes))
-    if twin is None or twin.parent.is_symlink():
+    same = shared.get((digest, nbytes))
+    if same is None or same.parent.is_symlink():
         return False
     temp = temp_path(path)
     try:
-        os.link(twin, temp, follow_symlinks=False)  # from here on nobody can take it away
+        os.link(same, temp, follow_symlinks=False)  # from here on nobody can take it away
         if temp.is_symlink() or _sha256(temp) != digest:
-            log.warning("%s: is no longer what was published; not linked to", twin)
+            log.warning("%s: is no longer what was published; not linked to", same)
             return False
         os.replace(temp, path)
         return True
     except OSError as e:  # removed meanwhile, no links here, too many: a file of its own is as good
-        log.info("%s: no link to %s: %s", path, twin, e)
+        log.info("%s: no link to %s: %s", path, same, e)
         return False
     finally:
         with suppress(OSError):

@@ -33,7 +33,7 @@ from verl_autoexport.registry.lease import Lease, Owner
 from verl_autoexport.registry.lock import RootLock
 from verl_autoexport.registry.reading import Reader
 from verl_autoexport.registry.record import RECORD, ExportRecord, read_record
-from verl_autoexport.registry.retention import Judgement, Keep
+from verl_autoexport.registry.retention import Keep, RetentionPlan
 from verl_autoexport.registry.staging import Staging
 from verl_autoexport.registry.state import State
 from verl_autoexport.registry.versions import Version, names_like_versions, version_name
@@ -180,29 +180,29 @@ class Registry(Reader):
         with self._locked():
             removal.note_policy(self._notes, keep)
 
-    def prune(self, keep: Keep) -> tuple[Judgement, list[str]]:
+    def prune(self, keep: Keep) -> tuple[RetentionPlan, list[str]]:
         """Removes what `keep` does not keep, and tries again what could not be deleted before.
 
-        Returns the judgement and a line for every directory that cannot be deleted yet; that stops nothing else.
+        Returns the plan and a line for every directory that cannot be deleted yet; that stops nothing else.
         """
         first = None
         while True:
-            judgement, condemned = self._condemn(keep)
-            first = first or judgement
-            failed = removal.go_on(self.root, self._notes, self._locked)[1]
-            if condemned == len(judgement.removed):  # else the disk is full, and there is more room now
+            plan, marked = self._mark_removed(keep)
+            first = first or plan
+            failed = removal.resume_removals(self.root, self._notes, self._locked)[1]
+            if marked == len(plan.removed):  # else the disk is full, and there is more room now
                 compaction.compact(self._notes, self._locked)
                 return first, failed
 
-    def _condemn(self, keep: Keep) -> tuple[Judgement, int]:
+    def _mark_removed(self, keep: Keep) -> tuple[RetentionPlan, int]:
         """Judges without the lock, and notes with it what is to go, unless something changed in between."""
         for left in reversed(range(_TRIES)):
             state = self._state()
             versions = self._versions(state)
             inside = pointers.inner_links(self.root, (v.name for v in versions))
             links = inside | pointers.links(self.root)
-            judgement, seen = retention.judge(versions, keep, links), self._evidence(versions, links)
-            lines = removal.sentence(self._notes, judgement.removed)
+            plan, seen = retention.plan_retention(versions, keep, links), self._evidence(versions, links)
+            lines = removal.sentence(self._notes, plan.removed)
             with self._locked():
                 state = self._state()
                 self._settle_logged(state)  # links first: none may lead to what goes
@@ -210,11 +210,11 @@ class Registry(Reader):
                 if self._evidence(versions, links) != seen:
                     if left:
                         continue
-                    judgement = retention.judge(versions, keep, links)
-                    lines = removal.sentence(self._notes, judgement.removed)
-                if not judgement.removed:
-                    return judgement, 0
-                return judgement, removal.condemn(self.root, self._notes, state, judgement.removed, lines)
+                    plan = retention.plan_retention(versions, keep, links)
+                    lines = removal.sentence(self._notes, plan.removed)
+                if not plan.removed:
+                    return plan, 0
+                return plan, removal.mark_removed(self.root, self._notes, state, plan.removed, lines)
         raise AssertionError("unreachable")
 
     @staticmethod
@@ -248,7 +248,7 @@ class Registry(Reader):
         with self._locked():
             abandoned = staging.abandoned(self._staging, self._lock.beside)
             done = self._repair()
-        for lines in removal.go_on(self.root, self._notes, self._locked):
+        for lines in removal.resume_removals(self.root, self._notes, self._locked):
             done += lines
         for finished in requests.done(self._requests):
             requests.delete(finished)

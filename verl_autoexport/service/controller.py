@@ -326,7 +326,7 @@ class RunController:
         if copied and self.ledger.unsent:
             exports = self._sent(started + queue.wait_timeout_s)
         left = max(0.0, started + queue.wait_timeout_s - time.monotonic())
-        with self.calls.excused():
+        with self.calls.uncounted():
             done = wait_for(exports, min(surplus, len(exports)), left)
         logger.warning("verl_autoexport: training waited %.1f s for exports", time.monotonic() - started)
         self.ledger.poll()
@@ -342,7 +342,7 @@ class RunController:
         """The exports of all snapshots, once the lock that keeps them from the service is free; else none ends."""
         with suppress(RegistryError, OSError):  # it is said again when this step is booked
             while not self._book() and time.monotonic() < deadline:
-                with self.calls.excused():
+                with self.calls.uncounted():
                     time.sleep(_AGAIN_S)
         return [export for export in self.ledger.snapshots.values() if export is not None]
 
@@ -363,7 +363,7 @@ class RunController:
         queue = self.settings.queue
         wait_s = 0.0 if decision.droppable and queue.overflow != "wait" else queue.wait_timeout_s
         try:
-            with self.calls.excused():  # given up before, it would copy the weights of a later step
+            with self.calls.uncounted():  # given up before, it would copy the weights of a later step
                 snapshot = self.live.capture(self.service.receiver, wait_s, self.ledger.snapshots.keys())
         except SourceBusy as e:
             if decision.droppable:

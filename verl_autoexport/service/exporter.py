@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from verl_autoexport.config.schema import AutoExportConfig
 from verl_autoexport.errors import AutoExportError, RegistryBusy, shown
-from verl_autoexport.export.pipeline import VERIFYING, MergeRunner, export_to_registry
+from verl_autoexport.export.pipeline import VERIFYING, export_to_registry
 from verl_autoexport.export.spec import ExportSpec
+from verl_autoexport.merge.protocol import MergeRunner
 from verl_autoexport.publishers.protocol import GROUP, Publisher
 from verl_autoexport.registry.retention import Keep, show_size
 from verl_autoexport.registry.store import Registry
@@ -255,18 +256,18 @@ class Exporter:
     def _retain(self) -> None:
         """Before the outcome is told, so that the end of a run waits for it. What goes wrong is tried again later."""
         try:
-            judgement, failed = self.registry.prune(self.keep)
+            plan, failed = self.registry.prune(self.keep)
         except (AutoExportError, OSError) as e:
             logger.warning("verl_autoexport: old versions could not be removed: %s", e)
             return
         except Exception:  # a version too many harms nothing
             logger.exception("verl_autoexport: old versions could not be removed")
             return
-        for gone in judgement.removed:
+        for gone in plan.removed:
             logger.info(
                 "verl_autoexport: removed %s (%s): %s", gone.version.name, show_size(gone.nbytes), shown(gone.reason)
             )
-        for line in (*judgement.warnings, *failed):
+        for line in (*plan.warnings, *failed):
             logger.warning("verl_autoexport: keep: %s", shown(line))
 
     def _settle(self, request: ExportRequest, status: str, reason: str) -> Outcome:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from verl_autoexport.config.schema import AutoExportConfig, ExportOptions
-from verl_autoexport.model.assets import model_files
+from verl_autoexport.export.assets import model_files
 from verl_autoexport.model.planner import capture_dtypes, plan_model, tied_shards
 from verl_autoexport.service.request import RunInfo
 from verl_autoexport.sources.live.coordinator import LiveSource, split_otherwise
@@ -25,7 +25,7 @@ def start_live(workers: Sequence[Any], settings: AutoExportConfig, info: RunInfo
     planned = plan_model(options, source.directory, saved, source.manifest(), frozen=info.frozen, values=False)
     groups: dict[str, int] = {}
     for number, file in enumerate(planned.plan.files):  # so that a merge task pulls no blocks of another file
-        groups |= dict.fromkeys(file.sources - groups.keys() - set(planned.contract.carried), number)
+        groups |= dict.fromkeys(file.sources - groups.keys() - set(planned.compatibility.carried), number)
     tied = tied_shards(planned)
     for alias in split_otherwise(source.layouts, tied):  # the export then compares them
         groups[alias] = groups[tied[alias]]

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from verl_autoexport.config.schema import AutoExportConfig
 from verl_autoexport.errors import SourceError
-from verl_autoexport.export.pipeline import LocalRunner
+from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.service.exporter import Exporter
 from verl_autoexport.service.request import ExportRequest, Outcome
 

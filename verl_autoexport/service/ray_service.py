@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_autoexport.config.schema import AutoExportConfig
 from verl_autoexport.errors import AutoExportError
-from verl_autoexport.export.pipeline import MergeRunner
+from verl_autoexport.merge.protocol import MergeRunner
 from verl_autoexport.merge.ray_runner import RayRunner
 from verl_autoexport.service.exporter import Exporter
 from verl_autoexport.service.request import ExportRequest, Outcome

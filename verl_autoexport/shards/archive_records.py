@@ -122,7 +122,7 @@ def _read_on(path: Path, fd: int, at: int, end: int, crc: int, going_on: Callabl
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for ever
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait forever
     try:
         yield fd
     finally:

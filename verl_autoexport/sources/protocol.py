@@ -34,7 +34,7 @@ class ShardSource(Protocol):
         """All shards and where their bytes lie; reads metadata only."""
         ...
 
-    def check_sums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
+    def verify_checksums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
         """Raises unless every byte is as `manifest` says that it was saved, those of `runs` as they were read.
 
         `progress` gets the bytes compared.

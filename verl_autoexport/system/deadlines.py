@@ -27,27 +27,27 @@ class Bounded:
         self._future: Future[Any] | None = None
         self._what = ""
         self._gate = threading.Lock()
-        self._excused = 0.0
+        self._uncounted = 0.0
         self._given_up = False
 
     def run(self, limit_s: float, what: str, call: Callable[..., Any], *args: Any) -> Any:
-        """The result of `call`, or GivenUp after `limit_s` seconds, those under `excused` not counted."""
+        """The result of `call`, or GivenUp after `limit_s` seconds, those under `uncounted` not counted."""
         if self._future is not None and not self._future.done():
             raise GivenUp(f"{what}: left out, because {self._what} still hangs; is the file system reachable?")
-        self._future, self._what, self._excused, self._given_up = start(call, *args), what, 0.0, False
+        self._future, self._what, self._uncounted, self._given_up = start(call, *args), what, 0.0, False
         left = limit_s
         while True:
             wait([self._future], left)
             with self._gate:
                 if self._future.done():
                     return self._future.result()
-                left, self._excused = self._excused, 0.0
+                left, self._uncounted = self._uncounted, 0.0
                 if not left:
                     self._given_up = True
                     raise GivenUp(f"{what}: given up after {limit_s:g} s; is the file system reachable?")
 
     @contextmanager
-    def excused(self) -> Iterator[None]:
+    def uncounted(self) -> Iterator[None]:
         """Inside a call: what has a bound of its own, or may not be left behind. GivenUp where the call already is."""
         with self._gate:
             if self._given_up:
@@ -56,7 +56,7 @@ class Bounded:
             try:
                 yield
             finally:
-                self._excused += time.monotonic() - began
+                self._uncounted += time.monotonic() - began
 
 
 class Watch:

@@ -108,10 +108,11 @@ def load_model(directory: Path, trust_remote_code: bool, carried: Sequence[str] 
     from verl_autoexport.model.skeleton import load_config, model_class
 
     cls = model_class(load_config(directory, trust_remote_code), directory, trust_remote_code)
-    model, info = cls.from_pretrained(
+    loaded: Any = cls.from_pretrained(  # a pair, with output_loading_info
         directory, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code, local_files_only=True,
         generation_config=GenerationConfig(),  # the model's own may ask for what cannot be run, or loaded, here
     )  # fmt: skip
+    model, info = loaded
     if carried:
         loading = Loading(model)
         info["unexpected_keys"] = set(info["unexpected_keys"]).difference(*map(loading.unexpected, carried))

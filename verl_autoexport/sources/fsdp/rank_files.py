@@ -97,7 +97,7 @@ class FsdpFiles:
         if changed := [seen.name for path, seen in zip(self.paths, self.marks, strict=True) if mark(path) != seen]:
             raise SourceError(f"{self.directory}: {', '.join(changed)} {CHANGED}")
 
-    def check_sums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
+    def verify_checksums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
         by_file, ended = runs_by_file(runs), Event()
         with ThreadPoolExecutor(min(4, cores())) as pool:
             try:

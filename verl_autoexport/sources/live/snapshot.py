@@ -80,7 +80,7 @@ class Snapshot:
         files = [[RayBlock(ref, self.nodes[at.rank]) for ref in self.refs[at.rank]] for at in self.layouts]
         return make_manifest(self.layouts, files, self.backend, self.fingerprint)
 
-    def check_sums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
+    def verify_checksums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
         pass  # objects in the store have none
 
     def check_unchanged(self) -> None:

@@ -191,7 +191,7 @@ class SpreadFiles:
         check_schedulers([path for _, path, _ in self.ranks], schedulers)
         return make_manifest(self.directory, ranks, files, self.fingerprint, records)
 
-    def check_sums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
+    def verify_checksums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
         """Each node reads what nobody has read of its files, and compares."""
         by_file, left = runs_by_file(runs), {}
         for rank, records in manifest.records.items():

@@ -1,0 +1,14 @@
+"""The seam for merging: where jobs run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from verl_autoexport.merge.job import MergeJob, WrittenFile
+
+
+class MergeRunner(Protocol):
+    """Runs merge jobs somewhere; `progress` gets bytes as they are written, 0 as a sign of life, and may raise."""
+
+    def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]: ...
