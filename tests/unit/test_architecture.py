@@ -20,7 +20,7 @@ MAX_FUNCTION = 40  # lines, docstring not counted
 LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "verl": ("trainers/", "sources/live/copier.py"),
     "ray": ("sources/live/", "sources/nodes/", "merge/ray_runner.py", "service/", "trainers/", "cli/connect.py"),
-    "transformers": ("model/", "verify/"),
+    "transformers": ("model/", "export/assets.py", "verify/"),
     "torch": ("sources/", "merge/", "model/", "verify/"),
     "hydra": ("trainers/startup_guard.py", "hydra_plugins/"),
     "omegaconf": ("config/", "trainers/"),
