@@ -97,8 +97,7 @@ class RunController:
         self.judge.begin(RunStart(step, time.time()), last_step, self.registry.milestones(up_to_step=step))
         found = holds.find_holds(self.info.checkpoints)
         if self.nodes is not None:
-            known = (self.info.checkpoints / holds.FOLDER).glob("step_*")  # those that cannot be read, too
-            self.nodes.ask("release_others", str(self.info.checkpoints), [path.name for path in known])
+            self.nodes.release_others(self.info.checkpoints)
         for hold in found:
             if hold.request is None and hold.step == step:
                 self.holds[step] = hold  # saved, but the run died before it was decided

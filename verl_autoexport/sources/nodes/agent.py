@@ -115,8 +115,8 @@ class NodeFiles:
         """Link these rank files, and what lies beside them; whether that was possible."""
         return holds.link_files(directory, paths, hold)
 
-    def release(self, hold: str) -> None:
-        holds.release(Path(hold))
+    def release(self, hold: Path) -> None:
+        holds.release(hold)
 
     def release_others(self, checkpoints: str, names: Sequence[str]) -> None:
         """Drop what no run knows of any more: it was killed while it made the hold, or while it released it."""

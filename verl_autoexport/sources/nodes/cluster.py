@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -37,6 +37,7 @@ _POLL_S = 1.0
 _SUMS_S = 24 * 3600.0  # reading all shards of a node; a node that dies meanwhile, or finds damage, is told at once
 
 
+_T = TypeVar("_T")
 _Held = tuple[str, Path, Mark]
 """Node, path and identity of a rank's file."""
 
@@ -72,7 +73,7 @@ class Nodes:
                 max_restarts=-1, max_task_retries=2,
             )  # fmt: skip
             self.servers[node] = options.remote()
-        refs = self.begin_each("about", dict.fromkeys(new, ()))
+        refs = self.begin_each(NodeFiles.about, dict.fromkeys(new, ()))
         if refs:
             ray.wait(list(refs.values()), num_returns=len(refs), timeout=_START_S)
         for node, ref in refs.items():
@@ -90,17 +91,19 @@ class Nodes:
         if found != versions():
             raise ConfigError(f"{host} ({node[:8]}) has {found}, this node has {versions()}; install the same.")
 
-    def ask(self, method: str, *args: Any, timeout_s: float = _ASK_S) -> dict[str, Any]:
-        """The answers of all nodes, by node."""
+    def ask(self, method: Callable[..., _T], *args: Any, timeout_s: float = _ASK_S) -> dict[str, _T]:
+        """The answers of all nodes, by node, to a method of `NodeFiles`."""
         return self.ask_each(method, dict.fromkeys(self.servers, args), timeout_s)
 
-    def ask_each(self, method: str, args: Mapping[str, tuple[Any, ...]], timeout_s: float = _ASK_S) -> dict[str, Any]:
-        """The same of some nodes, with arguments for each."""
+    def ask_each(
+        self, method: Callable[..., _T], args: Mapping[str, tuple[Any, ...]], timeout_s: float = _ASK_S
+    ) -> dict[str, _T]:
+        """The answers of some nodes, with arguments for each."""
         return self.collect(self.begin_each(method, args), timeout_s)
 
-    def begin_each(self, method: str, args: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    def begin_each(self, method: Callable[..., Any], args: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
         """Ask them, and return before they answer."""
-        return {node: getattr(self.servers[node], method).remote(*given) for node, given in args.items()}
+        return {node: getattr(self.servers[node], method.__name__).remote(*given) for node, given in args.items()}
 
     def collect(self, refs: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """The answers to what was begun."""
@@ -110,13 +113,13 @@ class Nodes:
 
     def hold(self, checkpoint_dir: Path, step: int, role: str) -> holds.Hold:
         """As `holds.make_hold`, on every node that holds shards of the step."""
-        parts = self.ask("look", str(checkpoint_dir), role)
+        parts = self.ask(NodeFiles.look, str(checkpoint_dir), role)
         ranks = _one_of_each(checkpoint_dir, parts, self, self.homes)
         origin, mark = parts[ranks[0][0]].directory, digest([seen for _, _, seen in ranks])
         path = holds.hold_path(checkpoint_dir, step, uuid.uuid4().hex)
         held = {n: (parts[n].directory, list(files.values()), path) for n, files in _by_node(ranks).items()}
         try:
-            linked = all(self.ask_each("hold", held).values())
+            linked = all(self.ask_each(NodeFiles.hold, held).values())
             path.mkdir(parents=True, exist_ok=True)  # this node may hold none of the shards
             hold = holds.Hold(path, step, str(origin), mark, linked, spread=True)
             holds.record(hold)
@@ -128,7 +131,12 @@ class Nodes:
     def release(self, hold: Path) -> None:
         """Drop the links on every node; nothing waits for it."""
         for server in self.servers.values():
-            server.release.remote(str(hold))
+            server.release.remote(hold)
+
+    def release_others(self, checkpoints: Path) -> None:
+        """Drop the holds on every node that are not known here any more."""
+        known = [path.name for path in (checkpoints / holds.FOLDER).glob("step_*")]  # unreadable ones, too
+        self.ask(NodeFiles.release_others, str(checkpoints), known)
 
     def close(self) -> None:
         """End the actors."""
@@ -170,7 +178,7 @@ class SpreadFiles:
         """`homes`: the nodes of the ranks, of which those count that are still there."""
         self.nodes = nodes
         nodes.refresh()
-        parts: dict[str, Part] = nodes.ask("look", str(directory), role)
+        parts = nodes.ask(NodeFiles.look, str(directory), role)
         there = {rank: node for rank, node in enumerate(homes) if node in nodes.servers}
         self.ranks = _one_of_each(directory, parts, nodes, there)
         self.origin = parts[self.ranks[0][0]].directory
@@ -180,7 +188,7 @@ class SpreadFiles:
         self._fetch_config()
 
     def manifest(self) -> ShardManifest:
-        by_node = self.nodes.ask_each("pieces", {n: (f,) for n, f in _by_node(self.ranks).items()}, _METADATA_S)
+        by_node = self.nodes.ask_each(NodeFiles.pieces, {n: (f,) for n, f in _by_node(self.ranks).items()}, _METADATA_S)
         pieces = {rank: found for ranks in by_node.values() for rank, found in ranks.items()}
         files = [
             RemoteFile(self.nodes.servers[node], node, path, f"{path} (rank {rank}) on {self.nodes.names[node]}")
@@ -206,18 +214,18 @@ class SpreadFiles:
 
     def check_unchanged(self) -> None:
         by_node = _by_node(self.ranks)
-        found = self.nodes.ask_each("marks", {node: (list(files.values()),) for node, files in by_node.items()})
+        found = self.nodes.ask_each(NodeFiles.marks, {node: (list(files.values()),) for node, files in by_node.items()})
         now = {rank: s for node, files in by_node.items() for rank, s in zip(files, found[node], strict=True)}
         if changed := [rank for rank, (_, _, seen) in enumerate(self.ranks) if seen != now[rank]]:
             raise SourceError(f"{self.origin}: the files of ranks {brief(changed)} {CHANGED}")
 
     def drop_cache(self) -> None:
         held = {node: (list(files.values()),) for node, files in _by_node(self.ranks).items()}
-        self.nodes.begin_each("drop_cache", {n: paths for n, paths in held.items() if n in self.nodes.servers})
+        self.nodes.begin_each(NodeFiles.drop_cache, {n: paths for n, paths in held.items() if n in self.nodes.servers})
 
     def _fetch_config(self) -> None:
         node = self.ranks[0][0]  # verl's rank 0 saves the model's configuration
-        found = self.nodes.ask_each("config_files", {node: (self.origin,)})[node]
+        found = self.nodes.ask_each(NodeFiles.config_files, {node: (self.origin,)})[node]
         for name, content in found.items():
             path = self.directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
