@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -74,7 +75,7 @@ def _check_types(data: Mapping[str, Any]) -> None:
     for key, (expected, holds) in _INNER.items():
         found = data.get(key) or ()
         items = found.values() if isinstance(found, Mapping) else found
-        if not all(map(holds, items)):
+        if not (holds is _is_number and _are_numbers(items)) and not all(map(holds, items)):
             wrong = next(item for item in items if not holds(item))
             raise TypeError(f"{key}: expected {expected}, found {wrong!r:.80}")
     for key, value in (("source", data["source"].get("fingerprint")), *((k, data.get(k)) for k in _TEXTS)):
@@ -85,7 +86,11 @@ def _check_types(data: Mapping[str, Any]) -> None:
 def read_record(path: Path | str) -> ExportRecord:
     """The record in `path`, an `export.json` or the directory that holds one; RegistryError says what is wrong."""
     path = Path(path)
-    path = path / RECORD if path.is_dir() else path
+    return read_record_file(path / RECORD if path.is_dir() else path)
+
+
+def read_record_file(path: Path) -> ExportRecord:
+    """The record in the file `path`; raises RegistryError, as `read_record` does."""
     try:
         data = read_json(path)
         if data.get("schema_version") != SCHEMA_VERSION:
@@ -123,6 +128,18 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_number(value: Any) -> bool:
+    return value is None or is_measured(value)
+
+
+def _are_numbers(values: Collection[Any]) -> bool:
+    """Whether all are plain finite numbers, as most are; a registry may have a million of them."""
+    try:
+        return {*map(type, values)} <= {float, int} and all(map(math.isfinite, values))
+    except OverflowError:  # an integer too large for a float
+        return False
+
+
 def _is_file(value: Any) -> bool:
     size = value.get("bytes", 0) if isinstance(value, Mapping) else None
     whole = isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 1 << 63
@@ -139,7 +156,7 @@ def _is_check(value: Any) -> bool:
 _TEXTS = ("measured_on", "base_model")
 _INNER: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "triggers": ("objects with a policy", is_trigger),
-    "metrics": ("finite numbers or null", lambda value: value is None or is_measured(value)),
+    "metrics": ("finite numbers or null", _is_number),
     "architectures": ("texts", _is_text),
     "files": ("objects with name, bytes and sha256", _is_file),
     "verification": ("objects with a status", _is_check),

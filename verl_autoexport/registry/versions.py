@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import RegistryError
-from verl_autoexport.registry.record import RECORD, ExportRecord, read_record
+from verl_autoexport.registry.record import RECORD, ExportRecord, read_record_file
 
 NAME = re.compile(r"v([0-9]{4,})-step([0-9]+)")
 # Whatever looks like a version takes its number, so that no number is ever used twice.
@@ -88,6 +89,13 @@ def names_like_versions(root: Path) -> list[str]:
         raise RegistryError(f"{root}: cannot be listed: {e}") from e
 
 
+def _mode(path: Path) -> int:
+    try:
+        return os.lstat(path).st_mode
+    except OSError:
+        return 0
+
+
 def _read_version(path: Path) -> ExportRecord:
     match = LIKE_A_NAME.fullmatch(path.name)
     if match is None:
@@ -95,11 +103,12 @@ def _read_version(path: Path) -> ExportRecord:
     number, step = int(match[1]), int(match[2])
     if path.name != version_name(number, step):
         raise RegistryError(f"{path}: not a version's name, which would be {version_name(number, step)}")
-    if path.is_symlink():
+    mode = _mode(path)
+    if stat.S_ISLNK(mode):
         raise RegistryError(f"{path}: a link; a version is a directory of its own in {path.parent}")
-    if not path.is_dir():
+    if not stat.S_ISDIR(mode):
         raise RegistryError(f"{path}: not a directory")
-    record = read_record(path / RECORD)
+    record = read_record_file(path / RECORD)
     if (record.version, record.step) != (number, step):
         found = f"version {record.version}, step {record.step}"
         raise RegistryError(f"{path / RECORD}: expected version {number}, step {step} as in the name, found {found}")
