@@ -21,7 +21,7 @@ from typing import Any
 
 from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.formats import find_shards, format_of, open_source
-from verl_autoexport.sources.saved_files import check_links
+from verl_autoexport.sources.saved_files import check_links, settings_files
 from verl_autoexport.system.untrusted import is_count, leads_out, read_json
 
 logger = logging.getLogger(__name__)
@@ -73,11 +73,11 @@ def hold_path(checkpoint_dir: Path, step: int, mark: str) -> Path:
 
 
 def link_files(source: Path, paths: Iterable[Path], hold: Path) -> bool:
-    """Link these files, and the model's configuration, into the new directory `hold`; False where links cannot be.
+    """Link these files, and those that belong to them, into the new directory `hold`; False where links cannot be.
 
     Raises SourceError, and leaves nothing, where the directory cannot be made.
     """
-    files = [*paths, *config_files(source)]
+    files = [*paths, *settings_files(source), *config_files(source)]
     try:
         shutil.rmtree(hold, ignore_errors=True)
         hold.mkdir(parents=True)

@@ -80,7 +80,7 @@ class CheckpointFormat(Protocol):
         ...
 
     def files(self, directory: Path) -> list[Path]:
-        """All files that hold shards, and the small ones beside them that say how to read them."""
+        """All files that hold shards."""
         ...
 
     def read_again(self, directory: Path) -> SecondReading:

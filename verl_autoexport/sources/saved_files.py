@@ -1,4 +1,4 @@
-"""Files beside the shards that are published with the model."""
+"""Files beside the shards: those that are published with the model, and those that say how the shards are read."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def check_links(checkpoint: Path) -> None:
                 f"{path}: leads to {os.path.realpath(path)}, which is outside of the checkpoint; what is there "
                 "would be published with the model. Copy it into the checkpoint."
             )
+
+
+def settings_files(directory: Path) -> list[Path]:
+    """The small files beside the shards themselves, such as `fsdp_config.json` and `lora_train_meta.json`."""
+    return sorted(path for path in directory.glob("*.json") if path.is_file())

@@ -8,8 +8,6 @@ from pathlib import Path
 from verl_autoexport.sources.fsdp.discovery import candidates, find_checkpoint, has_shards, rank_files
 from verl_autoexport.sources.protocol import SecondReading, ShardSource
 
-_BESIDE = ("fsdp_config.json", "lora_train_meta.json", "adapter_config.json")
-
 
 class FsdpFormat:
     """`model_world_size_W_rank_R.pt`; torch is imported where it is needed."""
@@ -26,14 +24,9 @@ class FsdpFormat:
         return FsdpFiles(directory)
 
     def files(self, directory: Path) -> list[Path]:
-        return [*rank_files(directory), *beside(directory)]
+        return rank_files(directory)
 
     def read_again(self, directory: Path) -> SecondReading:
         from verl_autoexport.sources.fsdp.second_reading import read_again
 
         return read_again(directory)
-
-
-def beside(directory: Path) -> list[Path]:
-    """The small files that say how the shards in `directory` are to be read, as far as they are there."""
-    return [path for name in _BESIDE if (path := directory / name).is_file()]

@@ -27,9 +27,9 @@ from verl_autoexport.sources.fsdp.discovery import (
     has_shards,
     saved_world_size,
 )
-from verl_autoexport.sources.fsdp.format import beside
 from verl_autoexport.sources.fsdp.rank_files import Piece, compare, read_rank_file
 from verl_autoexport.sources.fsdp.same_save import scheduler_at
+from verl_autoexport.sources.saved_files import settings_files
 from verl_autoexport.system.installed import versions
 from verl_autoexport.system.page_cache import drop_cache
 
@@ -103,7 +103,7 @@ class NodeFiles:
 
     def config_files(self, directory: Path) -> dict[str, bytes]:
         """By path below `directory`, what is needed beside the shards."""
-        extra = beside(directory)
+        extra = settings_files(directory)
         files = [*extra, *holds.config_files(directory)]
         if large := [str(p) for p in files if p.stat().st_size > _MAX_CONFIG]:
             raise SourceError(
