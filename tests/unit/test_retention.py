@@ -446,12 +446,12 @@ def test_records_and_journal_are_read_once_however_much_is_removed(registry, roo
         call = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args: (reads.update([name]), call(*args))[1])
 
-    counted(versions, "read_record")
+    counted(versions, "read_record_file")
     counted(journal, "parse")
     before = len(registry.journal_entries()[0])
     judged = registry.prune(Keep(last=1))[0]
     assert len(judged.removed) == 79
-    assert reads["read_record"] == 80
+    assert reads["read_record_file"] == 80
     assert len(registry.journal_entries()[0]) == before + 2 * 79
     assert reads["parse"] == before + 2 * 79
 

@@ -19,21 +19,27 @@ if TYPE_CHECKING:
     from verl_autoexport.sources.live.snapshot import SnapshotHandle
 
 
-@dataclass(frozen=True)
-class RunInfo:
-    """What the driver needs to know of the run; `frozen` are the parameters that it does not train, where known.
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """The facts of a run that each of its exports needs; `frozen` are the parameters that it does not train.
 
     `homes` are the nodes of the ranks, where they keep checkpoints on disks of their own.
     """
 
-    checkpoints: Path
-    run: Mapping[str, Any]
+    run: Mapping[str, Any] = field(default_factory=dict)
     base_model: str | None = None
     lora_adapter: str | None = None
     trust_remote_code: bool = False
     external_lib: str | None = None
     frozen: tuple[str, ...] | None = None
     homes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunInfo(RunFacts):
+    """The same, and the directory of the run's checkpoints."""
+
+    checkpoints: Path
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class ExportRequest:
+class ExportRequest(RunFacts):
     """A milestone to export. `time` is the unix time of the decision, `stall_s` how long training waited for it.
 
     The weights are in `directory` or in `snapshot`. `hold` is where a hold keeps them, with links on
@@ -69,13 +75,6 @@ class ExportRequest:
     spread: bool = False
     origin: str | None = None
     stall_s: float = 0.0
-    run: Mapping[str, Any] = field(default_factory=dict)
-    base_model: str | None = None
-    lora_adapter: str | None = None
-    trust_remote_code: bool = False
-    external_lib: str | None = None
-    frozen: tuple[str, ...] | None = None
-    homes: tuple[str, ...] = ()
     attempts: int = 0
     snapshot: SnapshotHandle | None = None
 
@@ -129,13 +128,7 @@ def make_request(
         metrics={k: v if math.isfinite(v) else None for k, v in event.metrics.items()},
         measured_on=measured_on(decision.triggers),
         stall_s=round(stall_s, 6),
-        run=dict(info.run),
-        base_model=info.base_model,
-        lora_adapter=info.lora_adapter,
-        trust_remote_code=info.trust_remote_code,
-        external_lib=info.external_lib,
-        frozen=info.frozen,
-        homes=info.homes,
+        **{f.name: getattr(info, f.name) for f in fields(RunFacts)},
         **where,
     )
 
