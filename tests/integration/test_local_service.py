@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def start(root: Path, **settings) -> RunController:
     return run
 
 
-def test_milestones_of_a_run(checkpoint, tmp_path):
+def test_milestones_of_a_run(checkpoint, tmp_path, caplog):
     run = start(tmp_path, trigger={"best": {"metric": "val/x"}, "on_train_end": True})
     for step, value in ((1, 0.5), (2, 0.1), (3, 0.9), (4, 0.2)):
         run.saved(step, Path(shutil.copytree(checkpoint("even"), tmp_path / f"global_step_{step}")))
@@ -51,6 +52,10 @@ def test_milestones_of_a_run(checkpoint, tmp_path):
     run.end(True)
     assert "3 published (v0001-step1, v0002-step3, v0003-step4)" in run.drain(120)
     assert Registry(tmp_path / "exports").find("best").step == 3
+    warned = [
+        r.getMessage() for r in caplog.records if r.levelno > logging.INFO and r.name.startswith("verl_autoexport")
+    ]
+    assert warned == [], "a healthy run has nothing to warn of"
 
 
 def test_it_needs_no_ray(checkpoint, tmp_path):
