@@ -22,21 +22,22 @@ def known_formats() -> tuple[CheckpointFormat, ...]:
 
 def find_shards(path: Path, role: str = "actor") -> Path:
     """The directory with the shards of `role` in a checkpoint; SourceError says what was looked for, and where."""
-    return _look(path, role)[0]
+    return locate(path, role)[0]
 
 
 def open_source(path: Path, role: str = "actor") -> ShardSource:
     """The checkpoint at `path`, in whatever format it is; raises SourceError."""
-    directory, format_ = _look(path, role)
+    directory, format_ = locate(path, role)
     return format_.open(directory)
 
 
 def format_of(directory: Path) -> CheckpointFormat:
     """The format of the shards that lie directly in `directory`; raises SourceError."""
-    return _look(directory, "actor")[1]
+    return locate(directory, "actor")[1]
 
 
-def _look(path: Path, role: str) -> tuple[Path, CheckpointFormat]:
+def locate(path: Path, role: str = "actor") -> tuple[Path, CheckpointFormat]:
+    """The directory with the shards of `role` in a checkpoint, and their format; raises SourceError."""
     for format_ in known_formats():
         if (found := format_.find(path, role)) is not None:
             return found, format_

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_autoexport.errors import SourceError
-from verl_autoexport.sources.formats import find_shards, format_of, open_source
+from verl_autoexport.sources.formats import locate, open_source
 from verl_autoexport.sources.saved_files import check_links, settings_files
 from verl_autoexport.system.untrusted import is_count, leads_out, read_json
 
@@ -59,8 +59,8 @@ def make_hold(checkpoint_dir: Path, step: int, role: str) -> Hold:
     Where the file system has no hard links, the hold only records the step (`linked` is
     False): then verl may delete the files before they are exported.
     """
-    source = find_shards(checkpoint_dir, role)
-    paths, mark = format_of(source).files(source), open_source(source).fingerprint
+    source, format_ = locate(checkpoint_dir, role)
+    paths, mark = format_.files(source), format_.open(source).fingerprint
     path = hold_path(checkpoint_dir, step, mark)
     hold = Hold(path, step, str(source.absolute()), mark, link_files(source, paths, path))
     record(hold)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from verl_autoexport.sources.fsdp.discovery import candidates, find_checkpoint, has_shards, rank_files
+from verl_autoexport.errors import SourceError
+from verl_autoexport.sources.fsdp.discovery import find_checkpoint, rank_files
 from verl_autoexport.sources.protocol import SecondReading, ShardSource
 
 
@@ -13,9 +14,8 @@ class FsdpFormat:
     """`model_world_size_W_rank_R.pt`; torch is imported where it is needed."""
 
     def find(self, path: Path, role: str) -> Path | None:
-        with suppress(OSError):
-            if any(map(has_shards, candidates(path, role))):
-                return find_checkpoint(path, role)
+        with suppress(SourceError):  # whoever finds no format at all says why
+            return find_checkpoint(path, role)
         return None
 
     def open(self, directory: Path) -> ShardSource:
