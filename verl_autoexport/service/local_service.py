@@ -1,4 +1,4 @@
-"""The exporter in this process, where there is no Ray: merges run in its threads, load checks in a child."""
+"""The exporter in this process, for use without Ray: merges run in its threads, load checks in a child."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.service.exporter import Exporter
 from verl_autoexport.service.request import ExportRequest, Outcome
 
-_THREADS = 64  # requests that wait; one is exported
+_THREADS = 64  # requests that wait; one is exported at a time
 
 
 class LocalExportService:
-    """For checkpoints on this machine; snapshots need Ray."""
+    """The service for checkpoints on this machine; snapshots need Ray."""
 
     receiver = None
 
