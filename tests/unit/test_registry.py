@@ -320,7 +320,7 @@ def test_without_links_registry_json_holds_the_pointers(registry, root, monkeypa
     publish(registry, 2, best(0.9))
     assert links(root) == {}
     assert read_json(root / "registry.json")["pointers"] == {"latest": "v0001-step2", "best": "v0001-step2"}
-    assert "registry.json alone" in registry.refresh_pointers()[0]
+    assert "only registry.json has it" in registry.refresh_pointers()[0]
     assert registry.find("best").number == 1
 
 

@@ -1,4 +1,4 @@
-"""FSDP's checkpoints, as one of the formats."""
+"""FSDP's checkpoints as one of the formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BESIDE = ("fsdp_config.json", "lora_train_meta.json", "adapter_config.json")
 
 
 class FsdpFormat:
-    """`model_world_size_W_rank_R.pt`; torch is imported where it is needed."""
+    """The format `model_world_size_W_rank_R.pt`; torch is imported only when needed."""
 
     def find(self, path: Path, role: str) -> Path | None:
         with suppress(OSError):
@@ -35,5 +35,5 @@ class FsdpFormat:
 
 
 def beside(directory: Path) -> list[Path]:
-    """The small files that say how the shards in `directory` are to be read, as far as they are there."""
+    """The existing small files that say how to read the shards in `directory`."""
     return [path for name in _BESIDE if (path := directory / name).is_file()]
