@@ -158,7 +158,7 @@ class Deliveries:
 
 
 def _dead(probes: dict[int, Any], workers: Sequence[Any], missing: Sequence[int]) -> str | None:
-    """The reason if one of `missing` is dead. A live worker answers a probe when free; until then it counts as alive."""
+    """The reason if one of `missing` died. A live worker answers a probe when free, and counts as alive until then."""
     for rank in missing:
         if rank not in probes:
             probes[rank] = workers[rank].__ray_ready__.remote()
