@@ -298,7 +298,7 @@ ONE = '{"dtype": "U8", "shape": [4], "data_offsets": [%d, %d]}'
 @pytest.mark.parametrize(
     ("header", "words"),
     [
-        (f'{{"w": {ONE % (0, 4)}, "w": {ONE % (4, 8)}}}', "the key 'w' is there twice"),
+        (f'{{"w": {ONE % (0, 4)}, "w": {ONE % (4, 8)}}}', "the key 'w' occurs twice"),
         (f'{{"v": {ONE % (0, 4)}, "w": {ONE % (3, 7)}}}', "tensors overlap"),
         (f'{{"v": {ONE % (0, 4)}, "w": {ONE % (0, 4)}}}', "tensors overlap"),
     ],
