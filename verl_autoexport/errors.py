@@ -5,14 +5,14 @@ found and what to do about it.
 
     AutoExportError
     ├── ConfigError      the `autoexport` node, or the run around it, cannot work
-    ├── SourceError      the shards are missing, damaged, changed or contradict each other
-    │   └── SourceBusy   a worker still hands over the snapshot before; later it can
+    ├── SourceError      the shards are missing, damaged, changed or contradictory
+    │   └── SourceBusy   a worker still hands over the previous snapshot; a later call can succeed
     ├── PlanError        the shards are whole but make no complete model
-    ├── MergeError       bytes could not be read, cast or written
+    ├── MergeError       a tensor could not be read, cast or written
     ├── VerifyError      the merged directory is not the model it should be
-    ├── PublishError     a version did not arrive where a publisher should have brought it
+    ├── PublishError     a publisher did not deliver a version
     └── RegistryError    the output directory cannot take, or does not have, a version
-        └── RegistryBusy another process is changing it; later it can
+        └── RegistryBusy another process is changing the directory; a later call can succeed
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LONGEST = 4000  # characters of a line
 class AutoExportError(Exception):
     """Base of all errors of this package; catch it to catch them all. Each argument is one line of the message.
 
-    They quote names from files that nobody vouches for, which can neither break the line nor flood the log.
+    Names in a message may come from untrusted files; they can neither break the line nor flood the log.
     """
 
     def __str__(self) -> str:
@@ -38,15 +38,15 @@ class ConfigError(AutoExportError):
 
 
 class SourceError(AutoExportError):
-    """Shards that are missing, truncated, rewritten meanwhile, or inconsistent over ranks."""
+    """Shards that are missing, truncated, rewritten during the read, or inconsistent across ranks."""
 
 
 class SourceBusy(SourceError):
-    """A worker that still hands over its part of the snapshot before; the same call may succeed later."""
+    """A worker that still hands over its part of the previous snapshot; the same call may succeed later."""
 
 
 class PlanError(AutoExportError):
-    """A set of tensors that is not the complete model its `config.json` names."""
+    """A set of tensors that does not form the complete model in `config.json`."""
 
 
 class MergeError(AutoExportError):
@@ -62,7 +62,7 @@ class PublishError(AutoExportError):
 
 
 class RegistryError(AutoExportError):
-    """An output directory, or a version in it, that is not as it must be."""
+    """An output directory, or a version in it, that is not in the required state."""
 
 
 class RegistryBusy(RegistryError):
@@ -70,6 +70,6 @@ class RegistryBusy(RegistryError):
 
 
 def shown(text: object) -> str:
-    """`text` for a person to read: what moves the cursor, colours, reorders or breaks the line is escaped."""
+    """`text` for a person to read: characters that move the cursor, colour, reorder or break the line are escaped."""
     text = str(text)
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -78,7 +78,7 @@ HOSTILE = {
     "protocol": (b"\x80\x01}.", "its protocol is 1"),
     "twice": (b"\x80\x02}(" + (text("w") + b"N") * 2 + b"u.", "has a key twice"),
     "itself": (b"\x80\x02}q\x00" + text("w") + b"h\x00s.", "it is a dict"),
-    "no storage": (pickled(text("0") + b"Q"), "something else than a storage"),
+    "no storage": (pickled(text("0") + b"Q"), "something other than a storage"),
     "no state": (pickled(b"]}b"), "a list a state"),
     "a list": (b"\x80\x02].", "expected a dict of tensors, found list"),
     "nothing": (b"", "cut short or damaged"),

@@ -400,7 +400,7 @@ def test_verify_finds_a_missing_tensor(with_record, root):
 def test_verify_finds_a_missing_file(root):
     (root / NAME / "generation_config.json").unlink()
     checks = verify(root / NAME, 1, "--no-load")
-    assert "generation_config.json: listed in export.json, not there" in checks["hashes"]["detail"]
+    assert "generation_config.json: listed in export.json, but missing" in checks["hashes"]["detail"]
 
 
 def test_verify_finds_truncated_weights(root):

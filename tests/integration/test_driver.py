@@ -366,7 +366,7 @@ def test_a_hold_with_wrong_inner_types_stops_nothing(run):
     shutil.rmtree(run.root / "global_step_1")
     run.start(1, at_steps=[1, 2], on_train_end=False)
     run.step(2)
-    assert "cannot be read: time: not of the kind that a request holds: 'x'" in run.finish(False)
+    assert "cannot be read: time: not a value that a request can have: 'x'" in run.finish(False)
     assert run.live()[2] == {"at_steps"}
     assert [p.path for p in find_holds(run.root)] == [hold.path], "it may be the last copy"
 

@@ -196,7 +196,7 @@ def test_a_worker_dies_with_blocks_that_nobody_has_read(cluster, start):
     found = values(driver)
     assert all(weights == {float(step)} for step, weights in found.items())
     for step in {1, 2, 3} - found.keys():
-        assert f"step {step}: SourceError: a part of the snapshot is lost, with the worker that held it: " in line
+        assert f"step {step}: SourceError: a part of the snapshot was lost with its worker: " in line
     assert list((driver.settings.output_dir / ".staging").iterdir()) == []
     ray.kill(workers[0])
     workers = make_workers()
@@ -237,7 +237,7 @@ def test_a_worker_dies_before_it_hands_over(cluster, start):
     began = time.monotonic()
     line = driver.drain(120)
     assert time.monotonic() - began < 60
-    reasons = ("the snapshot lacks ranks [1]: rank 1 has died: ", "a part of the snapshot is lost, with the worker")
+    reasons = ("the snapshot lacks ranks [1]: rank 1 has died: ", "a part of the snapshot was lost with its worker")
     assert any(f"1 failed (step 1: SourceError: {reason}" in line for reason in reasons), line
     assert values(driver) == {}
     until(lambda: not in_each(workers[:1], held)[0], "the other one lets go", 20)

@@ -22,7 +22,7 @@ def test_staging_is_kept_while_its_writer_lives(registry, root):
         writer.kill()
         writer.wait()
         writer.stdout.close()
-    assert registry.recover() == [f"{path}: removed, its writer is gone"]
+    assert registry.recover() == [f"{path}: removed, since its writer is gone"]
     assert not any((root / ".staging").iterdir())
 
 

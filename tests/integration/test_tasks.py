@@ -75,7 +75,7 @@ def test_placement_is_kept_to_as_long_as_it_lets_tasks_run(cluster, source, tmp_
     placement = {"resources": {"export_node": 1}, "labels": {}}
     spec = checkpoint_spec(source, verify=False)
     export_to_directory(spec, tmp_path / "free", RayRunner(1, 1, 120, placement))
-    assert "going on with" not in caplog.text
+    assert "continuing with" not in caplog.text
 
     @ray.remote(num_cpus=0, resources={"export_node": 1})
     class Holder:
@@ -84,9 +84,9 @@ def test_placement_is_kept_to_as_long_as_it_lets_tasks_run(cluster, source, tmp_
     holder = Holder.remote()
     ray.get(holder.__ray_ready__.remote())
     export_to_directory(spec, tmp_path / "held", RayRunner(1, 1, 1, placement))
-    assert "going on with num_cpus=0" in caplog.text
+    assert "continuing with num_cpus=0" in caplog.text
     assert "no node takes it with merge.placement={'resources': {'export_node': 1}" in caplog.text
-    assert "going on with no placement" in caplog.text
+    assert "continuing with no placement" in caplog.text
     ray.kill(holder)
 
 
@@ -94,7 +94,7 @@ def test_labels_say_where(cluster, source, tmp_path, caplog):
     spec, here = checkpoint_spec(source, verify=False), ray.get_runtime_context().get_node_id()
     placement = {"resources": {}, "labels": {"ray.io/node-id": here}}
     export_to_directory(spec, tmp_path / "here", RayRunner(1, 1, 120, placement))
-    assert "going on with" not in caplog.text
+    assert "continuing with" not in caplog.text
     export_to_directory(spec, tmp_path / "nowhere", RayRunner(1, 0, 1, {**placement, "labels": {"zone": "none"}}))
     assert "no node takes it with merge.placement={'resources': {}, 'labels': {'zone': 'none'}}" in caplog.text
 

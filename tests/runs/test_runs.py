@@ -78,7 +78,7 @@ def test_metrics_are_those_of_the_file_logger(busy):
 
 
 def test_no_free_cpu_is_said_and_does_not_stop_the_merge(busy):
-    assert "going on with num_cpus=0" in busy.log
+    assert "continuing with num_cpus=0" in busy.log
 
 
 def test_last_line_tells_what_was_exported(busy):

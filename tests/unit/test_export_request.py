@@ -24,5 +24,5 @@ def test_requests_in_holds_are_checked():
         ("metrics", {"a": "x"}), ("step", "1"), ("step", 9), ("run", []), ("fingerprint", {}), ("stall_s", None),
         ("frozen", 3), ("homes", [1]), ("base_model", 7), ("spread", "no"), ("live", {}),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"{key}: not of the kind that a request holds"):
+        with pytest.raises(ValueError, match=f"{key}: not a value that a request can have"):
             ExportRequest.from_json(good | {key: wrong}, 1)

@@ -257,7 +257,7 @@ def test_records_that_overlap(tmp_path):
     begin = content.rindex(b"/data/2") - at
     content[begin + 42 : begin + 46] = entries["0"].header_offset.to_bytes(4, "little")
     path.write_bytes(content)
-    with pytest.raises(SourceError, match="overlaps or goes beyond its end"):
+    with pytest.raises(SourceError, match="overlap or go beyond its end"):
         read_rank_file(path, 1)
 
 

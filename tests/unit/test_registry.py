@@ -320,7 +320,7 @@ def test_without_links_registry_json_holds_the_pointers(registry, root, monkeypa
     publish(registry, 2, best(0.9))
     assert links(root) == {}
     assert read_json(root / "registry.json")["pointers"] == {"latest": "v0001-step2", "best": "v0001-step2"}
-    assert "registry.json alone" in registry.refresh_pointers()[0]
+    assert "only registry.json has it" in registry.refresh_pointers()[0]
     assert registry.find("best").number == 1
 
 
@@ -450,7 +450,7 @@ def test_lost_journal_lines_are_made_good(registry, root):
     rewrite(root / "registry.json", superseded={})
     assert registry.recover() == [
         f"{root}/v0002-step4: marked superseded, as the journal says",
-        f"{root}/v0001-step2: its publication was missing in the journal, and is there now",
+        f"{root}/v0001-step2: its publication was missing in the journal, and has been added",
     ]
     before = (root / "registry.json").stat().st_ino
     assert registry.recover() == []
@@ -465,7 +465,7 @@ def test_failure_after_the_version_appeared_is_no_failure(registry, root, monkey
         patch.setattr(journal, "append", full)
         version = publish(registry, 2)
     assert registry.versions() == [version]
-    assert "v0001-step2 is published, but not all was noted" in caplog.text
+    assert "v0001-step2 is published, but not all is noted" in caplog.text
     assert links(root) == {}
     registry.recover()
     assert links(root) == {"latest": "v0001-step2"}

@@ -1,4 +1,4 @@
-"""What the arguments of the command line may be; anything else is wrong usage, told in one line."""
+"""The valid arguments of the command line; anything else is wrong usage, reported in one line."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from verl_autoexport.cli.terminal import complain
 from verl_autoexport.config.schema import ExportOptions, parse_size
 from verl_autoexport.errors import ConfigError
 
-_LARGEST = 1 << 60  # bytes; more is a slip, and no file system has it
+_LARGEST = 1 << 60  # bytes; more is a slip, since no file system has so many
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line."""
+    """argparse's parser with errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         complain(f"{message} ({self.prog} --help)")
@@ -43,7 +43,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_option(parser: argparse.ArgumentParser, option: Field[Any]) -> None:
-    """`--like-this`, with the default and the rule that the schema has."""
+    """Adds `--like-this`, with the default and the rule of the schema."""
     flag, help_ = f"--{option.name.replace('_', '-')}", option.metadata["help"]
     if option.default is False:
         parser.add_argument(flag, action="store_true", help=help_)
@@ -66,7 +66,7 @@ def size(value: str) -> int:
     """Bytes, from `5GB`, `512MiB` or a plain number."""
     try:
         number = parse_size(value, "size")
-    except (ConfigError, ArithmeticError):  # Decimal has an overflow of its own
+    except (ConfigError, ArithmeticError):  # Decimal has its own overflow error
         number = 0
     if not 0 < number < _LARGEST:
         raise _expected("a size such as 5GB or 512MiB", value)
@@ -74,14 +74,14 @@ def size(value: str) -> int:
 
 
 def text(value: str) -> str:
-    """Something, in one line."""
+    """A non-empty text in one line."""
     if not value.strip() or "\0" in value:
         raise _expected("a text that is not empty", value)
     return value
 
 
 def path(value: str) -> Path:
-    """A local path; whether anything is there is asked later."""
+    """A local path; whether it exists is checked later."""
     if not value.strip() or "\0" in value:
         raise _expected("a path", value)
     if "://" in value:
@@ -90,7 +90,7 @@ def path(value: str) -> Path:
 
 
 def ray_address(value: str) -> str:
-    """`auto`, or what names a host and a port."""
+    """A Ray address: `auto`, or a host and a port."""
     try:
         url = urlsplit(value if "://" in value else f"//{value}")
         named = bool(url.hostname) and (url.port is not None or url.scheme not in ("", "ray"))

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster at an address that a person gave: within a moment, or with the reason why not."""
+"""Joins a Ray cluster at an address that a person gave: within a moment, or with a reason for the failure."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import ray
 from verl_autoexport.errors import AutoExportError
 
 _ANSWER_S = 3.0
-"""From a connection until the server's first bytes."""
+"""The limit from a connection to the server's first bytes."""
 _JOIN_S = 45.0
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty settings
-_SETTINGS = 4  # type of the frame that every HTTP/2 server, so every gRPC server, begins with
+_SETTINGS = 4  # type of the first frame of every HTTP/2 server, and so of every gRPC server
 
 
 def connect(address: str, give_up: Callable[[str], None]) -> None:
-    """Join the cluster at `address`; AutoExportError where none answers.
+    """Joins the cluster at `address`; AutoExportError if none answers.
 
-    Ray itself would try for a minute and more, in calls that nothing can interrupt: after `_JOIN_S`
+    Ray itself would try for a minute or more, in calls that nothing can interrupt: after `_JOIN_S` seconds
     `give_up` gets the reason and has to end the process.
     """
     if address == "auto":
@@ -41,7 +41,7 @@ def connect(address: str, give_up: Callable[[str], None]) -> None:
 
 
 def _probe(address: str) -> None:
-    """Raises OSError unless something at `address` speaks gRPC; an address without a port is Ray's to judge."""
+    """Raises OSError unless a server at `address` speaks gRPC; Ray itself judges an address without a port."""
     scheme, _, place = address.rpartition("://")
     url = urlsplit(f"//{place}")
     if scheme not in ("", "ray") or url.port is None:

@@ -1,4 +1,4 @@
-"""The commands that make an export, and check one."""
+"""The commands that make and check exports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def export(args: argparse.Namespace) -> int:
-    # Collecting the million objects that imports make, then and again at exit, is a quarter of this process's time.
+    # Garbage collection of the million objects from imports, now and again at exit, takes a quarter of the run time.
     gc.disable()
     try:
         return _export_once(args)
@@ -71,7 +71,7 @@ def _runner(args: argparse.Namespace) -> MergeRunner:
 
 
 def _spread(args: argparse.Namespace) -> ShardSource | None:
-    """The shards on the disks of the cluster's nodes, where they are not all on this machine's."""
+    """The shards on the disks of the cluster's nodes, if some are not on this machine."""
     from verl_autoexport.sources.formats import open_source
 
     if args.ray_address is None:

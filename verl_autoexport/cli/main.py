@@ -1,4 +1,4 @@
-"""`verl-autoexport`: export by hand, and look at a run's exports. Needs neither verl nor a Ray cluster."""
+"""`verl-autoexport` exports by hand and shows a run's exports. It needs neither verl nor a Ray cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from verl_autoexport.errors import AutoExportError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 failed (one line on stderr), 2 wrong usage."""
+    """Runs a command; exit code: 0 done, 1 failed (one line on stderr), 2 wrong usage."""
     code = 1
     with signals.Handled(raises=False), collected() as said:
         open_streams()
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.run is exporting.export:  # which imports for seconds before there is anything to clean up
+    if args.run is exporting.export:  # imports for seconds before there is anything to clean up
         return exporting.export(args)
     with signals.Handled(raises=True):
         return args.run(args)

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end the command line with one line and exit code 1, at whatever moment they come."""
+"""Ctrl-C, SIGTERM and SIGHUP end the command line with one line and exit code 1, whenever they come."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import os
 import signal
 import time
 
-TYPE_CHECKING = False  # `typing` alone would take longer to import than all of this
+TYPE_CHECKING = False  # `typing` alone would take longer to import than this module
 if TYPE_CHECKING:
     from typing import Any
 
 INTERRUPTED = "interrupted; nothing half-made is left"
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SAME_S = 5.0
-"""A second signal so soon is the first one told twice, as `timeout` does; clean-up goes on. A later one is meant."""
+"""A second signal within this time repeats the first, as `timeout` does; clean-up continues. A later one counts."""
 _last = -_SAME_S
 
 
 def install(raises: bool) -> dict[int, Any]:
-    """From now on signals end the process at once, or, where `raises`, as KeyboardInterrupt; returns what did before.
+    """Makes signals end the process at once or, if `raises`, raise KeyboardInterrupt; returns the former handlers.
 
-    At once is right as long as there is nothing to clean up: what is imported may swallow an exception.
-    What is ignored (`nohup`) stays ignored, and outside the main thread nothing changes.
+    Ending at once is right while there is nothing to clean up: imported code may swallow an exception.
+    Ignored signals (`nohup`) stay ignored, and outside the main thread nothing changes.
     """
     handler = _raise if raises else _end
     try:
@@ -31,7 +31,7 @@ def install(raises: bool) -> dict[int, Any]:
 
 
 class Handled:
-    """Signals are handled so until it is left."""
+    """A context in which signals are handled so."""
 
     def __init__(self, raises: bool) -> None:
         self.raises = raises
@@ -45,12 +45,12 @@ class Handled:
 
 
 def came() -> bool:
-    """Whether a signal has been raised in this process: then any error may be its doing."""
+    """Whether a signal has been raised in this process, and so may have caused any error."""
     return _last > 0
 
 
 def end(message: str) -> None:
-    """End this process now, with one line on stderr."""
+    """Ends this process now, with one line on stderr."""
     try:
         os.write(2, f"verl-autoexport: {message}\n".encode("ascii", "backslashreplace"))
     finally:

@@ -1,4 +1,4 @@
-"""What a person sees of the command line: a bar while it works, tables, errors; whatever has become of the streams."""
+"""The output of the command line: a progress bar, tables and errors; it works even with closed streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from verl_autoexport.errors import shown
 
 
 class Bar:
-    """The stages on a terminal: a bar where bytes are counted, else a line. Silent when stderr is no terminal."""
+    """The stages on a terminal: a bar while bytes are counted, otherwise a line. Silent if stderr is no terminal."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -31,7 +31,7 @@ class Bar:
 
         self.__exit__()
         form = None if total else "{desc}"
-        with suppress(OSError):  # the terminal is gone: nobody watches
+        with suppress(OSError):  # the terminal is gone, so nobody watches
             self.bar = tqdm(
                 desc=name, total=total, unit="B", unit_scale=True, bar_format=form, leave=False, disable=None,
                 ncols=_width(), nrows=24,
@@ -43,7 +43,7 @@ class Bar:
 
 
 def _width() -> int:
-    """Columns; a terminal without a size (`script`, some of CI) says 0, and tqdm would then show nothing."""
+    """The number of columns; a terminal without a size (`script`, some of CI) reports 0, where tqdm shows nothing."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     except OSError:
@@ -51,7 +51,7 @@ def _width() -> int:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need to be; no cell can break out of its line."""
+    """Prints columns as wide as needed; no cell can break out of its line."""
     lines = [[shown(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for row in lines:
@@ -59,30 +59,30 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def open_streams() -> None:
-    """Give closed standard streams a file each: else the next file that is opened, a model's say, is stdout or stderr.
+    """Replaces closed standard streams by a file each; otherwise the next opened file would become stdout or stderr.
 
-    `sys.stdout` stays None where it was closed, so that `write_out` can say so.
+    `sys.stdout` stays None if it was closed, so that `write_out` can report that.
     """
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
-    if sys.stderr is None:  # `print` would take stdout
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+    if sys.stderr is None:  # otherwise `print` would take stdout
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 @contextmanager
 def collected() -> Iterator[Callable[[], str]]:
-    """What is printed inside is kept, and had by the call; one place writes it, and one can fail."""
+    """Collects the text printed inside, which the yielded function returns, so that only one write can fail."""
     with redirect_stdout(io.StringIO()) as text:
         yield text.getvalue
 
 
 def write_out(text: str) -> bool:
-    """Write to stdout, escaping what it cannot say; where that cannot be, a line on stderr says why, and it is False.
+    """Writes to stdout, escaping characters outside its encoding; on failure a line on stderr, and False.
 
-    Nobody is told that a pipe is closed: who read from it knows.
+    A closed pipe is not reported, since its reader knows.
     """
     if not text:
         return True
@@ -95,17 +95,17 @@ def write_out(text: str) -> bool:
     except OSError as e:
         if not isinstance(e, BrokenPipeError):
             complain(f"standard output: cannot be written to: {e.strerror}")
-        if sys.stdout is not None:  # what is left in its buffer would fail again at the end of the process
+        if sys.stdout is not None:  # a remaining buffer would fail again at the end of the process
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True
 
 
 def complain(message: str) -> None:
-    """One line on stderr, whatever the message holds; nothing where there is no stderr any more."""
+    """Prints one line on stderr, whatever the message contains; nothing if stderr is closed."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
     try:
         print(f"verl-autoexport: {line}", file=sys.stderr, flush=True)
-    except OSError:  # what is left in its buffer would fail again, and change the exit code, at the end of the process
+    except OSError:  # a remaining buffer would fail again at the end of the process, and change the exit code
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

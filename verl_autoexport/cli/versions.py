@@ -1,4 +1,4 @@
-"""The commands for the versions in an output directory: list, show, ask for, pin and prune them."""
+"""The commands for the versions in an output directory: list, show, request, pin and prune."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _ls(args: argparse.Namespace) -> int:
     rows = [_row(v, pointers) for v in registry.versions()]
     print_table(("VERSION", "STEP", "CREATED", "WHY", "VERIFIED", "POINTERS"), rows)
     owner = registry.owner()
-    interrupted = "interrupted; the next start of the run finishes it or says why it cannot"
+    interrupted = "interrupted; the next start of the run finishes it or reports why it cannot"
     fate = f"being exported by {owner}" if owner else interrupted
     for step in pending:
         print(shown(f"step {step}: asked for, not finished: {fate}"))
@@ -157,7 +157,7 @@ def _judgement(args: argparse.Namespace, keep: Keep, plan: RetentionPlan, failed
 
 
 def recovered(registry: Registry) -> Registry:
-    """Whatever writes goes on from a crash first, as the next start of the run would, and says so."""
+    """Repairs a crash before any write, as the next start of the run would, and reports that."""
     for line in registry.recover():
         complain(f"recovered: {line}")
     return registry

@@ -1,4 +1,4 @@
-"""Where the Hydra group `autoexport` lies."""
+"""The place of the Hydra group `autoexport`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading options: types, rules and near names are those of the schema, and whatever is not understood is refused.
+"""Reads options by the schema's types, rules and near names, and refuses everything else.
 
 Rules about several keys are here; those that need the run's own keys are in `run_rules`.
 """
@@ -30,9 +30,9 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 
 
 def load_config(node: DictConfig | Mapping[str, Any]) -> AutoExportConfig:
-    """Check the node `autoexport` and return it with types, defaults and absolute paths.
+    """Checks the node `autoexport` and returns it with types, defaults and absolute paths.
 
-    Raises ConfigError naming the key, the value, what was expected and what to do.
+    Raises ConfigError naming the key, the value, the expected value and the remedy.
     """
     config = _read(AutoExportConfig, _plain(node), ROOT)
     _check_best(config.trigger.best)
@@ -50,7 +50,7 @@ def load_config(node: DictConfig | Mapping[str, Any]) -> AutoExportConfig:
 
 
 def _plain(node: Any) -> Any:
-    """`node` without interpolations; what is no mapping is left to `_read` to refuse."""
+    """The `node` without interpolations; `_read` refuses anything but a mapping."""
     if not isinstance(node, Mapping):
         return node
     try:
@@ -62,7 +62,7 @@ def _plain(node: Any) -> Any:
 
 
 def read_options(**given: Any) -> ExportOptions:
-    """The options of one export, of values as a person gives them; raises ConfigError naming the option."""
+    """The options of one export, from values that a person gives; raises ConfigError naming the option."""
     hints, fields = get_type_hints(ExportOptions), {f.name: f for f in dataclasses.fields(ExportOptions)}
     values = {
         n: v if n == "verify" else _read_field(ExportOptions, fields[n], hints[n], v, n) for n, v in given.items()
@@ -104,15 +104,15 @@ def _read_field(cls: type, f: dataclasses.Field, hint: Any, value: Any, key: str
 
 
 def _is_mapping(hint: Any) -> TypeGuard[type]:
-    """Whether what has this type is given as a mapping: one of the schema's dataclasses."""
+    """Whether a value of this type is given as a mapping: one of the schema's dataclasses."""
     return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
 def _typed(cls: type, name: str, hint: Any, value: Any, key: str) -> Any:
-    """`value` as the field's type; OmegaConf converts, but for two liberties of its own."""
+    """The `value` in the field's type; OmegaConf converts it, except for two liberties that it takes."""
     kind = next((e for t, e in _EXPECTED if hint == t or t in get_args(hint)), str(hint))
     schema = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(schema, False)  # frozen dataclasses come as read-only nodes
+    OmegaConf.set_readonly(schema, False)  # frozen dataclasses become read-only nodes
     try:
         if (hint is bool and not isinstance(value, bool | str)) or (hint is str and not isinstance(value, str)):
             raise ValueError  # OmegaConf would take 5 as true, and make "5" of 5

@@ -1,7 +1,7 @@
-"""Can this run export at all? Judged from the run's own configuration, before it trains.
+"""The check, before training, that a run can export, from the run's own configuration.
 
-Pure: reads verl's configuration tree and imports nothing of verl. A key that is missing or
-cannot be resolved is not judged; verl itself complains about those that it needs.
+Pure: it reads verl's configuration tree and imports nothing of verl. A key that is missing or
+cannot be resolved is not judged; verl itself complains about the keys that it needs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Run:
 
     @property
     def live(self) -> bool:
-        """Weights can come from the workers: whether and when verl saves does not matter."""
+        """Whether weights can come from the workers, so that verl's saves do not matter."""
         return choose_source(self.cfg, self.settings)[0] == "live"
 
     def get(self, key: str) -> Any:
@@ -41,7 +41,7 @@ class _Run:
 
     @property
     def role_key(self) -> str:
-        """The node with `strategy` and `checkpoint` of the exported role."""
+        """The key of the node with `strategy` and `checkpoint` of the exported role."""
         return "critic" if self.settings.role == "critic" else "actor_rollout_ref.actor"
 
     @property
@@ -50,7 +50,7 @@ class _Run:
 
 
 def choose_source(cfg: DictConfig, settings: AutoExportConfig) -> tuple[str, str]:
-    """`live` or `checkpoint`, and why: what `autoexport.source=auto` means for this run, as far as its keys tell."""
+    """The source, `live` or `checkpoint`, and the reason: `autoexport.source=auto` resolved by this run's keys."""
     if settings.source != "auto":
         return settings.source, f"autoexport.source={settings.source}"
     mode = _get(cfg, "trainer.v1.trainer_mode")
@@ -63,9 +63,9 @@ def choose_source(cfg: DictConfig, settings: AutoExportConfig) -> tuple[str, str
 
 
 def check_run(cfg: DictConfig, settings: AutoExportConfig) -> list[str]:
-    """Refuse a run whose own keys leave nothing to export; returns warnings, one line each.
+    """Refuses a run whose own keys leave nothing to export; returns warnings, one line each.
 
-    Raises ConfigError with one line for each problem: key, value and what to do.
+    Raises ConfigError with one line for each problem: key, value and remedy.
     """
     if not settings.enabled:
         return []
@@ -77,9 +77,9 @@ def check_run(cfg: DictConfig, settings: AutoExportConfig) -> list[str]:
 
 
 def check_length(settings: AutoExportConfig, cfg: DictConfig, last_step: int, last_saved: bool = True) -> None:
-    """The checks of `check_run` that need the number of the run's last step, once it is known.
+    """Makes the checks of `check_run` that need the number of the run's last step, once that is known.
 
-    `last_saved`: verl saves at that step whatever `save_freq` is; not so if the epochs end
+    `last_saved`: verl saves at that step whatever `save_freq` is; False if the epochs end
     before `total_training_steps`.
     """
     if settings.enabled and not _get(cfg, "trainer.val_only"):
@@ -87,7 +87,7 @@ def check_length(settings: AutoExportConfig, cfg: DictConfig, last_step: int, la
 
 
 def check_hook(cfg: DictConfig) -> None:
-    """Raise ConfigError, in one line, if verl would not build or never call our callback."""
+    """Raises ConfigError, in one line, if verl would not build or never call our callback."""
     instead = "remove +autoexport=default and export its checkpoints with `verl-autoexport export`"
     if _get(cfg, "trainer") is None or _get(cfg, "actor_rollout_ref") is None:
         raise ConfigError(
@@ -181,7 +181,7 @@ def _has_critic(run: _Run) -> Iterator[str]:
     if run.settings.role != "critic":
         return
     enable, estimator = run.get("critic.enable"), run.get("algorithm.adv_estimator")
-    if enable is None and estimator is not None:  # as verl decides it
+    if enable is None and estimator is not None:  # verl's own rule
         enable = estimator == "gae"
     if enable is False:
         yield (
@@ -257,7 +257,7 @@ def _earlier_weights(run: _Run) -> Iterator[str]:
 def _get(cfg: DictConfig, key: str) -> Any:
     try:
         return OmegaConf.select(cfg, key, throw_on_missing=False, throw_on_resolution_failure=False)
-    except OmegaConfBaseException:  # a scalar where a node should be
+    except OmegaConfBaseException:  # a scalar in place of a node
         return None
 
 
@@ -266,7 +266,7 @@ def _positive(value: Any) -> int | None:
 
 
 def _off(freq: Any) -> bool:
-    """verl does not do it: -1 or 0; an unknown frequency is not judged."""
+    """Whether verl never does something: -1 or 0; an unknown frequency is not judged."""
     return isinstance(freq, int) and freq <= 0
 
 

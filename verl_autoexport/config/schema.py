@@ -1,7 +1,7 @@
-"""Every option as a field of a frozen dataclass, with its default and its rule; it is spelled nowhere else.
+"""Every option as a field of a frozen dataclass, with its default and its rule; the only place that defines options.
 
-The `autoexport` node of a run is read into `AutoExportConfig`, what is said on the command line or to
-`export_checkpoint` into `ExportOptions`.
+The `autoexport` node of a run is read into `AutoExportConfig`; the command line's options and the arguments
+of `export_checkpoint` are read into `ExportOptions`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _METRIC = "the metric: its name, or a glob that matches exactly one logged name"
 
 
 def may_be_val(metric: str) -> bool:
-    """Whether a metric's name or glob can match a `val-*` metric, the only ones that measure the exported weights."""
+    """Whether a metric's name or glob can match a `val-*` metric; only those measure the exported weights."""
     literal = re.split(r"[*?[]", metric)[0]
     return metric.startswith("val-") or (literal != metric and "val-".startswith(literal))
 
 
 def parse_size(value: Any, key: str) -> int:
-    """Bytes in `value`: an int, or a string such as `5GB`, `1.5 TB`, `512MiB`. `key` is for the error."""
+    """Bytes in `value`: an int, or a string such as `5GB`, `1.5 TB`, `512MiB`. The error names `key`."""
     size = 0
     if isinstance(value, int) and not isinstance(value, bool):
         size = value
@@ -63,7 +63,7 @@ def _class_path(value: Any, key: str) -> str:
 
 
 def _placement(value: Any, key: str) -> dict[str, dict[str, Any]]:
-    """`resources`: name → amount, `labels`: name → value, both of Ray."""
+    """The placement of Ray tasks: `resources`: name → amount, `labels`: name → value."""
     expected = "{resources: {name: amount}} and/or {labels: {name: value}} of Ray nodes"
     if not isinstance(value, Mapping) or not value or not value.keys() <= {"resources", "labels"}:
         raise refused(key, value, expected)
@@ -89,9 +89,9 @@ def _rule(
     help: str = "",
     metavar: str | None = None,
 ) -> Any:
-    """A field with its rule: an enumeration, a bound, or a reader of its own.
+    """A field with its rule: an enumeration, a bound, or a custom reader.
 
-    `help` describes it in `docs/configuration.md`. A field of `ExportOptions` that has one is also an option of
+    `help` describes it in `docs/configuration.md`. A field of `ExportOptions` with `help` is also an option of
     the command line, where `metavar` stands for its value.
     """
     rule = {"one_of": one_of, "least": least, "above": above, "convert": convert, "help": help, "metavar": metavar}
@@ -129,7 +129,7 @@ class ThresholdConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerConfig:
-    """Which steps become milestones."""
+    """The rules by which steps become milestones."""
 
     every_n_steps: int | None = _rule(None, least=1, help="the first possible step in each interval of N steps")
     at_steps: tuple[int, ...] = _rule((), least=1, help="exactly these steps")
@@ -153,14 +153,14 @@ class TriggerConfig:
 
     @property
     def metrics(self) -> tuple[tuple[str, str], ...]:
-        """Key and pattern of every metric that a trigger looks at."""
+        """The key and the pattern of every metric that a trigger uses."""
         entries = [("best", b.metric) for b in self.best] + [("threshold", t.metric) for t in self.threshold]
         return tuple((f"{ROOT}.trigger.{kind}.metric", metric) for kind, metric in entries)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
-    """What the exported files hold. Each of these keys is also an option of `verl-autoexport export`."""
+    """The content of the exported files. Each of these keys is also an option of `verl-autoexport export`."""
 
     dtype: str = _rule(
         "bfloat16",
@@ -205,7 +205,7 @@ class VerifyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(WeightsConfig):
-    """How one export is made, by a run or by hand. Sizes are in bytes.
+    """The options of one export, by a run or by hand. Sizes are in bytes.
 
     `lora_config`: the `adapter_config.json` that a LoRA run began with, or its directory. `external_lib`:
     modules to import before the model is built, separated by commas.
@@ -220,13 +220,13 @@ class ExportOptions(WeightsConfig):
     )
     memory_budget: int = _size("1GiB", help="bytes of buffers per worker", metavar="B")
     trust_remote_code: bool = _rule(False, help="let the model's own code run")
-    external_lib: str | None = None  # from a run's configuration alone: without `help` it is no option
+    external_lib: str | None = None  # only from a run's configuration: without `help` it is no option
     verify: VerifyConfig = field(default_factory=VerifyConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeepConfig:
-    """Which versions stay. A version stays if any key keeps it; while no key is set, nothing is removed."""
+    """The rules by which versions stay: a version stays if any key keeps it, and without keys all stay."""
 
     last: int | None = _rule(None, least=1, help="the N highest steps")
     best: int | None = _rule(None, least=1, help="the N best by the metric of each `trigger.best`")
@@ -262,7 +262,7 @@ class MergeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QueueConfig:
-    """What happens when milestones come faster than exports, and how long anything may wait."""
+    """The behaviour when milestones come faster than exports, and the limits of all waits."""
 
     overflow: str = _rule(
         "coalesce",
@@ -292,7 +292,7 @@ class QueueConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoExportConfig:
-    """The whole node; `output_dir` is absolute."""
+    """The whole node `autoexport`; `output_dir` is absolute."""
 
     enabled: bool = _rule(True, help="`false` turns everything off without removing the flag")
     output_dir: Path = field(

@@ -1,9 +1,9 @@
-"""Everything of a model directory but its weights, each kind whole and from one side: the run's or the base model's.
+"""Every file of a model directory but its weights: each kind is whole and from one side, the run's or the base model's.
 
 The kinds are the tokenizer, the processor, the chat templates, the generation config and
 the code. Files of the two sides are never mixed: transformers 5 writes fewer files than
-published models have, and those left over from the base would win on loading. Where both
-sides mean the same, the base's own files are taken, which older engines can read.
+published models have, and leftover files of the base would win on loading. Where both
+sides mean the same, the base's own files are taken, since older engines can read them.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _SAYS_NOTHING = ("transformers_version", "_from_model_config")
 
 @dataclass(frozen=True)
 class Reference:
-    """The directories that the written tokenizer and processor must equal; None where there is nothing to compare.
+    """The directories that the written tokenizer and processor must equal; None if there is nothing to compare.
 
-    The processor's chat template is that of `processor_template`, or, if that is None, the tokenizer's.
+    The processor's chat template comes from `processor_template`; if that is None, from the tokenizer.
     """
 
     tokenizer: Path | None = None
@@ -57,7 +57,7 @@ class Reference:
     processor_template: Path | None = None
 
     def to_json(self) -> dict[str, str | None]:
-        """As the load check takes it."""
+        """The arguments of the load check."""
         return {key: value and str(value.absolute()) for key, value in vars(self).items()}
 
 
@@ -71,29 +71,29 @@ def write_config(
 ) -> list[str]:
     """`config.json` for the model in `dtype` (torch's name without `torch.`); returns notes.
 
-    With a `base` it is the base's own file with what changed, else as `save_pretrained`
-    would write it. `dtype` None: each tensor has that of the base, and so has the file. `values`, by
+    With a `base`, the file is the base's own with the changed keys; otherwise `save_pretrained`'s.
+    With `dtype` None, each tensor keeps the base's dtype, and so does the file. `values`, by
     dotted key, replace the trained model's.
     """
     config, named = skeleton.config, dtype or (base and base.usual_dtype)
     if named is None:
-        raise PlanError(f"{target}: config.json would name the dtype of the base model, and there is none at hand.")
+        raise PlanError(f"{target}: config.json would name the dtype of the base model, but no base model is given.")
     set_values(config, values)
-    config.dtype = named  # nested ones were set when the skeleton was built
+    config.dtype = named  # nested configs were set when the skeleton was built
     config.architectures = [architecture(config)]
     config.save_pretrained(target)
     if base is None:
         return []
     key = write_base_config(config, architecture(config), dtype, base, target, trust_remote_code)
     style = "config.json is written as this transformers writes it, not as the base model's file"
-    return [f"{style}: that one cannot say {key} as trained"] if key else []
+    return [f"{style}: the base's file cannot express {key} as trained"] if key else []
 
 
 def model_files(module: Any, tokenizer: Any) -> dict[str, bytes]:
     """The files that verl saves beside a checkpoint's shards, by path: config, code, tokenizer or processor, adapter.
 
-    As in `fsdp_checkpoint_manager.py` (verl 0.9.1), which makes the generation config of the
-    base model's; but the code is that of the class that was sharded, and `module` is not changed.
+    As in `fsdp_checkpoint_manager.py` (verl 0.9.1), the generation config is made from the base
+    model's; but the code is that of the sharded class, and `module` stays unchanged.
     """
     from copy import deepcopy
 
@@ -108,7 +108,7 @@ def model_files(module: Any, tokenizer: Any) -> dict[str, bytes]:
             config.auto_map = auto_map
         config.save_pretrained(beside)
         if module.can_generate() and config.name_or_path:
-            with suppress(Exception):  # it has none, or one that transformers refuses: the base's file fills in
+            with suppress(Exception):  # missing, or refused by transformers: the base's file is used
                 GenerationConfig.from_pretrained(config.name_or_path).save_pretrained(beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
@@ -120,9 +120,9 @@ def model_files(module: Any, tokenizer: Any) -> dict[str, bytes]:
 def write_assets(
     run: Path, base: Path | None, target: Path, *, generates: bool = True, trust_remote_code: bool = False
 ) -> tuple[list[str], Reference]:
-    """Write everything but weights and `config.json` into `target`, from the run's saved files and the base's.
+    """Writes everything but weights and `config.json` into `target`, from the run's saved files and the base's.
 
-    `config.json` is to be there already. Returns notes, and what the result must equal.
+    `config.json` must already be there. Returns notes, and the reference that the result must equal.
     """
     work = _Work(run, base, target, trust_remote_code)
     _copy(run, target, work.own(None))
@@ -135,7 +135,7 @@ def write_assets(
 
 
 class _Work:
-    """The files of one export. `run` may not be trusted: symbolic links in it are left out."""
+    """The files of one export. `run` may be untrusted, so symbolic links in it are left out."""
 
     def __init__(self, run: Path, base: Path | None, target: Path, trust: bool) -> None:
         self.run, self.base, self.target, self.trust = run, base, target, trust
@@ -144,12 +144,12 @@ class _Work:
         self.processor_template: Path | None = None
 
     def own(self, kind: tuple[str, ...] | None) -> list[Path]:
-        """The run's files of a kind; None for those of no kind. Paths relative to `run`."""
+        """The run's files of a kind, as paths relative to `run`; `kind` None selects the files without a kind."""
         paths = (p for p in sorted(self.run.rglob("*")) if p.is_file() and not p.is_symlink())
         return [p for p in (p.relative_to(self.run) for p in paths) if not _is_ours(p) and _kind(p) == kind]
 
     def theirs(self, kind: tuple[str, ...]) -> list[Path]:
-        """The base's files of a kind; in the hub's cache they are links."""
+        """The base's files of a kind, as relative paths; in the hub's cache they are links."""
         if self.base is None:
             return []
         folders = (self.base, self.base / "additional_chat_templates")
@@ -157,11 +157,11 @@ class _Work:
         return [p for p in (p.relative_to(self.base) for p in paths) if _kind(p) == kind]
 
     def base_with(self, has: Callable[[Path], bool]) -> Path | None:
-        """The base's directory, if that `has` what is asked for."""
+        """The base's directory, if it passes the test `has`."""
         return self.base if self.base is not None and has(self.base) else None
 
     def facts(self, directory: Path | None) -> Facts | None:
-        """Those of the tokenizer in `directory`; None where there is none, or none that can be loaded."""
+        """The facts of the tokenizer in `directory`; None if there is no tokenizer, or it cannot be loaded."""
         if directory is None or not asset_facts.has_tokenizer(directory):
             return None
         with suppress(Unreadable):
@@ -169,7 +169,7 @@ class _Work:
         return None
 
     def write_code(self) -> list[str]:
-        """The run's code where it is whole, else the base's; only what an `auto_map` needs of the run's."""
+        """The run's code if it is complete, else the base's; only the run's files that an `auto_map` needs."""
         wanted = _auto_maps(self.target, self.run)
         if not any(True for m in wanted for _ in custom_code.references(m)):
             return []
@@ -180,11 +180,11 @@ class _Work:
         needed = custom_code.files([*wanted, *_auto_maps(self.base)], self.base)
         needed = [*self.theirs(_CODE), *(p.relative_to(self.base) for p in needed)]
         _copy(self.base, self.target, needed)
-        _copy(self.run, self.target, [p for p in own if p not in needed])  # such as a tokenizer's of another model
-        return ["code: the base model's; the run saved none that is whole"]
+        _copy(self.run, self.target, [p for p in own if p not in needed])  # such as another model's tokenizer code
+        return ["code: the base model's; the run saved no complete code"]
 
     def add_code(self) -> list[str]:
-        """The code of a tokenizer or processor that the base has filled in."""
+        """Adds the code of a tokenizer or processor that came from the base."""
         if self.base is None:
             return []
         lost = [m for m in _auto_maps(self.target) if custom_code.broken(m, self.target)]
@@ -205,7 +205,7 @@ class _Work:
         facts = self.facts(self.run)
         if base is not None and facts is not None and _same(facts, self.facts(base)):
             _copy(base, self.target, self.theirs(_TOKENIZER))
-            if _same(facts, self.facts(self.target)):  # beside an adapter there is no config.json to tell its class
+            if _same(facts, self.facts(self.target)):  # beside an adapter no config.json names its class
                 return []
             for path in self.theirs(_TOKENIZER):
                 (self.target / path).unlink()
@@ -236,9 +236,9 @@ class _Work:
         return []
 
     def write_templates(self) -> None:
-        """The run's templates; in the base's spelling, and in that of `chat_template.jinja`."""
+        """The run's templates, in the base's file layout and as `chat_template.jinja`."""
         run, base = self.facts(self.run), self.facts(self.base)
-        if run is None:  # no tokenizer, or none that can be loaded here: then the files are copied as they are
+        if run is None:  # no loadable tokenizer: the files are copied unchanged
             own = self.own(_TEMPLATE)
             side = self.run if own or self.tokenizer == self.run else self.base
             if side is not None:
@@ -275,7 +275,7 @@ class _Work:
         return []
 
     def check_generation_config(self) -> list[str]:
-        """Some settings that a run or a base had are refused by the transformers here; a reader may refuse them too."""
+        """Notes the settings of a run or a base that transformers refuses here; other readers may refuse them too."""
         from transformers import GenerationConfig
 
         try:
@@ -287,10 +287,10 @@ class _Work:
         return []
 
     def align_tokens(self) -> list[str]:
-        """Config and generation config get the run's tokens for end, begin and padding where the base has others.
+        """Replaces the base's end, begin and padding tokens in config and generation config by the run's.
 
-        Otherwise a model that learned to end with the run's token would never stop. As transformers'
-        own Trainer does it: generation ends at the tokenizer's token, and at those known before.
+        Otherwise a model that learned to end with the run's token would never stop. As in transformers'
+        own Trainer, generation ends at the tokenizer's token and at the earlier ones.
         """
         run = self.facts(self.run)
         if run is None:
@@ -299,7 +299,7 @@ class _Work:
         ids = {f"{k}_token_id": v for k in _TOKENS if (v := run["special ids"].get(f"{k}_token")) is not None}
         changed = {k: v for k, v in ids.items() if base.get(k.removesuffix("_id")) != v} if self.base else {}
         notes = [_edit(self.target / "config.json", changed)] if changed else []
-        if not self.base or "eos_token_id" in changed:  # without a base the change cannot be seen
+        if not self.base or "eos_token_id" in changed:  # without a base the change is unknown
             changed["eos_token_id"] = ids.get("eos_token_id")
         notes.append(_edit(self.target / _GENERATION, {k: v for k, v in changed.items() if v is not None}, add=True))
         return [note for note in notes if note]
@@ -309,14 +309,14 @@ class _Work:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether the export itself writes it, or nobody wants it."""
+    """Whether the export writes the file itself, or the file has no use."""
     return path.name.endswith(WEIGHTS) or path in (Path("config.json"), Path(CONFIG_NAME)) or path.parts[0] == ".cache"
 
 
 def _kind(path: Path) -> tuple[str, ...] | None:
     name = path.as_posix() if path.parts[0] == "additional_chat_templates" else path.name
     if len(path.parts) > 1 and name == path.name and path.suffix != ".py":
-        return None  # a folder of the run's own, such as that of a second tokenizer
+        return None  # a folder of the run's own, for example of a second tokenizer
     return next((kind for kind in _KINDS if any(fnmatch.fnmatch(name, pattern) for pattern in kind)), None)
 
 
@@ -327,7 +327,7 @@ def _copy(source: Path, target: Path, files: Iterable[Path]) -> None:
 
 
 def _same(a: Facts, b: Facts | None) -> bool:
-    """Whether two tokenizers are equal but for their chat templates."""
+    """Whether two tokenizers are equal except for their chat templates."""
     return b is not None and {**a, "chat template": 0} == {**b, "chat template": 0}
 
 
@@ -340,7 +340,7 @@ def _auto_maps(*directories: Path) -> list[Any]:
 
 
 def _settings(path: Path) -> Mapping[str, Any]:
-    """A generation config without defaults, as transformers reads it; where it cannot, as it is written."""
+    """A generation config without defaults, as transformers reads it; the plain content if transformers cannot."""
     from transformers import GenerationConfig
 
     try:
@@ -353,7 +353,7 @@ def _settings(path: Path) -> Mapping[str, Any]:
 
 
 def _edit(path: Path, ids: Mapping[str, int], add: bool = False) -> str:
-    """Put token ids into a file, where it says others; returns a note. `add`: `eos_token_id` keeps those it has."""
+    """Replaces token ids in a file; returns a note of the changes. `add`: `eos_token_id` also keeps its old ids."""
     try:
         data = read_json(path)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a person names for an export by hand, looked at before anything is read: a slip is an error, not a note."""
+"""Checks of the names that a person gives for an export by hand, before any reading: a slip is an error, not a note."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 def check_base(base_model: str, only_named: bool) -> None:
-    """Raise ConfigError unless it is a model's directory, or the id of one in the local Hugging Face cache.
+    """Raises ConfigError unless it is a model's directory, or the id of a model in the local Hugging Face cache.
 
-    `only_named`: the id is written down and nothing is read, so it need not be here.
+    `only_named`: the id is only recorded, so the model need not be on this machine.
     """
     directory = Path(base_model).expanduser()
     if not directory.is_dir():
@@ -40,7 +40,7 @@ def check_base(base_model: str, only_named: bool) -> None:
 
 
 def check_lora_config(path: Path) -> None:
-    """Raise ConfigError unless there is such a file."""
+    """Raises ConfigError unless the file exists."""
     file = path / CONFIG_NAME if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"--lora-config {file}: no such file; expected the {CONFIG_NAME} that training began with.")

@@ -1,7 +1,7 @@
-"""A directory of its own that appears whole or not at all, whatever happens to whoever writes it.
+"""A directory of its own that appears whole or not at all, even if its writer is killed.
 
-.NAME.1a2b3c4d.tmp/       being written, beside where it will be NAME
-.NAME.1a2b3c4d.tmp.lock   locked by its writer as long as that lives
+.NAME.1a2b3c4d.tmp/      the new content, beside its later place NAME
+.NAME.1a2b3c4d.tmp.lock  locked by its writer while that lives
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from verl_autoexport.errors import ConfigError
 
 
 class _Staging:
-    """The directory that is written; known before it is made, so that nothing can come between."""
+    """The directory being written; its path is known before it exists, so that nothing can come between."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock_file, self.lock = path, f"{path}.lock", -1
 
     def make(self) -> None:
-        # For reading: a file that is open for writing would keep the file system from being made read-only.
+        # Open for reading: a file open for writing would prevent a remount of the file system as read-only.
         self.lock = os.open(self.lock_file, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:  # another has just taken it for a leftover
-            raise OSError(errno.EAGAIN, "another export begins there at this moment") from None
-        except OSError:  # no locks on this file system: then nobody takes over what is left
+        except BlockingIOError:  # another export has just taken it for a leftover
+            raise OSError(errno.EAGAIN, "another export starts there at this moment") from None
+        except OSError:  # no locks on this file system, so nobody takes over leftovers
             pass
         self.path.mkdir()
-        os.stat(self.lock_file)  # still there: whoever took it before it was locked has removed it
+        os.stat(self.lock_file)  # fails if another export removed the file before it was locked
 
     def take_over(self) -> None:
-        """Raises OSError where its writer lives."""
+        """Takes the directory over from its writer; raises OSError if the writer lives."""
         self.lock = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,19 +47,19 @@ class _Staging:
             raise
 
     def remove(self) -> None:
-        """Nothing of it is left, as far as that can be."""
+        """Removes everything of the directory that can be removed."""
         shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):
-            os.unlink(self.lock_file)  # while it is held
+            os.unlink(self.lock_file)  # before the lock is released
         if self.lock >= 0:
             os.close(self.lock)
 
 
 @contextmanager
 def appears_whole(output: Path) -> Iterator[Path]:
-    """An empty directory beside `output`, which takes its name at the end; after an error nothing is left.
+    """An empty directory beside `output`, which takes its name at the end; an error leaves nothing behind.
 
-    What a killed process left for the same `output` is removed first.
+    The leftovers of a killed process for the same `output` are removed first.
     """
     target = Path(os.path.realpath(output))
     staging = _Staging(target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")

@@ -51,7 +51,7 @@ _SPARE = 64 << 20  # bytes of disk left free beyond the estimate
 
 
 class Progress(Protocol):
-    """Told what happens; the command line shows it, a training run ignores it."""
+    """An observer of the stages: the command line shows them, a training run ignores them."""
 
     def stage(self, name: str, total: int | None = None) -> None: ...
 
@@ -59,7 +59,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """The progress of an export that nobody watches."""
 
     def stage(self, name: str, total: int | None = None) -> None:
         pass
@@ -71,9 +71,9 @@ class Silent:
 def export_to_registry(
     spec: ExportSpec, registry: Registry, runner: MergeRunner, progress: Progress | None = None
 ) -> Version:
-    """Export into `registry` as its next version; raises AutoExportError and leaves nothing visible.
+    """Exports into `registry` as its next version; raises AutoExportError and leaves nothing visible.
 
-    `progress` may raise, until the stage `publishing`: then nothing was published either.
+    `progress` may raise until the stage `publishing`; nothing is published then.
     """
     progress = progress or Silent()
     staging = registry.stage(f"step{spec.step}")
@@ -84,7 +84,7 @@ def export_to_registry(
         progress.stage("flushing to disk")
         return registry.publish(staging, record, partial(progress.stage, "publishing"))
     except BaseException:
-        with suppress(AutoExportError):  # the reason to tell is the first one; `recover` removes what is left
+        with suppress(AutoExportError):  # the first error is the one to report; `recover` removes the leftovers
             registry.discard(staging)
         raise
 
@@ -92,9 +92,9 @@ def export_to_registry(
 def export_to_directory(
     spec: ExportSpec, output: Path, runner: MergeRunner, progress: Progress | None = None
 ) -> ExportRecord:
-    """Export to a directory of its own, which appears whole or not at all.
+    """Exports to a directory of its own, which appears whole or not at all.
 
-    Raises ConfigError when `output` exists and is not an empty directory, or is no place for one.
+    Raises ConfigError if `output` exists and is not an empty directory, or cannot be created.
     """
     places.check_output(output, spec.options.base_model)
     with appears_whole(output) as staging:
@@ -110,9 +110,9 @@ def run_export(
     progress: Progress | None = None,
     shared: SharedFiles = MappingProxyType({}),
 ) -> ExportRecord:
-    """Make a complete, verified model directory in `target` (empty, on the output's file system).
+    """Makes a complete, verified model directory in `target` (empty, on the output's file system).
 
-    A file of weights that is among `shared` becomes a link to it, before it is verified.
+    Before verification, each weight file that is among `shared` becomes a link to it.
     """
     progress = progress or Silent()
     progress.stage("reading shards")
@@ -185,18 +185,18 @@ def _jobs(spec: ExportSpec, planned: Planned, target: Path) -> list[MergeJob]:
         path = target / file.name
         path.parent.mkdir(exist_ok=True)
         needed = {fqn: planned.manifest.tensors[fqn] for fqn in file.sources}
-        sums = dict.fromkeys(planned.manifest.records, ())  # which files have them is all that a job needs to know
+        sums = dict.fromkeys(planned.manifest.records, ())  # a job needs only the names of the files with checksums
         manifest, cached = replace(planned.manifest, tensors=needed, records=sums), spec.cached or read_again
         jobs.append(MergeJob(file, manifest, path, spec.options.memory_budget, cached, read_again))
     return jobs
 
 
 def _kept_apart(versions: Sequence[Version]) -> frozenset[str]:
-    """Names on disk that the newest version has in files of their own: later ones share them."""
+    """Names on disk that the newest version keeps in files of their own, so that later versions can share them."""
     names: set[str] = set()
     for file in versions[-1].record.files if versions else ():
         if file.get("apart") and is_plain_name(file.get("name")):
-            with suppress(VerifyError):  # damaged since: then there is nothing to share
+            with suppress(VerifyError):  # damaged since, so there is nothing to share
                 names |= verify.read_header(versions[-1].path / file["name"]).keys() - {"__metadata__"}
     return frozenset(names)
 
@@ -204,7 +204,7 @@ def _kept_apart(versions: Sequence[Version]) -> frozenset[str]:
 def _write_beside(
     spec: ExportSpec, saved: Path, planned: Planned, written: Sequence[WrittenFile], target: Path
 ) -> tuple[list[str], Reference]:
-    """Everything but the weights; returns notes, and what the tokenizer and processor must equal."""
+    """Writes everything but the weights; returns notes, and the reference that tokenizer and processor must equal."""
     options = spec.options
     skeleton, base, adapter = planned.skeleton, planned.compatibility.base, planned.adapter
     notes = []
@@ -245,7 +245,7 @@ def _check_space(target: Path, plan: MergePlan) -> None:
 
 
 def _verify(spec: ExportSpec, saved: Path, target: Path, planned: Planned, reference: Reference) -> dict[str, Any]:
-    """The checks as `export.json` has them; raises VerifyError where one failed."""
+    """The checks as in `export.json`; raises VerifyError if one failed."""
     options = spec.options
     check = partial(
         verify.check_loading,
@@ -304,9 +304,9 @@ def export_checkpoint(
     base_check: str = "strict",
     carry_unread: bool = False,
 ) -> ExportRecord:
-    """Export one verl checkpoint (`global_step_N` or its `actor/`) to the new directory `output`.
+    """Exports one verl checkpoint (`global_step_N` or its `actor/`) to the new directory `output`.
 
-    Blocks until it is there, verified, and returns the content of its `export.json`. Needs no
+    Blocks until the verified directory is there, and returns the content of its `export.json`. Needs no
     verl and starts no Ray. Raises AutoExportError; then `output` does not exist.
     """
     if workers is not None and workers < 1:
@@ -321,5 +321,5 @@ def export_checkpoint(
             carry_unread=carry_unread,
         )  # fmt: skip
         return export_to_directory(spec, Path(output), LocalRunner(workers))
-    except (OSError, ValueError) as e:  # paths that are too long, not to be read, or none
+    except (OSError, ValueError) as e:  # paths that are too long, unreadable or invalid
         raise ConfigError(f"{checkpoint} cannot be exported to {output}: {e}") from e

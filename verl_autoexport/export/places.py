@@ -1,4 +1,4 @@
-"""What a directory that a person names is: a registry, a version, a checkpoint, or none of them."""
+"""The kind of a directory that a person names: a registry, a version, a checkpoint, or none of them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from verl_autoexport.registry.versions import names_like_versions
 from verl_autoexport.sources.fsdp.discovery import ROLES, STEP, absence, has_shards
 
 _MARKS = (state.FILE, journal.NAME, lease.NAME, staging.NAME)
-_LOOKED_AT = 200  # directories, before a registry near a wrong path is given up
+_LOOKED_AT = 200  # the most directories to search for a registry near a wrong path
 _RUN = "a run's directory with its checkpoints"
 _MODEL = ("config.json", "adapter_config.json")
 
 
 def is_registry(path: Path) -> bool:
-    """Whether a run, or an export by hand, has begun to publish there."""
+    """Whether a run, or an export by hand, has begun to publish in `path`."""
     return path.is_dir() and (_is_kept(path) or bool(names_like_versions(path)))
 
 
 def _is_kept(path: Path) -> bool:
-    """Whether records are kept there, whatever the names beside them."""
+    """Whether `path` has a registry's records, whatever the names beside them."""
     return any(os.path.lexists(path / mark) for mark in _MARKS)
 
 
 def existing_registry(root: Path) -> Registry:
-    """The registry in `root`, without touching anything; RegistryError says what is there instead, and where one is."""
+    """The registry in `root`, which stays untouched; RegistryError says what is there instead, or near it."""
     try:
         if is_registry(root):
             return Registry(root)
@@ -44,7 +44,7 @@ def existing_registry(root: Path) -> Registry:
 
 
 def check_target(target: Path, option: str, base_model: str | None = None) -> None:
-    """Raise ConfigError unless a new directory, or a registry, may be made at `target`, links resolved."""
+    """Raises ConfigError unless a new directory, or a registry, may be made at `target`, after links are resolved."""
     target = Path(os.path.realpath(target))
     base = os.path.realpath(os.path.expanduser(base_model)) if base_model else None
     for folder in (target, *target.parents):
@@ -59,7 +59,7 @@ def check_target(target: Path, option: str, base_model: str | None = None) -> No
 
 
 def check_output(target: Path, base_model: str | None = None) -> None:
-    """The same for a directory of its own, which has no place among a registry's versions either."""
+    """Does the same for a directory of its own, which may not lie among a registry's versions either."""
     check_target(target, "--output", base_model)
     target = Path(os.path.realpath(target))
     inside = [folder for folder in target.parents if _is_kept(folder)]
@@ -83,7 +83,7 @@ def _what(path: Path) -> str:
 
 
 def _near(root: Path) -> Iterator[Path]:
-    """Where a registry is that was probably meant: below, above, or beside."""
+    """The places where the intended registry may be: below, above, or beside."""
     yield root / "exports"
     if root.is_dir():
         yield from islice((p for p in root.iterdir() if not p.name.startswith(".")), _LOOKED_AT)

@@ -1,4 +1,4 @@
-"""The record of one export: what `export.json` will hold."""
+"""The record of one export: the content of its `export.json`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_record(
     architectures: tuple[str, ...],
     notes: Sequence[str],
 ) -> ExportRecord:
-    """What is known of the files in `target`, made of a source of `kind`; `version` is the registry's to set."""
+    """The record of the files in `target`, made from a source of `kind`; the registry sets `version`."""
     return ExportRecord(
         version=0,
         step=spec.step,

@@ -1,4 +1,4 @@
-"""One export as every stage reads it: the options, where the weights are, and why it was chosen."""
+"""One export as every stage reads it: the options, the place of the weights, and the triggers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _STEP = re.compile(r"global_step_([0-9]+)|step_([0-9]+)-[0-9a-f]{8}")
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """One export: what to read, how to write it, and what its record will say of it.
+    """One export: the place of the weights, the options, and the content of its record.
 
-    `checkpoint` is the directory with the rank files (a hold, or verl's own), `origin` the
-    path to record. `stall_s` and `hand_over_s` (of a live source: from the copy until all of it was with
-    the exporter) are seconds. `source`: where the weights are if not in rank files; `checkpoint` is its
-    directory then. `frozen`: in-memory names of tensors that training does not change, where that is known;
-    `grouped`: names on disk that an earlier version keeps in files of their own. `cached` False: the page
-    cache is training's, and is left without what an export reads and writes.
+    `checkpoint` is the directory with the rank files (a hold, or verl's own), `origin` the path to
+    record. `stall_s` is in seconds, as is `hand_over_s`, the time from a live source's copy until the
+    exporter has all of it. `source` has the weights if they are not in rank files; `checkpoint` is its
+    directory then. `frozen`: in-memory names of tensors that training does not change, if known;
+    `grouped`: names on disk that an earlier version keeps in files of their own. `cached` False: the
+    page cache belongs to training, so an export leaves nothing of its own in it.
     """
 
     checkpoint: Path
@@ -49,12 +49,12 @@ class ExportSpec:
 
     @property
     def by_hand(self) -> bool:
-        """Whether a person asked for it, and named what it needs."""
+        """Whether a person asked for the export and named the inputs."""
         return any(trigger.policy == COMMAND for trigger in self.triggers)
 
     @property
     def saved(self) -> Path:
-        """Where verl saves the model's configuration and tokenizer."""
+        """The directory where verl saves the model's configuration and tokenizer."""
         return self.checkpoint / "huggingface"
 
 
@@ -63,10 +63,10 @@ def checkpoint_spec(
 ) -> ExportSpec:
     """An export by hand; the step is read from the path. Raises ConfigError or SourceError.
 
-    `options` are fields of `ExportOptions`, `source` the shards of `checkpoint` where they are not all on this machine.
+    `options` are fields of `ExportOptions`, `source` the shards of `checkpoint` if some are on other machines.
     """
     read = read_options(verify=VerifyConfig() if verify else VerifyConfig(load=False, generate=False), **options)
-    # Ray's workers have another working directory
+    # Absolute, since Ray's workers have another working directory.
     directory = find_shards(checkpoint.absolute()) if source is None else checkpoint
     return ExportSpec(
         checkpoint=directory if source is None else source.directory,
@@ -79,7 +79,7 @@ def checkpoint_spec(
 
 
 def step_of(directory: Path) -> int:
-    """N of the nearest `global_step_N`, or of a hold of it, in the path; 0 where there is none."""
+    """N of the nearest `global_step_N`, or of its hold, in the path; 0 if there is none."""
     for part in reversed(directory.absolute().parts):
         if found := _STEP.fullmatch(part):
             return int(found[1] or found[2])

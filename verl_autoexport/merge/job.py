@@ -1,8 +1,7 @@
 """One planned file → bytes on disk, in bounded memory.
 
-The output is produced front to back in blocks that are contiguous on disk, so that it can
-be hashed as it is written; of each shard the part that falls into the block is read by
-position.
+The output is produced front to back in blocks that are contiguous on disk, so that it can be
+hashed as it is written; each shard's part in the block is read by position.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from verl_autoexport.shards.manifest import FLOATING, ITEMSIZE, ShardManifest
 from verl_autoexport.shards.tiling import Index, overlap
 
 Progress = Callable[[int], None]
-_WORTH_A_COPY = 1 << 20  # bytes; below that a system call costs more than it saves
+_WORTH_A_COPY = 1 << 20  # bytes; for fewer a system call costs more than it saves
 
 
 @dataclass(frozen=True)
 class WrittenFile:
     """Name, size in bytes and sha256 (hex) of a file that is on disk and fsynced.
 
-    Of the tensors with a transform: those on which it should have an effect (`affected`), and those
-    that came out different (`changed`). `apart`: its tensors do not change between
-    versions; `linked`: it is the same file as that of an earlier one. `read` is all that was read of files
-    with records.
+    Of the tensors with a transform, `affected` are those that it should change, and `changed` those
+    that came out different. `apart`: the tensors do not change between versions; `linked`: the file
+    is the same as an earlier version's. `read` describes everything that was read of files with
+    records.
     """
 
     name: str
@@ -52,9 +51,9 @@ class WrittenFile:
 
 @dataclass(frozen=True)
 class MergeJob:
-    """All that a worker in another process needs to write one file; `memory_budget` in bytes.
+    """The description of one file for a worker in another process; `memory_budget` in bytes.
 
-    `cached` False keeps the page cache free of what is read, `read_again` False of what is written;
+    `cached` False keeps the bytes read out of the page cache, `read_again` False those written;
     `threads` share the file.
     """
 
@@ -67,15 +66,15 @@ class MergeJob:
     threads: int = 1
 
     def run(self, progress: Progress = lambda nbytes: None) -> WrittenFile:
-        """Write the file (which must not exist) and fsync it; `progress` is called with the bytes of each block.
+        """Writes the file (which must not exist) and fsyncs it; `progress` is called with the bytes of each block.
 
-        Holds at most `memory_budget` bytes of buffers, and one transformed tensor with what its transform takes.
+        Holds at most `memory_budget` bytes of buffers, and one transformed tensor with its transform's memory.
         Raises MergeError (tensor named) for NaN, Inf or an overflow in the cast and for write
-        errors, SourceError when a shard is shorter than it was.
+        errors, SourceError if a shard is shorter than before.
         """
-        threads = 1 if self.planned.transforms else self.threads  # each would transform the same tensor
-        # Each thread has buffers for two output blocks and, of at most 4x the width, what is read for one;
-        # what training had cast to another dtype is held in that too, of at most 2x.
+        threads = 1 if self.planned.transforms else self.threads  # otherwise each would transform the same tensor
+        # Each thread has buffers for two output blocks and for the input of one, at most 4x as wide.
+        # Tensors that training had in another dtype are held in that too, at most 2x as wide.
         largest = max((getattr(file, "block", MAX_BLOCK) for file in self.manifest.files), default=MAX_BLOCK)
         block = max(4096, min(largest, self.memory_budget // (8 * threads)))
         with FileWriter(self.path, self.read_again) as writer:
@@ -93,7 +92,7 @@ class MergeJob:
 
 @dataclass(frozen=True)
 class _Block:
-    """A box of an output, contiguous from the byte `at` of the file on; `unchanged`: as the shards hold it."""
+    """A box of an output, contiguous from byte `at` of the file on; `unchanged`: its bytes are those of the shards."""
 
     output: Output
     offsets: Index
@@ -104,14 +103,14 @@ class _Block:
 
 @dataclass
 class _Buffer:
-    """Bytes that may be filled again when the file is hashed as far as `end`."""
+    """Bytes that may be overwritten once the file is hashed up to `end`."""
 
     data: torch.Tensor
     end: int = 0
 
 
 class _Work:
-    """The blocks of a file in order, for several threads: while one hashes, others fill."""
+    """The blocks of a file in order, for several threads: one hashes while others fill."""
 
     def __init__(self, job: MergeJob, writer: FileWriter, size: int, progress: Progress) -> None:
         self.job, self.writer, self.size, self.progress = job, writer, size, progress
@@ -122,7 +121,7 @@ class _Work:
         self.sums = Sums()
 
     def share(self, threads: int) -> None:
-        """All of it, by `threads`; with two buffers each goes on while another hashes its first."""
+        """Does all the work in `threads`; each has two buffers, so that it continues while another hashes its first."""
         if threads == 1:
             self.do(buffers=1)
             return
@@ -131,12 +130,12 @@ class _Work:
             try:
                 for future in running:
                     future.result()
-            except BaseException as e:  # also one that ends the process: the threads must end first
+            except BaseException as e:  # including those that end the process: the threads must end first
                 self.writer.break_off(e)
                 raise
 
     def do(self, buffers: int) -> None:
-        """Fill, check, write and hash one block after the other."""
+        """Fills, checks, writes and hashes one block after the other."""
         ring = cycle([_Buffer(torch.empty(self.size, dtype=torch.uint8)) for _ in range(buffers)])
         try:
             with ShardReader(self.job.manifest, self.job.cached, self.sums) as reader:
@@ -149,7 +148,7 @@ class _Work:
 
     def _next(self) -> _Block | None:
         with self.lock:
-            self.writer.wait(0)  # not once it is broken off
+            self.writer.wait(0)  # not after a failure
             return next(self.blocks, None)
 
     def _blocks(self) -> Iterator[_Block]:
@@ -185,16 +184,16 @@ class _Work:
             try:
                 self.progress(nbytes)
             except BaseException as e:
-                self.writer.break_off(e)  # before anyone takes another block
+                self.writer.break_off(e)  # before another thread takes a block
                 raise
 
     def _copy(self, block: _Block, reader: ShardReader) -> list[Range]:
-        """Let the file system copy whole rows of shards; none where that is not possible."""
+        """Has the file system copy whole rows of shards; returns none if that is impossible."""
         piece, at, copied = block.output.pieces[0], block.at, []
         ranges = reader.ranges(reader.manifest.tensors[piece.fqn], _sum(piece.offsets, block.offsets), block.shape)
         for part in ranges or ():
             if not self.writer.copy(part.fd, part.offset, part.nbytes, at):
-                return []  # what was copied before is written over
+                return []  # later writes replace the rows copied so far
             copied.append(part)
             at += part.nbytes
         return copied
@@ -202,7 +201,7 @@ class _Work:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Torch's own threads wait actively, on the cores that hashing and writing need; those of one merge are enough."""
+    """Limits torch to one thread: its idle threads spin on cores that hashing and writing need."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -212,7 +211,7 @@ def one_torch_thread() -> Iterator[None]:
 
 
 class _Source:
-    """Source tensors as the plan wants them: from the shards, and transformed where it says so."""
+    """The source tensors for the plan: from the shards, and transformed if the plan says so."""
 
     def __init__(self, reader: ShardReader, planned: PlannedFile, work: _Work) -> None:
         self.reader = reader
@@ -241,7 +240,7 @@ class _Source:
 
 
 def _straight(output: Output) -> bool:
-    """Whether it is a box of one source tensor, as it is there."""
+    """Whether the output is an unchanged box of one source tensor."""
     return len(output.pieces) == 1 and output.pieces[0].in_order
 
 
@@ -254,7 +253,7 @@ def _sum(a: Index, b: Index) -> Index:
 
 
 def _fill(output: Output, source: _Source, offsets: Index, shape: Index, out: torch.Tensor) -> None:
-    """Fill `out` with the box at `offsets` of an output."""
+    """Fills `out` with the box at `offsets` of an output."""
     if _straight(output):
         piece = output.pieces[0]
         source.fill(piece.fqn, _sum(piece.offsets, offsets), shape, out)
@@ -263,7 +262,7 @@ def _fill(output: Output, source: _Source, offsets: Index, shape: Index, out: to
 
 
 def _fill_pieces(output: Output, source: _Source, offsets: Index, shape: Index, out: torch.Tensor) -> None:
-    """Fill `out` with the box at `offsets` of an output that is put together of pieces, or turned."""
+    """Fills `out` with the box at `offsets` of an output that consists of pieces or is transposed."""
     filled = 0
     for piece in output.pieces:
         lo, extent = overlap(offsets, shape, piece.at, piece.extent)
@@ -301,10 +300,10 @@ def _check_finite(output: Output, manifest: ShardManifest, out: torch.Tensor) ->
     nan = int(torch.isnan(out).sum())
     inf = int(torch.isinf(out).sum())
     entry = manifest.tensors[output.pieces[0].fqn]
-    if output.dtype == entry.dtype == "float16" and inf and not nan:  # the live source has cast already
+    if output.dtype == entry.dtype == "float16" and inf and not nan:  # the live source has already cast
         hint = "a cast to float16 overflowed, or training diverged"
         raise MergeError(f"{output.name}: {inf} Inf values: {hint}. A model like this is not published.")
-    cause = f"the weights of {entry.fqn} hold them, or" if output.dtype != entry.dtype else "the weights hold them:"
+    cause = f"the weights of {entry.fqn} have them, or" if output.dtype != entry.dtype else "the weights have them:"
     hint = f"the cast {entry.dtype} → {output.dtype} overflowed" if output.dtype != entry.dtype else "training diverged"
     raise MergeError(
         f"{output.name}: {nan} NaN and {inf} Inf values; {cause} {hint}. A model like this is not published."

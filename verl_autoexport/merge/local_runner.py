@@ -11,13 +11,13 @@ from verl_autoexport.errors import MergeError
 from verl_autoexport.merge.job import MergeJob, WrittenFile, one_torch_thread
 from verl_autoexport.system.cpus import cores
 
-_THREADS = 2  # of one file: beyond that they wait for each other, to hash
+_THREADS = 2  # per file; more would wait for each other's hashing
 
 
 class LocalRunner:
-    """Merges in this process, `workers` files at a time, each with `threads`; by default two where cores are free.
+    """Merges in this process, `workers` files at a time, each with `threads`; by default two if cores are free.
 
-    What costs time (reading, casting, writing, hashing) needs no GIL.
+    The slow operations (reading, casting, writing, hashing) release the GIL.
     """
 
     def __init__(self, workers: int | None = None, threads: int | None = None) -> None:

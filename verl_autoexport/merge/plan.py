@@ -1,4 +1,4 @@
-"""Which bytes go where: manifest and names → files, headers and byte ranges.
+"""The plan of a merge: manifest and names → files, headers and byte ranges.
 
 Pure and torch-free. The layout is safetensors' (8 bytes of header length, little endian,
 then JSON, padded with spaces to a multiple of 8, then the data), split into files as
@@ -25,17 +25,17 @@ SAFETENSORS_DTYPE = {name: short for short, name in TORCH_DTYPE.items()}
 """torch's dtype name → the name in a safetensors header."""
 _WORTH_A_FILE = 0.02  # of a model's bytes
 _AS_IT_IS = {n: tuple(range(n)) for n in range(9)}
-"""Number of dimensions → `Piece.dims` of a tensor that is written as it is."""
+"""Number of dimensions → `Piece.dims` of a tensor that is written unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of the source tensor `fqn`, and where it goes in an output tensor.
+    """A box of the source tensor `fqn`, and its place in an output tensor.
 
     `offsets` and `shape` are the box in the source, `at` is its first index in the output.
     `dims[i]` is the source dimension that the output's dimension i runs over, None a new
-    one of size 1; source dimensions not named there have size 1 in the box. `dims` itself
-    is None where the whole source is only reshaped: row by row its values stay in order.
+    one of size 1; the other source dimensions have size 1 in the box. `dims` itself is
+    None if the whole source is only reshaped, which keeps its values in order.
     """
 
     fqn: str
@@ -46,7 +46,7 @@ class Piece:
 
     @property
     def in_order(self) -> bool:
-        """Whether its values come in the output in the order of the source box."""
+        """Whether the output has the values in the order of the source box."""
         named = () if self.dims is None else tuple(d for d in self.dims if d is not None)
         return named == tuple(sorted(named))
 
@@ -59,14 +59,14 @@ class Piece:
 
 
 def whole(fqn: str, shape: tuple[int, ...]) -> tuple[Piece]:
-    """The pieces of an output that is the source tensor `fqn` of `shape`, as it is."""
+    """The pieces of an output that is the unchanged source tensor `fqn` of `shape`."""
     zeros = (0,) * len(shape)
     return (Piece(fqn, zeros, shape, tuple(range(len(shape))), zeros),)
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor on disk: its name, shape, dtype (torch's name without `torch.`), and what it is made of."""
+    """A tensor on disk: its name, shape, dtype (torch's name without `torch.`), and its pieces."""
 
     name: str
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class Output:
 
     @property
     def swapped(self) -> Output:
-        """The same with the last two dimensions the other way round."""
+        """The same output with its last two dimensions swapped."""
 
         def swap(values: tuple[Any, ...]) -> tuple[Any, ...]:
             return (*values[:-2], values[-1], values[-2])
@@ -106,14 +106,14 @@ class PlannedFile:
 
     @property
     def sources(self) -> set[str]:
-        """Every tensor of the manifest that is read."""
+        """Every tensor of the manifest that the file needs."""
         read = {p.fqn for o in self.outputs for p in o.pieces}
         return read.union(*(t.sources for t in self.transforms.values()))
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything that will be written; `index` is the sharded index, None for a single file."""
+    """All files that will be written; `index` is the sharded index, None for a single file."""
 
     files: tuple[PlannedFile, ...]
     index: Mapping[str, Any] | None
@@ -139,9 +139,9 @@ def make_plan(
     transforms: Mapping[str, Transform] = MappingProxyType({}),
     apart: Collection[str] = (),
 ) -> MergePlan:
-    """Split `outputs` into files of at most `max_shard_size` bytes of data each; a larger tensor gets its own.
+    """Splits `outputs` into files of at most `max_shard_size` bytes of data each; a larger tensor gets its own.
 
-    Those named in `apart` come first, in files of their own: versions share these on disk. Raises
+    The outputs in `apart` come first, in files of their own, which versions share on disk. Raises
     PlanError unless every element of every source tensor is written exactly once.
     """
     _check(manifest, outputs)
@@ -160,7 +160,7 @@ def make_plan(
 
 
 def _split(outputs: Sequence[Output], max_shard_size: int) -> list[list[Output]]:
-    """The outputs of each file, as `save_pretrained` divides them: with the function that it calls."""
+    """The outputs of each file, divided by the function that `save_pretrained` calls."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
     by_name = {output.name: output for output in outputs}
@@ -171,20 +171,20 @@ def _split(outputs: Sequence[Output], max_shard_size: int) -> list[list[Output]]
 
 
 def one_file_plan(file: PlannedFile) -> MergePlan:
-    """The plan of a directory that holds this one file of weights."""
+    """The plan of a directory with this one file of weights."""
     return MergePlan((file,), None, sum(math.prod(o.shape) for o in file.outputs))
 
 
 def plan_one(manifest: ShardManifest, outputs: Sequence[Output], name: str) -> PlannedFile:
-    """All `outputs` in the one file `name`; raises PlanError as `make_plan` does."""
+    """A file `name` with all `outputs`; raises PlanError as `make_plan` does."""
     _check(manifest, outputs)
     return _plan_file(name, outputs, {}, False)
 
 
 def _check(manifest: ShardManifest, outputs: Sequence[Output]) -> None:
-    """Every element of an output comes from one place, and every element of a source goes to one place.
+    """Checks that every element of an output has one source, and every element of a source goes to one place.
 
-    That the shards tile the sources was checked when the manifest was made.
+    The manifest has already checked that the shards tile the sources.
     """
     if not outputs:
         raise PlanError("the shards hold no tensors at all.")

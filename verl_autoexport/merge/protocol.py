@@ -1,4 +1,4 @@
-"""The seam for merging: where jobs run."""
+"""The seam for merging: the place where jobs run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from verl_autoexport.merge.job import MergeJob, WrittenFile
 
 
 class MergeRunner(Protocol):
-    """Runs merge jobs somewhere; `progress` gets bytes as they are written, 0 as a sign of life, and may raise."""
+    """Runs merge jobs; `progress` gets the bytes written, or 0 as a sign of life, and may raise."""
 
     def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]: ...

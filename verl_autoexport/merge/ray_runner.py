@@ -1,4 +1,4 @@
-"""Merge jobs as Ray tasks: no GPU, anywhere that sees the output and the shards, never waiting forever."""
+"""Merge jobs as Ray tasks: without a GPU, on any node that sees the output and the shards, with limited waits."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from verl_autoexport.system.installed import versions
 logger = logging.getLogger(__name__)
 _POLL_S = 1.0
 _CANCEL_S = 10.0
-_SOON_S = 2.0  # a task that finds no free CPU waits so long for one; what holds it in verl holds it to the end
+_SOON_S = 2.0  # a task without a free CPU waits so long; verl holds its CPUs until the end
 _RETRIES = 3
 
 
 class NotShared(Exception):
-    """The task's node does not see the path that it names as the export's node does."""
+    """The task's node does not see the named path in the same state as the export's node."""
 
 
 class Lost(Exception):
-    """Ray runs an attempt again whose process is gone."""
+    """The process of a task died; Ray runs the attempt again."""
 
 
 @dataclass(frozen=True)
 class Home:
-    """What a task's node is compared with: the node where the export runs, its packages, the shards as it sees them.
+    """The export's node, with which a task compares its own: host, packages, and the shards.
 
-    `files` are size (bytes) and mtime (ns) of all that is read by path.
+    `files` are size (bytes) and mtime (ns) of every file that is read by path.
     """
 
     node: str
@@ -53,14 +53,14 @@ class Home:
 
     @classmethod
     def here(cls, jobs: Iterable[MergeJob], nonce: Path) -> Home:
-        """Raises SourceError where a file is gone."""
+        """The description of this node; raises SourceError if a file is gone."""
         paths = sorted({file for job in jobs for file in job.manifest.files if isinstance(file, Path)})
         seen = [found[2:] for found in stats(paths)]
         return cls(ray.get_runtime_context().get_node_id(), nonce, dict(zip(paths, seen, strict=True)), versions())
 
     def compared(self, job: MergeJob) -> MergeJob:
-        """In the task: the job for its node; raises NotShared, or MergeError where other packages are installed."""
-        if not os.path.exists(self.nonce):  # nor where it may not be seen
+        """The job for the task's own node; raises NotShared, or MergeError if other packages are installed."""
+        if not os.path.exists(self.nonce):  # also true if permissions hide it
             raise NotShared(str(self.nonce.parent))
         if (found := versions()) != self.versions:
             raise MergeError(
@@ -75,7 +75,7 @@ class Home:
                 raise NotShared(str(path)) from None
             if seen[2:] != self.files[path]:
                 raise NotShared(str(path))
-        return replace(job, cached=False, read_again=False)  # nothing else is done with the file on this node
+        return replace(job, cached=False, read_again=False)  # this node does nothing else with the file
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ class _Attempt:
 class RayRunner:
     """Runs merge jobs as Ray tasks, at most `workers` at a time.
 
-    A task not scheduled within `schedule_timeout_s` seconds, or within two where no CPU is free, is submitted
-    again without a CPU slot (verl's placement groups may hold every CPU until the end), and so are all
-    later ones of this runner; after as long again without the `placement` asked for:
-    `resources` and `labels` of Ray nodes. Without one, tasks go where most of their bytes lie.
+    A task not scheduled within `schedule_timeout_s` seconds, or within two if no CPU is free, is submitted again
+    without a CPU slot (verl's placement groups may hold every CPU until the end), and so are all later ones of
+    this runner. After the same wait again it is submitted without the `placement`, which is `resources` and
+    `labels` of Ray nodes. Tasks without a placement go to the node with most of their bytes.
     """
 
     def __init__(
@@ -119,12 +119,12 @@ class RayRunner:
         self.schedule_timeout_s = schedule_timeout_s
         self.placement = placement
         self.node = ray.get_runtime_context().get_node_id()
-        # Where memory is short Ray kills the newest first, before 2.56 what is retriable, so ours are; but it is
-        # here that they are run again: each attempt needs its own marker and file, and its own time-out.
+        # When memory is short, Ray kills the newest task first, before 2.56 retriable ones, so ours are retriable.
+        # They are repeated here nevertheless: each attempt needs its own marker, file and time-out.
         self.task = ray.remote(num_gpus=0, max_retries=1)(merge_task)
 
     def run(self, jobs: Sequence[MergeJob], progress: Callable[[int], None]) -> list[WrittenFile]:
-        """Write all files; raises what a job raised, MergeError when a worker was lost for good."""
+        """Writes all files; raises a job's error, or MergeError if a worker was lost for good."""
         folder = jobs[0].path.parent
         nonce = folder / f".nonce-{uuid.uuid4().hex}"
         nonce.touch()
@@ -135,7 +135,7 @@ class RayRunner:
                 while waiting and len(running) < self.workers:
                     running.append(self._submit(waiting.pop(), run, 1))
                 running, done = self._collect(running, run)
-                progress(0)  # raises where nobody waits any more
+                progress(0)  # raises if nobody waits any more
                 for file in done:
                     progress(file.nbytes)
                     written[file.name] = file
@@ -178,7 +178,7 @@ class RayRunner:
         return left, done
 
     def _answer(self, attempt: _Attempt, run: _Run, error: RayTaskError) -> _Attempt:
-        """The next attempt, where the task says that it could do nothing here; else raises what it raised."""
+        """The next attempt, if the task could do nothing on its node; otherwise raises the task's error."""
         if isinstance(error.cause, Lost):
             return self._again(attempt, run, error.cause)
         if not isinstance(error.cause, NotShared):
@@ -188,7 +188,7 @@ class RayRunner:
                 f"{error.cause}: not seen by a task on the export's own node; output_dir must be on a disk that "
                 "Ray's workers see."
             ) from None
-        logger.warning("a node does not see %s as it is here; merging on the export's node", error.cause)
+        logger.warning("a node does not see %s as this node does; merging on the export's node", error.cause)
         return self._submit(attempt.job, run, attempt.number + 1, True, attempt.losses)
 
     def _again(self, attempt: _Attempt, run: _Run, error: Exception) -> _Attempt:
@@ -201,7 +201,7 @@ class RayRunner:
         return self._submit(attempt.job, run, attempt.number + 1, attempt.here, attempt.losses + 1)
 
     def _impatient(self, attempt: _Attempt, run: _Run) -> _Attempt:
-        """The attempt, or where it was not begun in time another that asks for less."""
+        """The attempt, or, if it was not started in time, another one that asks for less."""
         waited = time.monotonic() - attempt.submitted
         if waited < attempt.patience_s or attempt.started.exists():
             return attempt
@@ -213,16 +213,16 @@ class RayRunner:
             self.placement = None
         else:
             return attempt
-        logger.info("%s: within %.0f s %s: going on with %s", attempt.job.path.name, waited, why, less)
+        logger.info("%s: within %.0f s %s: continuing with %s", attempt.job.path.name, waited, why, less)
         ray.cancel(attempt.ref, force=False)
         return self._submit(attempt.job, run, attempt.number + 1, attempt.here, attempt.losses)
 
 
 def _stop(refs: list[Any]) -> None:
-    """None of these attempts may write into the staging directory any more."""
+    """Stops these attempts, so that none writes into the staging directory any more."""
     if not refs:
         return
-    # Cancelling a task that has just finished can abort the whole process (Ray 2.60): only those that have not.
+    # Cancelling a task that has just finished can abort the whole process (Ray 2.60), so finished ones are skipped.
     _, running = ray.wait(refs, num_returns=len(refs), timeout=0)
     for ref in running:
         ray.cancel(ref, force=False)
@@ -231,13 +231,13 @@ def _stop(refs: list[Any]) -> None:
 
 
 def _wanted(placement: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Ray's options for it."""
+    """Ray's options for a placement."""
     options = {"resources": dict(placement["resources"]), "label_selector": dict(placement["labels"])}
     return {key: value for key, value in options.items() if value}
 
 
 def _holder(job: MergeJob) -> str | None:
-    """The node that most of what a job reads lies on; None where every node has it, or none has most."""
+    """The node with most of the bytes that a job reads; None if every node has them, or none has most."""
     if all(isinstance(file, Path) for file in job.manifest.files):
         return None
     held: Counter[str | None] = Counter()
@@ -256,7 +256,7 @@ def _finish(attempt: _Attempt, written: WrittenFile) -> WrittenFile:
 
 
 def merge_task(job: MergeJob, home: Home, started: str) -> WrittenFile:
-    """In a Ray worker: prove that this node sees what the export's does, then write the file."""
+    """Proves in a Ray worker that its node sees the same files as the export's node, then writes the file."""
     try:
         job = home.compared(job)
         Path(started).touch(exist_ok=False)

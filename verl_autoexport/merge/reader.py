@@ -1,4 +1,4 @@
-"""Boxes of source tensors out of the shard files, by position and in bounded memory."""
+"""Reads boxes of source tensors from the shard files, by position and in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from verl_autoexport.shards.manifest import ITEMSIZE, Cut, Shard, ShardManifest,
 from verl_autoexport.shards.tiling import Index
 from verl_autoexport.system.page_cache import drop_cache
 
-MAX_BLOCK = 2 << 20  # bytes; measured: 1 MiB costs more in calls, 4 MiB brings nothing for twice the memory
+MAX_BLOCK = 2 << 20  # bytes; measured: 1 MiB costs more in calls, 4 MiB gains nothing for twice the memory
 _OPEN = 256  # files at a time; a process may often have 1024
 
 
 class Range(NamedTuple):
-    """Bytes of file number `file` of a manifest, and where it is open."""
+    """Bytes of file number `file` of a manifest, and its descriptor."""
 
     fd: int
     file: int
@@ -32,8 +32,8 @@ class Range(NamedTuple):
 class ShardReader:
     """Positional reads, for one thread. A context manager; it closes the files.
 
-    `cached` False then lets go of the page cache of what was read. `sums` is told of all that is read of files
-    with records.
+    `cached` False removes the bytes read from the page cache. `sums` receives all bytes read of files with
+    records.
     """
 
     def __init__(self, manifest: ShardManifest, cached: bool = True, sums: Sums | None = None) -> None:
@@ -53,7 +53,7 @@ class ShardReader:
                 drop_cache(path)
 
     def whole(self, fqn: str) -> torch.Tensor:
-        """The global tensor in the dtype that training holds it in."""
+        """The global tensor in training's dtype."""
         entry = self.manifest.tensors[fqn]
         out = torch.empty(entry.shape, dtype=getattr(torch, entry.value_dtype))
         for offsets, shape in boxes(entry.shape, MAX_BLOCK // ITEMSIZE[entry.dtype]):
@@ -61,9 +61,9 @@ class ShardReader:
         return out
 
     def fill(self, fqn: str, offsets: Index, shape: Index, out: torch.Tensor) -> None:
-        """Fill `out` (of `shape`, any strides) with the box at `offsets` of the global tensor, cast to `out`'s dtype.
+        """Fills `out` (of `shape`, any strides) with the box at `offsets` of the global tensor, cast to `out`'s dtype.
 
-        Raises MergeError unless shards cover the box exactly, SourceError when a file is too short.
+        Raises MergeError unless shards cover the box exactly, SourceError if a file is too short.
         """
         entry = self.manifest.tensors[fqn]
         filled = 0
@@ -76,9 +76,9 @@ class ShardReader:
             raise MergeError(f"{fqn}: {filled} of {math.prod(shape)} elements at {list(offsets)} are covered.")
 
     def ranges(self, entry: TensorEntry, offsets: Index, shape: Index) -> Iterator[Range] | None:
-        """What the box is in row-major order; None unless it is whole rows.
+        """The byte ranges of the box in row-major order; None unless it consists of whole rows.
 
-        A descriptor is good until the next one is asked for.
+        A range's descriptor is valid until the next range is requested.
         """
         found = [(shard, cut) for shard in entry.shards for cut in shard.cuts(offsets, shape)]
         for shard, cut in found:
@@ -88,7 +88,7 @@ class ShardReader:
         return self._ranges(entry, sorted(found, key=lambda both: both[1].at))
 
     def note(self, ranges: Iterable[Range], data: memoryview) -> None:
-        """`data` was not read here, but is all bytes of `ranges`."""
+        """Takes note of `data`, all bytes of `ranges`, which were read elsewhere."""
         at = 0
         for part in ranges:
             self._note(part.file, part.offset, data[at : at + part.nbytes])
@@ -108,7 +108,7 @@ class ShardReader:
                 yield Range(fd, file, shard.byte_offset + skipped, math.prod(cut.shape) * size)
 
     def _fill(self, entry: TensorEntry, shard: Shard, cut: Cut, target: torch.Tensor) -> None:
-        """One copy for all shards of a cut; none where they follow each other in `target` as they are in the files."""
+        """Copies all shards of a cut at once, or not at all if they are in `target` in the order of the files."""
         dtype = getattr(torch, entry.dtype)
         in_order = cut.count == 1 or shard.dim == 0
         if in_order and target.dtype == dtype and entry.loaded is None and target.is_contiguous():
@@ -128,7 +128,7 @@ class ShardReader:
         target.copy_(part if entry.loaded is None else part.to(getattr(torch, entry.loaded)))
 
     def _read(self, entry: TensorEntry, shard: Shard, cut: Cut, into: memoryview) -> None:
-        """The boxes of a cut one after the other, one read for each run of them that is contiguous in its file."""
+        """Reads the boxes of a cut one after the other, with one read for each run that is contiguous in its file."""
         size = ITEMSIZE[entry.dtype]
         outer = _outer_dims(cut.shape, shard.shape)
         run = math.prod(cut.shape[outer:]) * size
@@ -149,7 +149,7 @@ class ShardReader:
         file, rank = shard.file + step, shard.rank + step
         if file not in self.fds:
             if len(self.fds) == _OPEN:
-                os.close(self.fds.pop(next(iter(self.fds))))  # to be read again, for the next block
+                os.close(self.fds.pop(next(iter(self.fds))))  # opened again for the next block
             path = self.manifest.files[file]
             assert isinstance(path, Path)  # bytes in memory are not opened: see `ranges` and `_pread`
             self.opened.add(path)
@@ -182,7 +182,7 @@ class ShardReader:
 
 
 def equal_values(manifest: ShardManifest, a: str, b: str, sums: Sums | None = None) -> bool:
-    """Whether two tensors of the source hold the same bits, block by block."""
+    """Whether two tensors of the source have the same bits, compared block by block."""
     left, right = manifest.tensors[a], manifest.tensors[b]
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
@@ -200,12 +200,12 @@ def equal_values(manifest: ShardManifest, a: str, b: str, sums: Sums | None = No
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, not copied."""
+    """The bytes of a contiguous tensor, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def within(offsets: Index, shape: Index) -> tuple[slice, ...]:
-    """The index of a box in the tensor that holds it."""
+    """The index of a box in its tensor."""
     return tuple(slice(o, o + n) for o, n in zip(offsets, shape, strict=True))
 
 
@@ -220,7 +220,7 @@ def boxes(shape: Index, limit: int) -> Iterator[tuple[Index, Index]]:
     if axis == 0:
         yield (0,) * len(shape), shape
         return
-    axis -= 1  # the first axis, from the right, that does not fit as a whole
+    axis -= 1  # the first axis, from the right, that does not fit whole
     rows = max(1, limit // inner)
     for prefix in _indices(shape[:axis]):
         for start in range(0, shape[axis], rows):
@@ -229,11 +229,11 @@ def boxes(shape: Index, limit: int) -> Iterator[tuple[Index, Index]]:
 
 
 def _outer_dims(extent: Index, shape: Index) -> int:
-    """How many leading dimensions of a box in `shape` split it into runs that are contiguous in memory."""
+    """The number of leading dimensions that split a box in `shape` into runs contiguous in memory."""
     outer = len(extent)
     while outer > 0 and extent[outer - 1] == shape[outer - 1]:
         outer -= 1
-    outer = max(0, outer - 1)  # the run may be a part of the next dimension
+    outer = max(0, outer - 1)  # the run may be part of the next dimension
     while outer > 0 and extent[outer - 1] == 1:
         outer -= 1
     return outer

@@ -1,4 +1,4 @@
-"""Changing values on their way to disk: the seam for whatever makes one tensor of several."""
+"""Changes of values on their way to disk: the seam for making one tensor of several."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ if TYPE_CHECKING:
 
 
 class Transform(Protocol):
-    """A change of one source tensor, as a whole and before it is cast or cut; pickled to where the merge runs.
+    """A change of one whole source tensor, before it is cast or cut; pickled for the process that merges.
 
-    The memory that it takes is beyond the merge's budget.
+    Its memory comes on top of the merge's budget.
     """
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The other tensors that it reads, by their names in the manifest."""
+        """The names in the manifest of the other tensors that it reads."""
         ...
 
     def apply(self, tensor: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-        """The changed tensor, in the shape and dtype of `tensor`, which stays as it is; `sources` as listed."""
+        """The changed tensor, in the shape and dtype of `tensor`, which stays unchanged; `sources` as listed."""
         ...
 
     def has_effect(self, *sources: torch.Tensor) -> bool:
-        """Whether by `sources` some value should differ; the record says where none does after the cast."""
+        """Whether, with these `sources`, some value should differ; the record says if none does after the cast."""
         ...

@@ -1,4 +1,4 @@
-"""One output file, written at any position and hashed in order as it is written."""
+"""One output file, written at any position and hashed in order at the same time."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import psutil
 from verl_autoexport.errors import MergeError
 from verl_autoexport.system.page_cache import begin_to_write, let_go
 
-_WRITE = 1 << 20  # bytes at a time; larger ones are written several times slower (ext4, Linux 6.18)
-_BEHIND = 64 << 20  # bytes after which they are sent to the disk, so that the flush at the end is short
+_WRITE = 1 << 20  # bytes per call; larger writes are several times slower (ext4, Linux 6.18)
+_BEHIND = 64 << 20  # bytes before they are sent to the disk, so that the last flush is short
 SERVER_COPIES = frozenset({"nfs4", "cifs", "smb3", "ceph"})
-"""File systems where `copy_file_range` is the server's work, and bytes cross the network once less.
+"""File systems on which the server does `copy_file_range`, so that bytes cross the network once less.
 
-On others reading and writing is faster (ext4, Linux 6.18: 1.8 x): what is written must be read for its hash anyway.
+On others reading and writing is faster (ext4, Linux 6.18: 1.8 x), since the hash needs the bytes anyway.
 """
 _CANNOT = {errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 
 
 class FileWriter:
-    """Writes blocks where they belong, from several threads, and hashes them in the order of the file.
+    """Writes blocks at their positions, from several threads, and hashes them in the order of the file.
 
-    A context manager; `path` must not exist. `read_again` False keeps the page cache free of
-    what was written. Raises MergeError naming the file.
+    A context manager; `path` must not exist. `read_again` False keeps the written bytes out of the
+    page cache. Raises MergeError naming the file.
     """
 
     def __init__(self, path: Path, read_again: bool = True) -> None:
@@ -38,7 +38,7 @@ class FileWriter:
         self.ready: dict[int, bytes | memoryview] = {}  # by offset: written, not yet hashed
         self.hashing = False
         self.broken: BaseException | None = None
-        self.copies = file_system(path) in SERVER_COPIES  # until it says that it cannot
+        self.copies = file_system(path) in SERVER_COPIES  # until a copy is refused
 
     def __enter__(self) -> FileWriter:
         try:
@@ -51,7 +51,7 @@ class FileWriter:
         os.close(self.fd)
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
-        """Write a block at a byte offset; `hash` must follow for it."""
+        """Writes a block at a byte offset; a call of `hash` for it must follow."""
         rest = memoryview(data)
         try:
             while rest:
@@ -61,9 +61,9 @@ class FileWriter:
             raise MergeError(f"{self.path}: cannot be written: {e.strerror}.") from e
 
     def copy(self, source: int, offset: int, nbytes: int, to: int) -> bool:
-        """Let the kernel copy bytes of an open file to the byte offset `to`; `read_back` and `hash` must follow.
+        """Has the kernel copy bytes of an open file to the byte offset `to`; `read_back` and `hash` must follow.
 
-        False, and nothing done, where the file systems cannot copy between each other, or need not.
+        False, without a copy, if the file systems cannot copy to each other, or gain nothing from it.
         """
         done = 0
         while self.copies and done < nbytes:
@@ -80,7 +80,7 @@ class FileWriter:
         return self.copies
 
     def read_back(self, into: memoryview, offset: int) -> None:
-        """Fill `into` with what the file holds from `offset` on."""
+        """Fills `into` with the file's content from `offset` on."""
         done = 0
         try:
             while done < len(into):
@@ -91,9 +91,9 @@ class FileWriter:
             raise MergeError(f"{self.path}: cannot be read back: {e.strerror}.") from e
 
     def hash(self, data: bytes | memoryview, offset: int) -> None:
-        """Hash a block that is in the file as soon as all before it are; it must not change before `wait` returns.
+        """Hashes a block of the file once all earlier ones are; it must not change before `wait` returns.
 
-        Whoever comes while another hashes leaves it to them.
+        If another thread is hashing, that thread takes the block over.
         """
         with self.turn:
             self.ready[offset] = data
@@ -118,28 +118,28 @@ class FileWriter:
             self.send(end)
 
     def send(self, end: int) -> None:
-        """Let the disk begin to write what is before `end`."""
+        """Starts to write the bytes before `end` to the disk."""
         if self.read_again:
             begin_to_write(self.fd, self.advised, end - self.advised)
         else:
-            let_go(self.fd, 0, end)  # dirty pages begin to be written, clean ones are dropped: those of the time before
+            let_go(self.fd, 0, end)  # starts to write dirty pages, and drops the clean ones of the call before
         self.advised = end
 
     def wait(self, end: int) -> None:
-        """Until all bytes before `end` are hashed. Raises what `break_off` was told."""
+        """Waits until all bytes before `end` are hashed. Raises the error that `break_off` was given."""
         with self.turn:
             self.turn.wait_for(lambda: self.broken or self.hashed >= end)
             if self.broken:
                 raise self.broken
 
     def break_off(self, error: BaseException) -> None:
-        """Let nobody wait for bytes that do not come; the first error is the one that is told."""
+        """Ends all waiting for bytes that will not come; only the first error is reported."""
         with self.turn:
             self.broken = self.broken or error
             self.turn.notify_all()
 
     def finish(self) -> tuple[str, int]:
-        """Make it durable; returns sha256 (hex) and size in bytes."""
+        """Makes the file durable; returns sha256 (hex) and size in bytes."""
         try:
             os.fsync(self.fd)
         except OSError as e:
@@ -150,10 +150,10 @@ class FileWriter:
 
 
 def file_system(path: Path) -> str:
-    """The type of the one that `path` is, or would be, in; empty where that cannot be told."""
+    """The type of the file system that `path` is, or would be, in; empty if it is unknown."""
     try:
         path = path.resolve()
         mounted = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
-    except OSError:  # mounts are not shown to everyone
+    except OSError:  # some processes may not see the mounts
         return ""
     return next((mounted[str(p)] for p in (path, *path.parents) if str(p) in mounted), "")

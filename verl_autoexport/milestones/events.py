@@ -1,4 +1,4 @@
-"""Plain data that travels between the rooms; standard library only."""
+"""Plain data that travels between the rooms; it needs the standard library only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 DROPPABLE_POLICIES = frozenset({"every_n_steps", "every_seconds", "on_save"})
-"""Policies whose milestones back pressure or `min_steps_between` may drop; no other ever is."""
+"""Policies whose milestones back pressure or `min_steps_between` may drop; other milestones are never dropped."""
 
 THESE_WEIGHTS = "these weights"
 EARLIER_WEIGHTS = "earlier weights"
@@ -17,7 +17,7 @@ EARLIER_WEIGHTS = "earlier weights"
 
 @dataclass(frozen=True)
 class StepEvent:
-    """What is known of a step when verl logs it.
+    """The facts about a step when verl logs it.
 
     `time` is in unix seconds. `saved`: verl wrote a checkpoint of this step (the checkpoint
     source judges no others). `requested`: someone asked for a milestone.
@@ -56,7 +56,7 @@ class Trigger:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Trigger:
-        """The trigger in `data`, which anybody may have written: what is of a wrong type is left out."""
+        """The trigger in untrusted `data`, without the fields that have a wrong type."""
 
         def text(key: str) -> str | None:
             found = data.get(key)
@@ -69,9 +69,9 @@ class Trigger:
 
 @dataclass(frozen=True)
 class Milestone:
-    """A step that was, is being, or was to be exported: the memory of the policies.
+    """A step that was, is being, or was to be exported; the policies decide from these.
 
-    `status`: `pending` (asked, not finished), `published`, `failed` or `dropped` (by back
+    `status`: `pending` (requested, not finished), `published`, `failed` or `dropped` (by back
     pressure). `time` is the unix time of the decision.
     """
 
@@ -83,7 +83,7 @@ class Milestone:
 
 @dataclass(frozen=True)
 class Decision:
-    """Step `step` is a milestone, for all of `triggers` (never empty)."""
+    """The decision that `step` is a milestone, for all of `triggers` (never empty)."""
 
     step: int
     time: float
@@ -95,17 +95,17 @@ class Decision:
 
 
 def as_number(value: Any) -> float | None:
-    """A metric as a float; None for what is no number, whatever it raises when it is asked."""
+    """A metric as a float; None if it is no number, whatever the conversion raises."""
     try:
         if isinstance(value, (str, bytes, bytearray, bool, complex)) or type(value).__name__ in ("bool", "bool_"):
             return None
         return float(value)
-    except BaseException:  # noqa: BLE001 - a foreign object; only main threads are interrupted, and this is none
+    except BaseException:  # noqa: BLE001 - a foreign object; only the main thread is interrupted, and this is another
         return None
 
 
 def is_measured(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number."""
+    """Whether `value` is a finite number."""
     if type(value) is float:
         return math.isfinite(value)
     try:
@@ -115,8 +115,8 @@ def is_measured(value: object) -> TypeGuard[float]:
 
 
 def is_trigger(value: object) -> TypeGuard[Mapping[str, Any]]:
-    """Whether `Trigger.from_dict` can take it as somebody wrote it."""
-    # The value is judged where it is compared.
+    """Whether `Trigger.from_dict` can read the untrusted `value`."""
+    # The comparison judges the trigger's value.
     texts = ("reason", "name", "metric", "mode")
     return (
         isinstance(value, Mapping)

@@ -1,4 +1,4 @@
-"""What verl logs, as names and numbers: an odd metric loses itself and nothing else."""
+"""The metrics that verl logs, as names and numbers; a metric that is no number is left out and disturbs no other."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def numbers(data: Mapping[Any, Any]) -> dict[str, float]:
 
 
 def check_logged(trigger: TriggerConfig, data: Mapping[Any, Any], trained: bool) -> bool:
-    """Whether `data` should have all metrics of `trigger`; raises ConfigError where it should and has not.
+    """Whether `data` should have all metrics of `trigger`; raises ConfigError if it should and does not.
 
-    That is the first log that has them: the first validation, for others the first trained step.
+    The first validation should have validation metrics, the first trained step all others.
     """
     logged = [name for key in data if (name := _name(key)) is not None]
     validation = any(name.startswith("val-") for name in logged)
@@ -36,6 +36,6 @@ def check_logged(trigger: TriggerConfig, data: Mapping[Any, Any], trained: bool)
 
 def _name(key: Any) -> str | None:
     try:
-        return "".join(str(key))  # a plain one, whose hash is its own
+        return "".join(str(key))  # a plain string, whose hash is its own
     except BaseException:  # noqa: BLE001 - a foreign object
         return None

@@ -1,8 +1,8 @@
 """Which steps become milestones. Pure: no clock, no state but the history of milestones.
 
-A history is what the registry and the journal say, cut at the step where the run resumed, so
-a policy decides the same after a restart as without one. A milestone that failed counts as
-never fired: its interval is due again and its value is no longer the best.
+A history is the content of registry and journal, cut at the step where the run resumed, so a
+policy decides the same with or without a restart. A failed milestone counts as never fired:
+its interval is due again and its value is no longer the best.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _LISTED = 8
 
 @dataclass(frozen=True)
 class RunStart:
-    """Where this process's fit began: the resumed step or 0, and the unix time."""
+    """The start of this process's fit: the resumed step or 0, and the unix time."""
 
     step: int
     time: float
 
 
 class History(Sequence[Milestone]):
-    """The milestones by step, with what the policies ask of them at hand: a run asks at every step."""
+    """The milestones by step, indexed for the questions that the policies ask at every step."""
 
     def __init__(self, milestones: Iterable[Milestone] = ()) -> None:
         self._by_step = {m.step: m for m in milestones}
@@ -65,30 +65,30 @@ class History(Sequence[Milestone]):
         return self._by_step.get(step)
 
     def remember(self, milestone: Milestone) -> None:
-        """Takes it in, in the place of what was known of its step."""
+        """Adds a milestone, which replaces an earlier one of its step."""
         before = self._by_step.get(milestone.step)
         self._by_step[milestone.step] = milestone
         if before is None:
             self._add(milestone)
         elif before != replace(milestone, status=before.status) or not {before.status, milestone.status} <= _STANDING:
-            self._gather()  # what no longer counts cannot be taken out of a maximum
+            self._gather()  # a milestone that no longer counts cannot be taken out of a maximum
 
     def stands(self, step: int) -> bool:
-        """Whether this step is, or is going to be, there."""
+        """Whether this step is published or pending."""
         return step in self._by_step and self._by_step[step].status in _STANDING
 
     def last_step(self, policy: str) -> int:
         return self._last.get(policy, 0)
 
     def times(self, policy: str) -> list[float]:
-        """When it fired, in ascending order."""
+        """The times of the policy's milestones, in ascending order."""
         return self._times.get(policy, [])
 
     def fired(self, policy: str, name: str) -> bool:
         return (policy, name) in self._fired
 
     def best(self, name: str, metric: str, mode: str) -> tuple[float, int] | None:
-        """The best value so far and its step; a milestone that did not or will not appear does not count."""
+        """The best value so far and its step; only published and pending milestones count."""
         return self._best.get((name, metric, mode))
 
     def _gather(self) -> None:
@@ -118,7 +118,7 @@ class History(Sequence[Milestone]):
 
 
 class Policy(Protocol):
-    """One reason to export."""
+    """One reason to export a step."""
 
     def decide(self, event: StepEvent, history: Sequence[Milestone], start: RunStart) -> Trigger | None:
         """The trigger, if this policy wants `event.step`."""
@@ -126,7 +126,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class EveryNSteps:
-    """The first possible step in each interval of `n` since the last one; a crossed one is not lost."""
+    """The first possible step in each interval of `n` since the last milestone; a crossed interval is not lost."""
 
     n: int
 
@@ -143,7 +143,7 @@ class EveryNSteps:
 
 @dataclass(frozen=True)
 class AtSteps:
-    """The steps listed."""
+    """The listed steps."""
 
     steps: tuple[int, ...]
 
@@ -153,13 +153,13 @@ class AtSteps:
 
 @dataclass(frozen=True)
 class EverySeconds:
-    """The first possible step `seconds` after the last one, or after the start."""
+    """The first possible step `seconds` after the last milestone, or after the start."""
 
     seconds: float
 
     def decide(self, event: StepEvent, history: Sequence[Milestone], start: RunStart) -> Trigger | None:
         fired = History.of(history).times("every_seconds")
-        # What lies in the future was noted before the clock was set back: one milestone too early, not none for hours.
+        # A time in the future predates a change of the clock: one milestone comes early, instead of none for hours.
         known = fired[: bisect_right(fired, event.time)][-1:] if fired else [t for t in [start.time] if t <= event.time]
         passed = event.time - max(known, default=event.time - self.seconds)
         if passed < self.seconds:
@@ -186,7 +186,7 @@ class OnTrainEnd:
 
 @dataclass(frozen=True)
 class OnRequest:
-    """A step for which someone asked."""
+    """A step that someone requested."""
 
     def decide(self, event: StepEvent, history: Sequence[Milestone], start: RunStart) -> Trigger | None:
         return Trigger("on_request", f"requested at step {event.step}") if event.requested else None
@@ -194,7 +194,7 @@ class OnRequest:
 
 @dataclass(frozen=True)
 class Best:
-    """A value better than every one before by more than `min_delta`; of equals the earliest stays."""
+    """A value better than all earlier ones by more than `min_delta`; of equal values the earliest stays."""
 
     name: str
     metric: str
@@ -218,7 +218,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Threshold:
-    """A value above (or below) `limit`, strictly; only the first time if `once`."""
+    """A value strictly above (or below) `limit`; with `once`, only the first one."""
 
     name: str
     metric: str
@@ -270,8 +270,8 @@ def decide(
 ) -> Decision | None:
     """One decision for the step with all its triggers, or None.
 
-    Never for step 0, whose weights are untrained, nor twice for a step. `min_steps_between`
-    holds back droppable triggers only; held back they leave no trace and are due again.
+    Step 0, whose weights are untrained, is never a milestone, and no step is one twice. `min_steps_between`
+    holds back droppable triggers only; these leave no trace and are due again.
     """
     if event.step < 1:
         return None
@@ -289,7 +289,7 @@ def decide(
 
 
 def resolve_metric(pattern: str, metrics: Iterable[str]) -> str | None:
-    """The one name that is or matches `pattern`; None if there is none, ConfigError if several."""
+    """The one name that is or matches `pattern`; None if there is none, ConfigError if there are several."""
     names = metrics if isinstance(metrics, Mapping) else set(metrics)
     if pattern in names:
         return pattern
@@ -301,11 +301,11 @@ def resolve_metric(pattern: str, metrics: Iterable[str]) -> str | None:
 
 @lru_cache
 def _glob(pattern: str) -> re.Pattern[str]:
-    return re.compile(translate(pattern))  # once: this runs at every step of the run
+    return re.compile(translate(pattern))  # compiled once: this runs at every step of the run
 
 
 def check_metrics(config: TriggerConfig, names: Iterable[str]) -> None:
-    """Raise ConfigError if a metric of `best` or `threshold` is none, or several, of the logged `names`."""
+    """Raises ConfigError if a metric of `best` or `threshold` matches none, or several, of the logged `names`."""
     names = set(names)
     for key, metric in config.metrics:
         try:
@@ -319,7 +319,7 @@ def check_metrics(config: TriggerConfig, names: Iterable[str]) -> None:
 
 
 def measured_on(triggers: Iterable[Trigger]) -> str | None:
-    """Which weights the metrics of `triggers` measured; earlier ones if any did, None without a metric."""
+    """The weights that the metrics of `triggers` measured; earlier ones if any metric did, None without a metric."""
     metrics = [t.metric for t in triggers if t.metric is not None]
     if not metrics:
         return None
@@ -327,10 +327,10 @@ def measured_on(triggers: Iterable[Trigger]) -> str | None:
 
 
 def _measure(pattern: str, metrics: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    """Name and value of a metric; no value if it is not a finite number, which is no measurement."""
+    """The name and value of a metric; without a value if it is not a finite number."""
     try:
         name = resolve_metric(pattern, metrics)
-    except ConfigError:  # matched once at the first validation, several now: no measurement either
+    except ConfigError:  # matched once at the first validation, but several names now: no measurement either
         return None, None
     value = as_number(metrics[name]) if name is not None else None
     return name, value if value is not None and math.isfinite(value) else None

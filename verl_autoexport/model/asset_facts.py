@@ -1,4 +1,4 @@
-"""What the tokenizer, the processor and the chat templates in a directory are, as far as a user can tell.
+"""The observable facts about the tokenizer, the processor and the chat templates in a directory.
 
 Two directories with equal facts give the same ids, tokens, templates and image settings,
 whatever files they are written in. Transformers itself reads them.
@@ -17,18 +17,18 @@ from verl_autoexport.system.untrusted import read_json
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json",
 )  # fmt: skip
-"""Any of them makes a tokenizer; patterns of names."""
+"""Patterns of file names; any of these files makes a tokenizer."""
 PROCESSOR_FILES = ("processor_config.json", "*preprocessor_config.json", "*image_processor_config.json")
 PARTS = {
     "feature_extractor": "preprocessor_config.json",
     "image_processor": "preprocessor_config.json",
     "video_processor": "video_preprocessor_config.json",
 }
-"""Parts of a `processor_config.json`, and the files that they have of their own in transformers 4."""
+"""Parts of a `processor_config.json`, and their separate files in transformers 4."""
 _PROBE = "Hello, world!\n  def f(x):\treturn 12345 * 0.5  # Größe, 漢字かな, Привет, مرحبا, 🙂🤖 <b>&amp;</b>\r\n"
 _SETTINGS = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_input_names")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf")
-"""How the names of files of weights end, which are no assets."""
+"""The name endings of weight files, which are no assets."""
 _LARGE = 128 << 20  # bytes; weights in some other format, which no tokenizer reads
 _REMEMBERED = 8
 Facts = Mapping[str, Any]
@@ -36,7 +36,7 @@ _known: dict[tuple[str, bool], Facts] = {}
 
 
 class Unreadable(Exception):
-    """Transformers cannot load a tokenizer or processor here; says why."""
+    """Transformers cannot load a tokenizer or processor here; the message gives the reason."""
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -48,9 +48,9 @@ def has_processor(directory: Path) -> bool:
 
 
 def tokenizer_facts(directory: Path, trust_remote_code: bool = False) -> Facts:
-    """Those of `AutoTokenizer`; `chat template` is one of them. Raises Unreadable.
+    """The facts that `AutoTokenizer` gives; `chat template` is one of them. Raises Unreadable.
 
-    Large vocabularies take a second; a run's tokenizer stays the same, so the last ones are remembered.
+    Large vocabularies take a second; a run's tokenizer stays the same, so the last facts are cached.
     """
     key = _content(directory), trust_remote_code
     if key not in _known:
@@ -60,13 +60,13 @@ def tokenizer_facts(directory: Path, trust_remote_code: bool = False) -> Facts:
             _known[key] = _tokenizer_facts(directory, trust_remote_code)
         except (Unreadable, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as e:  # code of its own, or a panic of the tokenizers library
+        except BaseException as e:  # custom code, or a panic of the tokenizers library
             raise Unreadable(f"{directory}: its tokenizer cannot be used: {_brief(e)}") from e
     return _known[key]
 
 
 def _content(directory: Path) -> str:
-    """A digest of all small files: their names and bytes."""
+    """A digest of the names and bytes of all small files."""
     digest = hashlib.sha256()
     for path in sorted((*directory.iterdir(), *directory.glob("additional_chat_templates/*"))):
         if path.is_file() and not path.name.endswith(WEIGHTS):
@@ -103,13 +103,13 @@ def processor_facts(directory: Path, trust_remote_code: bool = False) -> Facts:
     found = _load(AutoProcessor, directory, trust_remote_code)
     try:
         settings = json.loads(json.dumps(found.to_dict(), default=str)) if hasattr(found, "to_dict") else {}
-    except Exception as e:  # code of its own
+    except Exception as e:  # custom code
         raise Unreadable(f"{directory}: its processor cannot be used: {_brief(e)}") from e
     return {"class": type(found).__name__, "settings": {k: v for k, v in settings.items() if k != "chat_template"}}
 
 
 def processor_files(directory: Path) -> Facts:
-    """The settings that the files of a processor hold, for one that cannot be loaded here. Raises Unreadable."""
+    """The settings in the files of a processor that cannot be loaded here. Raises Unreadable."""
     paths = {path for pattern in PROCESSOR_FILES for path in directory.glob(pattern)}
     try:
         files = {path.name: read_json(path) for path in paths}
@@ -123,7 +123,7 @@ def processor_files(directory: Path) -> Facts:
 
 
 def processor_template(directory: Path) -> Any:
-    """The chat template that a processor in `directory` has: a text, named texts, or None. Raises Unreadable."""
+    """The chat template of the processor in `directory`: a text, named texts, or None. Raises Unreadable."""
     from transformers.processing_utils import ProcessorMixin
 
     try:
@@ -133,7 +133,7 @@ def processor_template(directory: Path) -> Any:
 
 
 def differences(found: Facts, wanted: Facts) -> list[str]:
-    """What differs, each with both values, shortened."""
+    """The facts that differ, each with both values, shortened."""
     keys = [key for key in (*wanted, *(found.keys() - wanted.keys())) if found.get(key) != wanted.get(key)]
     return [f"{key}: {found.get(key)!r:.200} instead of {wanted.get(key)!r:.200}" for key in keys]
 
@@ -148,7 +148,7 @@ def _load(auto: Any, directory: Path, trust_remote_code: bool) -> Any:
 
 
 def _said(directory: Path) -> dict[str, Any]:
-    """What the files of a processor say, by part, wherever each part stands."""
+    """The content of a processor's files, by part, wherever each part is written."""
     files = {
         path.name: json.loads(path.read_bytes()) for pattern in PROCESSOR_FILES for path in directory.glob(pattern)
     }
@@ -162,15 +162,15 @@ def _said(directory: Path) -> dict[str, Any]:
 
 
 def _encoded(tokenizer: Any, text: str, special: bool) -> list[Any]:
-    """The ids of a text; the error where it has none, such as that of a word in a vocabulary without unknown ones."""
+    """The ids of a text, or the error if it has none, for example a word that is not in the vocabulary."""
     try:
         return list(tokenizer(text, add_special_tokens=special)["input_ids"])
-    except Exception as e:  # noqa: BLE001 - of the tokenizers library, or a tokenizer's own code
+    except Exception as e:  # noqa: BLE001 - from the tokenizers library, or a tokenizer's own code
         return [_brief(e)]
 
 
 def _one(template: Any) -> Any:
-    """Templates by name, of which there is only the default, are one template."""
+    """The one template, if `template` maps only the name `default`; otherwise `template` itself."""
     return template["default"] if isinstance(template, Mapping) and template.keys() == {"default"} else template
 
 

@@ -1,9 +1,9 @@
-"""What is to be written against the files of the base model: the same names, shapes and layout.
+"""Compares the planned files with those of the base model: the same names, shapes and layout.
 
 A model that training did not change in kind has the tensors of its base, one for one.
 Every difference is either explained, and listed in `export.json`, or refused before
-anything is written. Where base and transformers differ in the layout or in how a tensor is
-named only, the base wins.
+anything is written. If base and transformers differ only in the layout or the name of a
+tensor, the base wins.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from verl_autoexport.shards.manifest import FLOATING, ShardManifest
 
 logger = logging.getLogger(__name__)
 AllowedDifference = Callable[[str], str | None]
-_MOVED_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # in old files; no class reads them any more
+_MOVED_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # in old files; no class still reads them
 _SWAPPED = "in the base's layout, last two dimensions swapped"
 _CHECK = "autoexport.weights.base_check (--base-check)"
 _CARRY = "autoexport.weights.carry_unread (--carry-unread)"
@@ -34,12 +34,12 @@ _CARRY = "autoexport.weights.carry_unread (--carry-unread)"
 
 @dataclass(frozen=True)
 class Compatibility:
-    """The outcome of a comparison that did not refuse; `reason` says why there was none, or was no `base`.
+    """The outcome of a comparison that refused nothing; `reason` says why there was none, or why there is no `base`.
 
-    `explained` maps why they differ to the names that do; `transposed` are those written in
-    the base's layout, with the last two dimensions swapped; `spelling` is how the base names what
-    transformers would write under other names. `unread` are tensors of the base that training never
-    read, `carried` those of them that are copied. `differs`: what should have been refused.
+    `explained` maps each reason for a difference to the names that differ; `transposed` are those written
+    in the base's layout, with the last two dimensions swapped; `spelling` maps transformers' names to
+    the base's. `unread` are tensors of the base that training never read, `carried` those of them
+    that are copied. `differs` describes the differences that would have been refused.
     """
 
     base: BaseModel | None = None
@@ -67,7 +67,7 @@ class Compatibility:
 
     @property
     def notes(self) -> list[str]:
-        """Of what a reader of `export.json` should know, the lines for its `notes`."""
+        """The lines for the `notes` of `export.json`."""
         if self.base is not None and self.differs:
             return [f"differs from the base model {self.base.directory}: {self.differs}"]
         if self.carried:
@@ -80,8 +80,8 @@ class Compatibility:
     def config_values(self) -> dict[str, int]:
         """{dotted key: value} that `config.json` must have, whatever the trained model's says.
 
-        Layers for multi-token prediction are counted there. Engines look for as many, and verl sets
-        the number to 0: where the layers are carried along it is the base's, where they are left out 0.
+        Such keys count the layers for multi-token prediction. Engines expect that many layers, but verl
+        sets the number to 0; it is the base's if the layers are carried, and 0 if they are left out.
         """
         if self.base is None or not self.unread:
             return {}
@@ -90,10 +90,10 @@ class Compatibility:
 
 @dataclass(frozen=True)
 class AllowedDifferences:
-    """Why a tensor may differ: each takes a name and gives the reason, or None.
+    """The reasons for which a tensor may differ: each method takes a name and returns the reason, or None.
 
-    `unread` holds only where nothing is written that the base lacks: else it could be the same
-    tensor under another name. `vocabulary` is the size in the base and the one to be written.
+    `unread` applies only if nothing is written that the base lacks; otherwise it could be the same
+    tensor under another name. `vocabulary` is the size in the base and the size to be written.
     """
 
     lacking: AllowedDifference
@@ -118,9 +118,9 @@ def check_compatibility(
     base_check: str = "strict",
     carry_unread: bool = False,
 ) -> Compatibility:
-    """Compare what `outputs` will be with the base model at `base_model`, where there is one at hand.
+    """Compares `outputs` with the base model at `base_model`, if there is one on this machine.
 
-    Raises PlanError listing the names that differ without a reason, unless `base_check` is `warn`.
+    Raises PlanError listing the names whose differences have no reason, unless `base_check` is `warn`.
     """
     found = _begin(base_model, base_check, carry_unread)
     if isinstance(found, Compatibility):
@@ -139,9 +139,9 @@ def check_start(
     base_check: str = "strict",
     carry_unread: bool = False,
 ) -> Compatibility:
-    """Before anything is trained: is what transformers writes of the base model what the base model is?
+    """Checks before training that the base model, as transformers would write it, equals the base model.
 
-    Raises PlanError as `check_compatibility` does, ConfigError where `dtype` needs a base and none is at hand.
+    Raises PlanError as `check_compatibility` does, ConfigError if `dtype` needs a base and there is none here.
     """
     found = _begin(base_model, base_check, carry_unread)
     if isinstance(found, Compatibility):
@@ -157,7 +157,7 @@ def check_start(
 
 
 def _begin(base_model: str | None, base_check: str, carry_unread: bool) -> BaseModel | Compatibility:
-    """The base to compare with, or what is to be said where there is no comparison."""
+    """The base to compare with, or the outcome without a comparison."""
     try:
         base, reason = find_base(base_model)
     except PlanError as e:
@@ -175,7 +175,7 @@ def _begin(base_model: str | None, base_check: str, carry_unread: bool) -> BaseM
 
 
 def check_dtype(dtype: str, base: BaseModel | None, reason: str) -> None:
-    """Raises ConfigError where `dtype` is `base` and there is none."""
+    """Raises ConfigError if `dtype` is `base` and there is no base."""
     if dtype == "base" and base is None:
         raise ConfigError(
             f"dtype base takes each tensor's dtype from the base model's safetensors, but {reason}. "
@@ -192,9 +192,9 @@ def compare(
     base_check: str = "strict",
     carry_unread: bool = False,
 ) -> Compatibility:
-    """Pure but for a warning: `outputs` are what will be written, as the base spells them.
+    """Compares `outputs`, spelled as in the base; pure but for a warning.
 
-    Raises PlanError listing the names that differ without a reason, unless `base_check` is `warn`.
+    Raises PlanError listing the names whose differences have no reason, unless `base_check` is `warn`.
     """
     ours = {o.name: o.shape for o in spelling.apply(outputs)}
     found: dict[str, list[str]] = {
@@ -230,14 +230,14 @@ def compare(
 def _refuse(base: BaseModel, wrong: Mapping[str, Sequence[str]], base_check: str) -> Compatibility:
     lists = "; ".join(f"{kind}: {brief(sorted(names))}" for kind, names in wrong.items() if names)
     text = (
-        f"what would be written differs from the base model {base.directory}: {lists}. Engines that serve the "
-        "base would not read it rightly."
+        f"the planned files differ from the base model {base.directory}: {lists}. Engines that serve the "
+        "base would misread them."
     )
     if base_check != "warn":
         raise PlanError(
             f"{text} Is that the model that was trained, and its files as published? {_way_out('warn or off')}"
         )
-    logger.warning("verl_autoexport: %s Exporting nevertheless: %s is warn.", text, _CHECK)
+    logger.warning("verl_autoexport: %s The export continues, since %s is warn.", text, _CHECK)
     return Compatibility(base, differs=lists)
 
 
@@ -246,7 +246,7 @@ def _way_out(value: str) -> str:
 
 
 def apply_base(outputs: Iterable[Output], contract: Compatibility, dtype: str) -> list[Output]:
-    """`outputs` under the base's names, in its layout and, if `dtype` is `base`, in its dtypes."""
+    """The `outputs` with the base's names, in its layout and, if `dtype` is `base`, in its dtypes."""
     base = contract.base
     check_dtype(dtype, base, contract.reason)
     outputs = contract.spelling.apply(outputs)
@@ -258,10 +258,10 @@ def apply_base(outputs: Iterable[Output], contract: Compatibility, dtype: str) -
 def carry(
     contract: Compatibility, manifest: ShardManifest, outputs: list[Output], dtype: str
 ) -> tuple[ShardManifest, list[Output]]:
-    """Both with what is carried over from the base.
+    """The manifest and the outputs, each with the tensors carried over from the base.
 
-    A tensor in the base's usual dtype gets the one of the export, as the layers beside it have; one
-    that the base keeps in another (scales, biases of routers) stays as it is.
+    A tensor in the base's usual dtype gets the export's dtype, as the layers beside it have; one that
+    the base stores in another dtype (scales, biases of routers) keeps it.
     """
     base = contract.base
     if base is None or not contract.carried:
@@ -289,14 +289,14 @@ def _base_dtype(output: Output, base: BaseModel) -> str:
 
 
 def _swapped(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Packed experts only: a matrix whose shape is swapped is another matrix to every reader."""
+    """The shape with its last two dimensions swapped, for packed experts only; a swapped matrix is another matrix."""
     return (*shape[:-2], shape[-1], shape[-2]) if len(shape) > 2 else None
 
 
 def _allowed_differences(
     skeleton: Any, head: Head | None, base: BaseModel, trust_remote_code: bool, own: Any = None
 ) -> AllowedDifferences:
-    """`own`: the base's skeleton by its own configuration, where it is at hand."""
+    """The differences to allow; `own` is the base's skeleton from its own configuration, if available."""
     loading, name = Loading(skeleton), type(skeleton).__name__
     tied = tied_names(skeleton)
     unsaved = set(skeleton._keys_to_ignore_on_save or ())
@@ -332,7 +332,7 @@ def _allowed_differences(
 
 
 def _own_skeleton(skeleton: Any, base: BaseModel, trust_remote_code: bool) -> Any:
-    """The base as its own `config.json` has it; as the trained class, where the one named there is not to be had."""
+    """The base's skeleton from its own `config.json`; in the trained class if the one named there is not available."""
     try:
         return build_skeleton(base.directory, "source", trust_remote_code=trust_remote_code)
     except PlanError:

@@ -1,7 +1,7 @@
-"""The base model that a run starts from, as far as its files tell: tensor headers, config, tokenizer.
+"""The base model that a run starts from, as its files describe it: tensor headers, config, tokenizer.
 
-Reads no weights and needs no torch. What is at hand is a directory with safetensors, or a
-model in the Hugging Face cache; anything else is told in one line and not guessed.
+Reads no weights and needs no torch. A base is usable as a directory with safetensors, or as a
+model in the Hugging Face cache; for anything else one line gives the reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from verl_autoexport.system.untrusted import read_json
 
 @dataclass(frozen=True)
 class BaseTensor:
-    """A tensor of the base: shape, and dtype by torch's name (safetensors' own where torch's is unknown)."""
+    """A tensor of the base: its shape, and its dtype by torch's name (safetensors' name if torch has none)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -37,7 +37,7 @@ _WITHOUT = (
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model's directory, its tensors by name on disk, its `config.json`, and where its tensors' bytes are."""
+    """A base model's directory, its tensors by name on disk, its `config.json`, and the place of its tensors' bytes."""
 
     directory: Path
     tensors: Mapping[str, BaseTensor]
@@ -46,19 +46,19 @@ class BaseModel:
 
     @property
     def usual_dtype(self) -> str:
-        """The floating dtype that most tensors have: that of a tensor which the base does not have."""
+        """The floating dtype of most tensors, which tensors that the base lacks get."""
         counted = Counter(t.dtype for t in self.tensors.values() if t.dtype in FLOATING)
         return counted.most_common(1)[0][0] if counted else "float32"
 
     @property
     def predicting(self) -> dict[str, int]:
-        """{dotted key of `config.json`: number} of layers for multi-token prediction, where there are any."""
+        """{dotted key of `config.json`: number} of layers for multi-token prediction, if there are any."""
         found = _leaves(self.config)
         return {key: value for key, value in found if counts_predicting(key) and type(value) is int and value > 0}
 
 
 def counts_predicting(key: str) -> bool:
-    """Whether a (dotted) key of a configuration says how many layers predict further tokens; no class reads those."""
+    """Whether a (dotted) key of a configuration counts the layers for multi-token prediction; no class reads those."""
     return _PREDICTED.fullmatch(key.rpartition(".")[2]) is not None
 
 
@@ -71,9 +71,9 @@ def _leaves(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
 
 
 def find_base(path: str | None) -> tuple[BaseModel | None, str]:
-    """The base model at `path`; or None and the reason why there is none to compare with.
+    """The base model at `path`; or None and the reason why a comparison is impossible.
 
-    Raises PlanError where there is one and it is damaged.
+    Raises PlanError if the base model is damaged.
     """
     if not path:
         return None, "no base model was given"
@@ -107,7 +107,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def base_directory(base_model: str | None) -> Path | None:
-    """Where the base model is on this machine, also if it is named by its id on the hub; None if it is not."""
+    """The directory of the base model on this machine, even for an id on the hub; None if there is none."""
     if not base_model:
         return None
     with suppress(RuntimeError):  # `~nobody`
@@ -117,12 +117,12 @@ def base_directory(base_model: str | None) -> Path | None:
 
     try:
         return Path(snapshot_download(base_model, local_files_only=True))
-    except Exception:  # noqa: BLE001 - not in the cache, or no such id: of many classes, all meaning the same here
+    except Exception:  # noqa: BLE001 - not in the cache, or no such id: many classes mean the same here
         return None
 
 
 def with_files(manifest: ShardManifest, disk: ShardManifest, tensors: Mapping[str, TensorEntry]) -> ShardManifest:
-    """`manifest` with `tensors` too, whose shards are in the files of `disk`."""
+    """The `manifest` with `tensors` too, whose shards are in the files of `disk`."""
     moved = {
         name: replace(entry, shards=tuple(replace(s, file=s.file + len(manifest.files)) for s in entry.shards))
         for name, entry in tensors.items()

@@ -1,8 +1,8 @@
-"""The base model's own `config.json`, with only what training or the export changed.
+"""The base model's own `config.json`, changed only where training or the export changed something.
 
 transformers rewrites a configuration in the style of its own version, which engines with
-an older one may misread. The base's file is one that they read; whether the changed file
-still means the trained model is proven by reading it back.
+an older one may misread. They can read the base's file; to prove that the changed file
+still means the trained model, it is read back.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from verl_autoexport.model.skeleton import load_config
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _NOT_THE_MODEL = frozenset({
     *_DTYPE_KEYS, "transformers_version", "_name_or_path", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id",  # verl writes the tokenizer's over the model's
+    "bos_token_id", "eos_token_id", "pad_token_id",  # verl replaces the model's by the tokenizer's
     "classifier_dropout", "hidden_dropout", "summary_dropout_prob",  # verl sets them to zero for a value model
 })  # fmt: skip
-"""Keys that say nothing about the weights: the base's own stay."""
+"""Keys unrelated to the weights: the base's values stay."""
 _CONFIG_NAME = "config.json"
 _OLD_ROPE = {
     "rope_theta": ("rope_theta", "rotary_emb_base", "global_rope_theta"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct", "rotary_percentage"),
 }
-"""Keys of `rope_parameters` that had a key of their own, by the names that it had."""
+"""Keys of `rope_parameters` that used to be separate keys, by their former names."""
 
 
 def write_base_config(
     config: Any, architecture: str, dtype: str | None, base: BaseModel, target: Path, trust_remote_code: bool = False
 ) -> str | None:
-    """Write the base's `config.json` for the trained model into `target`, over the one that is there.
+    """Writes the base's `config.json` for the trained model over the one in `target`.
 
-    `config` is the trained model's, `dtype` torch's name, or None to leave the base's own.
-    Where the base's file cannot say what the trained model is, the one in `target` stays as
-    it was, and the key in question is returned.
+    `config` is the trained model's, `dtype` torch's name, or None to keep the base's own.
+    If the base's file cannot express the trained model, the one in `target` stays
+    unchanged, and the key in question is returned.
     """
     path = target / _CONFIG_NAME
     before = path.read_text(encoding="utf-8")
@@ -63,9 +63,9 @@ def overlay(
     aliases: Mapping[str, frozenset[str]] = MappingProxyType({}),
     old: bool = False,
 ) -> dict[str, Any]:
-    """`file` with what differs between `known`, as transformers reads it, and `wanted`, in the file's spelling. Pure.
+    """The `file` with the changes from `known`, as transformers reads it, to `wanted`, in its own spelling. Pure.
 
-    `aliases` are other names of a key, `old`: the file says of rope what transformers 4 reads.
+    `aliases` are other names of a key; `old`: the file spells rope as transformers 4 does.
     """
     changed = copy.deepcopy(dict(file))
     for key in (known.keys() | wanted.keys()) - _NOT_THE_MODEL:
@@ -80,7 +80,7 @@ def overlay(
         elif isinstance(before, Mapping) and isinstance(after, Mapping) and isinstance(file.get(spelled), Mapping):
             changed[spelled] = overlay(file[spelled], before, after, aliases, old)
         elif key == "text_config" and key not in file and isinstance(after, Mapping):
-            # Older files have the text model's keys beside the others.
+            # Older files mix the text model's keys with the others.
             flat = {k for k in (before or {}) if k in file}
             changed |= overlay({k: file[k] for k in flat}, before or {}, after, aliases, old)
         else:
@@ -89,13 +89,13 @@ def overlay(
 
 
 def _is_old(file: Mapping[str, Any]) -> bool:
-    """Whether a file is of the style of transformers 4."""
+    """Whether a file has the style of transformers 4."""
     new = str(file.get("transformers_version", "")).startswith("5")
     return not new and not any("rope_parameters" in node for node in _nodes(dict(file)))
 
 
 def _aliases(config: Any) -> dict[str, frozenset[str]]:
-    """Other names that a configuration, and those nested in it, know for a key."""
+    """Other names that a configuration, and those nested in it, accept for a key."""
     found: dict[str, set[str]] = {}
     nested = (value for value in vars(config).values() if hasattr(value, "attribute_map"))
     for node in (config, *nested):
@@ -106,10 +106,10 @@ def _aliases(config: Any) -> dict[str, frozenset[str]]:
 
 
 def _set_old_rope(file: dict[str, Any], known: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
-    """Say `rope`, a value of `rope_parameters` that was `known`, as transformers 4 reads it. In place.
+    """Replaces the value `known` of `rope_parameters` by `rope`, as transformers 4 reads it. In place.
 
-    One for each type of layers (Gemma 3, ModernBERT): the base frequencies have keys of their
-    own there, and only full attention is scaled.
+    With one value for each type of layers (Gemma 3, ModernBERT), transformers 4 has separate keys for
+    the base frequencies, and scales only full attention.
     """
     if isinstance(local := rope.get("sliding_attention"), Mapping):
         file |= dict.fromkeys(_spelled(file, "rope_local_base_freq", "local_rope_theta"), local.get("rope_theta"))
@@ -124,23 +124,23 @@ def _set_old_rope(file: dict[str, Any], known: Mapping[str, Any], rope: Mapping[
 
 
 def _spelled(file: Mapping[str, Any], *names: str) -> list[str]:
-    """Those of `names` that the file has, of which any may be the one that is read; if it has none, the first."""
+    """The `names` in the file, any of which transformers may read; without any, the first."""
     return [name for name in names if name in file] or [names[0]]
 
 
 def set_values(config: Any, values: Mapping[str, Any]) -> None:
-    """Set `values`, by dotted key, in a configuration of transformers, where it has such a node. In place."""
+    """Sets `values`, by dotted key, in a transformers configuration, where it has such a node. In place."""
     for key, value in values.items():
         *path, leaf = key.split(".")
         node = config
         for part in path:
             node = node.get(part) if isinstance(node, dict) else getattr(node, part, None)
         if node is not None:
-            node.update({leaf: value})  # dictionaries have it, and configurations too
+            node.update({leaf: value})  # works for dictionaries and configurations
 
 
 def set_dtype(file: dict[str, Any], dtype: str) -> None:
-    """Every dtype in `file`, nested ones too, spelled as it spells them; one at the top if there was none. In place."""
+    """Sets every dtype in `file`, nested ones too, in its spelling; adds one at the top if there was none. In place."""
     spelled = [key for node in _nodes(file) for key in _DTYPE_KEYS if key in node]
     new = str(file.get("transformers_version", "")).startswith("5")
     file.setdefault(spelled[0] if spelled else _DTYPE_KEYS[0 if new else 1], dtype)
@@ -151,7 +151,7 @@ def set_dtype(file: dict[str, Any], dtype: str) -> None:
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Dotted keys, of those that describe the model, in which two configurations differ."""
+    """The dotted keys, among those that describe the model, in which two configurations differ."""
     rope = wanted.get("rope_parameters") or {}
     said_there = {name for key, older in _OLD_ROPE.items() if key in rope for name in older}
     for key in sorted((found.keys() | wanted.keys()) - _NOT_THE_MODEL - said_there):
@@ -163,7 +163,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], path: str =
 
 
 def _nodes(file: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """`file` and every configuration nested in it."""
+    """The `file` and every configuration nested in it."""
     yield file
     for key, value in file.items():
         if isinstance(value, dict) and key.endswith("_config"):
@@ -171,5 +171,5 @@ def _nodes(file: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as JSON has it: keys are texts, tuples are lists."""
+    """A configuration in JSON's types: keys are texts, tuples are lists."""
     return json.loads(json.dumps(config, default=str))

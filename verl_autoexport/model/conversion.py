@@ -1,6 +1,6 @@
 """Names in memory → names on disk, by transformers' own rules on a skeleton.
 
-`save_pretrained` writes what `revert_weight_conversion` makes of the state dict
+`save_pretrained` writes the result of `revert_weight_conversion` on the state dict
 (transformers 5: packed experts are unpacked, prefixes renamed back). Here the same
 function runs on meta tensors, so that the names are known before a byte is read.
 """
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 def name_outputs(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str) -> list[Output]:
-    """All that is written, in the order of a loaded model's `save_pretrained`; raises PlanError unless it is whole.
+    """Every output, in the order of a loaded model's `save_pretrained`; raises PlanError unless the model is whole.
 
-    Tied aliases are dropped (equality of values is the planner's to check: see
-    `tied_aliases`), `dtype` is applied to floating tensors only, and what transformers
-    keeps in float32 for that dtype stays float32.
+    Tied aliases are dropped (the planner checks that their values are equal, see
+    `tied_aliases`), `dtype` applies to floating tensors only, and tensors that transformers
+    keeps in float32 for that dtype stay float32.
     """
     from transformers.core_model_loading import dot_natural_key
 
@@ -53,7 +53,7 @@ def name_outputs(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str)
 
 
 def class_outputs(skeleton: PreTrainedModel) -> list[Output]:
-    """What a saved model of this class holds, tied aliases and ignored keys left out, in the skeleton's dtypes."""
+    """The tensors of a saved model of this class, without tied aliases and ignored keys, in the skeleton's dtypes."""
     ignored = tied_names(skeleton).keys() | set(skeleton._keys_to_ignore_on_save or ())
     state = {k: v for k, v in skeleton.state_dict().items() if k not in ignored}
     metas = {k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in state.items()}
@@ -61,7 +61,7 @@ def class_outputs(skeleton: PreTrainedModel) -> list[Output]:
 
 
 def tied_aliases(skeleton: PreTrainedModel, manifest: ShardManifest) -> dict[str, str]:
-    """{alias: name it is tied to} of the aliases that the shards hold too; only the latter is written."""
+    """{alias: name it is tied to} of the aliases that are in the shards too; only the latter is written."""
     tied = tied_names(skeleton)
     return {a: b for a, b in tied.items() if a in manifest.tensors and b in manifest.tensors}
 
@@ -94,7 +94,7 @@ def _check_complete(skeleton: PreTrainedModel, manifest: ShardManifest) -> list[
 def _advice(
     skeleton: PreTrainedModel, manifest: ShardManifest, missing: list[str], expected: Mapping[str, tuple[int, ...]]
 ) -> str:
-    """Which key of `config.json` contradicts the shards, as far as they tell."""
+    """The keys of `config.json` that contradict the shards, as far as the shards show it."""
     config, said = skeleton.config.get_text_config(), []
     head = skeleton.get_output_embeddings()
     heads = [f"{path}.weight" for path, module in skeleton.named_modules() if head is not None and module is head]
@@ -109,7 +109,7 @@ def _advice(
 
 
 def reverse(skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """transformers' own way back from in-memory tensors to those on disk; raises PlanError if it cannot."""
+    """transformers' own conversion from in-memory tensors to those on disk; raises PlanError if it fails."""
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
@@ -121,10 +121,10 @@ def reverse(skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> d
 
 
 class Loading:
-    """Where `from_pretrained` puts what it finds in files, by its name there; nothing is loaded.
+    """The places where `from_pretrained` puts tensors, by their name in files; nothing is loaded.
 
-    The names in files may lack the base model's prefix or have one too many, and be those of
-    an older class: transformers renames them, and so it is asked here.
+    A name in files may lack the base model's prefix, have one too many, or be an older
+    class's name; transformers renames all these, so its own rules answer here.
     """
 
     def __init__(self, skeleton: PreTrainedModel) -> None:
@@ -139,19 +139,19 @@ class Loading:
         self.rename = rename_source_key
 
     def place(self, name: str) -> tuple[str, str | None]:
-        """The in-memory name, and the pattern of the conversion that the tensor is a part of, if any."""
+        """The in-memory name of a tensor, and its pattern if it is part of a conversion."""
         found = self.rename(name, self.renamings, self.converters, self.prefix, self.state)
         if found[0] not in self.state and name in self.state:
             found = self.rename(name, [], [], self.prefix, self.state)
         return found
 
     def parameter(self, name: str) -> str | None:
-        """The in-memory tensor that it becomes, or becomes a part of; None where the class reads no such tensor."""
+        """The in-memory tensor that a tensor becomes, or becomes part of; None if the class reads no such tensor."""
         found = self.place(name)[0]
         return found if found in self.state else None
 
     def unexpected(self, name: str) -> set[str]:
-        """What transformers calls it in its report, if the class does not read it."""
+        """The names in transformers' report for a tensor that the class does not read."""
         found, pattern = self.place(name)
         converter = next((c for c in self.converters if pattern in c.source_patterns), None)
         targets = converter.target_patterns if converter else []
@@ -160,10 +160,10 @@ class Loading:
 
 @dataclass(frozen=True)
 class Spelling:
-    """How other files name what a class writes: nothing else than transformers loads as the same tensors.
+    """Other files' names for the tensors that a class writes, proven by transformers' loading the same tensors.
 
-    `names`: ours → theirs. `whole`: in-memory names of tensors that they hold as they are in
-    memory, where transformers would write parts of them or several in one → theirs; `shapes` are those.
+    `names`: ours → theirs. `whole`: in-memory names → theirs for tensors that those files have as in
+    memory, while transformers would split or join them; `shapes` are the shapes of these.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -171,7 +171,7 @@ class Spelling:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def apply(self, outputs: Iterable[Output]) -> list[Output]:
-        """`outputs` as those files hold them."""
+        """The `outputs` as those files store them."""
         made: dict[str, Output] = {}
         for output in outputs:
             parts = [p for p in output.pieces if p.fqn in self.whole]
@@ -183,7 +183,7 @@ class Spelling:
 
 
 def spell(skeleton: PreTrainedModel, outputs: Sequence[Output], theirs: Collection[str]) -> Spelling:
-    """How files with the names `theirs` spell what is not among them of `outputs`."""
+    """The spelling, in files with the names `theirs`, of those `outputs` that are not among these names."""
     from transformers.core_model_loading import dot_natural_key
 
     ours = {o.name: o for o in outputs if o.name not in theirs}

@@ -1,8 +1,8 @@
-"""A model's own code: the files that an `auto_map` refers to, complete with what those import from beside them.
+"""A model's own code: the files that an `auto_map` refers to, and the files beside them that those import.
 
-A reference is `module.Class`, after `repository--` where the code lies in another one
-(transformers' dynamic modules). One is good where the file is there and defines the class:
-`fully_shard` gives a model a class of a module of torch's, and saving its code saves that module.
+A reference is `module.Class`, prefixed with `repository--` if the code is in another repository
+(transformers' dynamic modules). It is good if the file exists and defines the class:
+`fully_shard` gives a model a class in a module of torch's, and saving its code saves that module.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 _CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 CONFIGS = (*_CONFIGS, "video_preprocessor_config.json")
-"""Files whose `auto_map` may refer to code."""
+"""Files with an `auto_map` that may refer to code."""
 
 
 def references(auto_map: Any) -> Iterator[str]:
-    """Every reference in an `auto_map`; of a tokenizer's pair one may be null."""
+    """Every reference in an `auto_map`; one of a tokenizer's pair may be null."""
     if isinstance(auto_map, str):
         yield auto_map
     elif isinstance(auto_map, Mapping):
@@ -32,28 +32,28 @@ def references(auto_map: Any) -> Iterator[str]:
 
 
 def is_good(reference: str, directory: Path) -> bool:
-    """Whether its file is in `directory` and defines the class."""
+    """Whether the reference's file is in `directory` and defines the class."""
     module, _, name = reference.rpartition("--")[2].rpartition(".")
     path = directory / f"{module.replace('.', '/')}.py"
     try:
         return path.is_relative_to(directory) and path.is_file() and name in _defined(_parse(path))
-    except (OSError, ValueError):  # no name of a file
+    except (OSError, ValueError):  # not a file name
         return False
 
 
 def broken(auto_map: Any, directory: Path) -> list[str]:
-    """The references that lead nowhere; those into another repository are left to transformers."""
+    """The references that lead nowhere; transformers handles those into another repository."""
     return [ref for ref in references(auto_map) if "--" not in ref and not is_good(ref, directory)]
 
 
 def files(auto_maps: Iterable[Any], directory: Path) -> list[Path]:
-    """The files of all good references and, recursively, of their relative imports, each once; none leads outside."""
+    """The files of all good references and, recursively, of their relative imports, each once and none outside."""
     good = [ref.rpartition("--")[2] for a in auto_maps for ref in references(a) if is_good(ref, directory)]
     return closure([directory / f"{ref.rpartition('.')[0].replace('.', '/')}.py" for ref in good], directory)
 
 
 def closure(paths: Iterable[Path], directory: Path) -> list[Path]:
-    """`paths` and what they import relatively, below `directory`."""
+    """The `paths` and their relative imports, below `directory`."""
     found: dict[Path, None] = {}
     waiting = list(paths)
     while waiting:
@@ -66,7 +66,7 @@ def closure(paths: Iterable[Path], directory: Path) -> list[Path]:
 
 
 def localized(auto_map: Any, directory: Path) -> Any:
-    """The same, but for references into another repository whose file is in `directory` after all."""
+    """The `auto_map`, with local references for those into another repository whose file is in `directory`."""
     if isinstance(auto_map, str):
         own = auto_map.rpartition("--")[2]
         return own if is_good(own, directory) else auto_map
@@ -76,12 +76,12 @@ def localized(auto_map: Any, directory: Path) -> Any:
 
 
 def own_class(model: Any) -> type:
-    """The class that its author wrote: sharding derives another one of it, in a module of torch's."""
+    """The class that the author wrote; sharding derives another one from it, in a module of torch's."""
     return next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))
 
 
 def save(model: Any, folder: Path) -> Mapping[str, Any] | None:
-    """Write the code of a running model's class into `folder`; returns the `auto_map` that its configuration has."""
+    """Writes the code of a running model's class into `folder`; returns the `auto_map` of its configuration."""
     auto_map = getattr(model.config, "auto_map", None)
     if not auto_map:
         return None
@@ -106,7 +106,7 @@ def _parse(path: Path) -> ast.Module:
 
 
 def _defined(module: ast.Module) -> set[str]:
-    """The names that a module has at its top, defined, assigned or imported."""
+    """The names that a module defines, assigns or imports at its top level."""
     names: set[str] = set()
     for node in ast.walk(module):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):

@@ -1,4 +1,4 @@
-"""Which dtype each tensor has on disk: what `from_pretrained(dtype=…)` would make of it."""
+"""The dtype of each tensor on disk: the one that `from_pretrained(dtype=…)` would give it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OWN_DTYPES = ("source", "base")
-"""Export dtypes that name no dtype: each tensor has its own."""
+"""Export dtypes with which each tensor has its own dtype."""
 
 
 def model_dtype(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str) -> str:
-    """What transformers calls the dtype of the model exported in `dtype`: that of its first floating parameter."""
+    """transformers' dtype of the model exported in `dtype`: that of its first floating parameter."""
     rule = DtypeRule(skeleton, dtype)
     held = (
         (name, manifest.tensors[name].value_dtype)
@@ -31,7 +31,7 @@ def model_dtype(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str) 
 class DtypeRule:
     """Output dtype of a tensor by its in-memory name, as `from_pretrained(dtype=…)` would load it.
 
-    `skeleton` must have been built in `dtype`: what a class creates in a dtype of its own keeps that.
+    `skeleton` must have been built in `dtype`: a tensor that a class creates in another dtype keeps that.
     """
 
     def __init__(self, skeleton: PreTrainedModel, dtype: str) -> None:
@@ -56,7 +56,7 @@ class DtypeRule:
 
 
 def in_dtype(skeleton: PreTrainedModel, dtype: str) -> PreTrainedModel:
-    """The same skeleton as if it had been built in `dtype`."""
+    """The skeleton as if it had been built in `dtype`."""
     config = deepcopy(skeleton.config)
     config.dtype = getattr(torch, dtype)
     with torch.device("meta"):

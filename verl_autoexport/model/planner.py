@@ -1,4 +1,4 @@
-"""Which model the shards are, and what will be written of it."""
+"""The plan of an export: the model that the shards are, and the outputs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from verl_autoexport.shards.checksums import Run, Sums
 from verl_autoexport.shards.manifest import ShardManifest, diverged
 
 ADAPTER_FOLDER = "adapter"
-"""Where the adapter is in a version that has the fused model too."""
+"""The adapter's folder in a version that also has the fused model."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What will be written, and of what: `manifest` has every tensor that `plan` reads.
+    """A planned export: `manifest` has every tensor that `plan` reads.
 
-    `skeleton` is the model on the meta device, `compatibility` how it differs from the base, `read` all that was
-    read of files with records.
+    `skeleton` is the model on the meta device, `compatibility` its comparison with the base, `read` describes
+    everything that was read of files with records.
     """
 
     skeleton: Any
@@ -51,11 +51,11 @@ def plan_model(
     grouped: Collection[str] = (),
     values: bool = True,
 ) -> Planned:
-    """Raises PlanError unless the shards are the whole model, and the base's kind of model.
+    """The plan of an export; raises PlanError unless the shards are the whole model, and the base's kind of model.
 
     `checkpoint` is the directory with the rank files, `saved` the one with the run's `config.json`, `frozen` and
-    `grouped` as in `ExportSpec`. `values`: those of tied tensors are compared; without, nothing but `manifest`
-    is read.
+    `grouped` are those of `ExportSpec`. `values`: compare the values of tied tensors; without it only
+    `manifest` is read.
     """
     skeleton, head = _skeleton(options, saved, manifest)
     adapter = lora.read_adapter(manifest, skeleton, checkpoint, options.lora_config)
@@ -96,7 +96,7 @@ def _frozen_outputs(
     fusions: Mapping[str, Fusion],
     compatibility: Compatibility,
 ) -> set[str]:
-    """Names on disk of what training leaves as it is; where that is not known, what an earlier version keeps apart."""
+    """The names on disk of frozen tensors; if they are unknown, the names that an earlier version keeps apart."""
     if frozen is None:
         return set(grouped)
     names = {lora.plain_name(fqn) for fqn in frozen}
@@ -105,7 +105,7 @@ def _frozen_outputs(
 
 
 def capture_dtypes(options: ExportOptions, planned: Planned) -> dict[str, str]:
-    """{fqn: dtype} that a copy of the source tensors may have already; none where the merge needs their own."""
+    """{fqn: dtype} that a copy of the source tensors may already have; empty if the merge needs their own dtypes."""
     if planned.adapter is not None or options.dtype in OWN_DTYPES:
         return {}
     rule = DtypeRule(planned.skeleton, options.dtype)
@@ -114,7 +114,7 @@ def capture_dtypes(options: ExportOptions, planned: Planned) -> dict[str, str]:
 
 
 def tied_shards(planned: Planned) -> dict[str, str]:
-    """{alias: name it is tied to} of the model, as the shards name them where they hold both."""
+    """{alias: name it is tied to} in the model, by the shards' names, if both are in the shards."""
     tied = tied_names(planned.skeleton)
     if planned.adapter is None:
         return dict(tied)
@@ -123,7 +123,7 @@ def tied_shards(planned: Planned) -> dict[str, str]:
 
 
 def _skeleton(options: ExportOptions, saved: Path, manifest: ShardManifest) -> tuple[Any, Head | None]:
-    """The model of the shards: that of `config.json`, or the value model that was made of it."""
+    """The model of the shards: the one in `config.json`, or the value model made from it."""
     how: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "external_lib": options.external_lib}
     skeleton = build_skeleton(saved, options.dtype, **how)
     head = find_head(skeleton, saved, lora.plain_shapes(manifest), options.trust_remote_code)

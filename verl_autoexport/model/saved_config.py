@@ -1,7 +1,7 @@
-"""The run's saved configuration without what contradicts its weights: decided before anything is written.
+"""The run's saved configuration without the parts that contradict its weights, settled before anything is written.
 
-verl saves the configuration that a model was loaded with. What is not true of the trained
-weights any more is left out, with a note, or refused with what to do about it.
+verl saves the configuration that a model was loaded with. Parts that no longer apply to the
+trained weights are left out, with a note, or refused with advice.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _QUANTIZED_NAMES = (
 
 @contextmanager
 def settled(options: ExportOptions, saved: Path, manifest: ShardManifest) -> Iterator[tuple[Path, list[str]]]:
-    """`saved`, or as long as the context lasts a copy that agrees with the weights; and notes on what did not.
+    """Yields `saved`, or a temporary copy that agrees with the weights, and notes on the differences.
 
-    Raises PlanError where it cannot agree.
+    Raises PlanError if they cannot agree.
     """
     try:
         config = read_json(saved / _CONFIG)
     except (OSError, ValueError):
-        yield saved, []  # what reads it next says what is wrong
+        yield saved, []  # the next reader reports the problem
         return
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="verl-autoexport-") as folder:
@@ -53,9 +53,9 @@ def settled(options: ExportOptions, saved: Path, manifest: ShardManifest) -> Ite
 
 
 def _copied(saved: Path, directory: Path, config: Mapping[str, Any], code: Mapping[Path, Path]) -> Path:
-    """A copy of what the run saved, weights left out, with this configuration and code."""
+    """A copy of the run's saved files, without weights, with this configuration and code."""
 
-    def ignored(folder: str, names: list[str]) -> set[str]:  # what is written here must not go through a link
+    def ignored(folder: str, names: list[str]) -> set[str]:  # no write may go through a link
         return {name for name in names if name.endswith(WEIGHTS) or Path(folder, name).is_symlink()}
 
     try:
@@ -73,7 +73,7 @@ def _copied(saved: Path, directory: Path, config: Mapping[str, Any], code: Mappi
 def _without_quantization(
     config: Mapping[str, Any], manifest: ShardManifest, options: ExportOptions, saved: Path, notes: list[str]
 ) -> dict[str, Any]:
-    """The weights that were trained are plain numbers: an engine told otherwise would misread them."""
+    """Removes the quantization: the trained weights are plain numbers, which an engine would otherwise misread."""
     nested = {key: node for key, node in config.items() if isinstance(node, dict) and key.endswith("_config")}
     found = [key for node in (config, *nested.values()) for key in _QUANTIZED if node.get(key)]
     if not found or options.lora == "adapter":
@@ -93,7 +93,7 @@ def _without_quantization(
 def _with_code(
     config: dict[str, Any], options: ExportOptions, saved: Path, notes: list[str]
 ) -> tuple[dict[str, Any], Mapping[Path, Path]]:
-    """An `auto_map` whose code is there: the run's, the base model's with its files, or none if none is needed."""
+    """Leaves an `auto_map` with existing code: the run's, the base model's with its files, or none if not needed."""
     auto_map = custom_code.localized(config.get("auto_map") or {}, saved)
     if not isinstance(auto_map, Mapping) or not (lost := custom_code.broken(auto_map, saved)):
         return (config | {"auto_map": auto_map}) if auto_map and isinstance(auto_map, Mapping) else config, {}
@@ -116,12 +116,12 @@ def _with_code(
 
 
 def _with_architecture(config: dict[str, Any], saved: Path, notes: list[str]) -> dict[str, Any]:
-    """The class that `model_type` means, where `architectures` names one of another type."""
+    """Sets `architectures` to the class that `model_type` means, if it names one of another type."""
     if config.get("auto_map") or not _known_to_transformers(config):
         return config
     try:
         right = model_class(load_config(saved), saved).__name__
-    except PlanError:  # whoever plans says so
+    except PlanError:  # the planner reports this
         return config
     said = first_architecture(config["architectures"])
     if right == said:

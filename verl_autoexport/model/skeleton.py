@@ -1,4 +1,4 @@
-"""The skeleton: the model without weights, on the meta device, as its `config.json` and its class say."""
+"""The skeleton: the model without weights, on the meta device, from its `config.json` and its class."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 _COUNTS = re.compile(r"layers?$|blocks?$|depths?$|experts$|num_labels$|stages$")
 _MOST = 100_000
-"""Layers, experts and the like in a model; each becomes an object."""
+"""The limit on layers, experts and the like in a model; each becomes an object."""
 _AUTO_CLASSES = (
     "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForTokenClassification",
     "AutoModelForSequenceClassification", "AutoModel",
 )  # fmt: skip
 _KIND = re.compile(r"For[A-Z]\w*$|Model$")
-"""The end of a class's name, which says what it is for."""
+"""The end of a class's name, which shows its task."""
 _TRUST = " Its code is in the checkpoint: set trust_remote_code (`--trust-remote-code`) if you trust it."
 
 
@@ -34,7 +34,7 @@ def load_config(directory: Path, trust_remote_code: bool = False, named: bool = 
     from transformers import AutoConfig
 
     if not (directory / "config.json").is_file():
-        raise PlanError(f"{directory / 'config.json'}: not found; without it no model can be told from the shards.")
+        raise PlanError(f"{directory / 'config.json'}: not found; without it the model of the shards is unknown.")
     _check_sizes(directory / "config.json")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -50,7 +50,7 @@ def load_config(directory: Path, trust_remote_code: bool = False, named: bool = 
 
 
 def _check_sizes(path: Path) -> None:
-    """A model on the meta device has no weights, but a layer is an object: a billion of them is no model."""
+    """Refuses impossible numbers: on the meta device weights take no memory, but each layer is an object."""
     try:
         config = read_json(path)
     except (OSError, ValueError) as e:
@@ -85,7 +85,7 @@ def model_class(config: PretrainedConfig, directory: Path, trust_remote_code: bo
 
 
 def _of_the_config(cls: type[PreTrainedModel], config: PretrainedConfig, directory: Path) -> type[PreTrainedModel]:
-    """`cls`, or the class of its kind that `model_type` means: transformers loads that, engines `architectures`."""
+    """The class of `cls`'s kind that `model_type` means: transformers loads that one, engines `architectures`."""
     import transformers
 
     known = cls.config_class
@@ -106,7 +106,7 @@ def _kind(cls: type) -> str:
 
 
 def architecture(config: PretrainedConfig) -> str:
-    """The name of the model's class; raises PlanError where the configuration has none."""
+    """The name of the model's class; raises PlanError if the configuration has none."""
     if not config.architectures:
         raise PlanError("`architectures` is missing in the model's configuration; expected the model class's name.")
     return first_architecture(config.architectures)
@@ -134,7 +134,7 @@ def build_skeleton(
     """The model on the meta device: names, shapes and conversion rules without memory for weights.
 
     `dtype` is the export dtype (`source` and `base` leave the config's own). `architecture`
-    and `num_labels` override those of `config.json`. Raises PlanError where the model cannot
+    and `num_labels` override those of `config.json`. Raises PlanError if the model cannot
     be built.
     """
     if external_lib:
@@ -148,7 +148,7 @@ def build_skeleton(
     cls = model_class(config, directory, trust_remote_code)
     kwargs: dict[str, Any] = {"attn_implementation": "eager"}
     if dtype not in OWN_DTYPES:
-        kwargs["dtype"] = config.dtype = getattr(torch, dtype)  # some classes read the one of the config
+        kwargs["dtype"] = config.dtype = getattr(torch, dtype)  # some classes read the config's dtype
     try:
         with torch.device("meta"):
             return cls._from_config(config, **kwargs)

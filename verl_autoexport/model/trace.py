@@ -1,8 +1,8 @@
-"""What each tensor on disk is made of, read off transformers' own conversion as it runs on meta tensors.
+"""The sources of each tensor on disk, read off transformers' own conversion as it runs on meta tensors.
 
-Views keep the storage, strides and offset of what they were taken from, on the meta device
-too. So the conversion runs once, without data, and its results tell which box of which
-source tensor they are. Copies are made aliases meanwhile, and joins are remembered.
+A view keeps the storage, strides and offset of its source, on the meta device too. So the
+conversion runs once, without data, and its results show which boxes of which source tensors
+they are. During the run, copies become aliases and joins are recorded.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _aten = torch.ops.aten
 
 
 def trace(convert: Callable[[Tensors], Tensors], sources: Tensors) -> list[Output]:
-    """Run `convert` on `sources` (contiguous meta tensors by name) and describe the pieces of its results.
+    """Runs `convert` on `sources` (contiguous meta tensors by name) and describes the pieces of its results.
 
-    Raises PlanError where a result is more than a rearrangement of its sources' values.
+    Raises PlanError if a result is more than a rearrangement of its sources' values.
     """
     ops = _Ops()
     with ops, torch.no_grad():
@@ -60,7 +60,7 @@ class _Join:
 
 
 class _Ops(TorchDispatchMode):
-    """Makes copies aliases, and remembers by their storage what was concatenated and what was written to in place."""
+    """Turns copies into aliases, and records by their storage the concatenations and the writes in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def _view(tensor: torch.Tensor, fqn: str, source: torch.Tensor) -> tuple[Piece]:
             fitting = (d for d, n in enumerate(shape) if n > 1 and source.stride(d) == stride and d not in dims)
             dim = next(fitting, None)
             if dim is None or start[dim] + size > shape[dim]:
-                raise _Unknown(f"a view of {fqn} that is no box of it")
+                raise _Unknown(f"a view of {fqn} that is not a box of it")
             extent[dim] = size
         dims.append(dim)
     return (Piece(fqn, start, tuple(extent), tuple(dims), (0,) * tensor.ndim),)

@@ -1,4 +1,4 @@
-"""Tokenizer, processor and templates in the spelling that transformers 4 reads, and 5 as well."""
+"""Tokenizer, processor and templates in the form that transformers 4 reads, and 5 as well."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from verl_autoexport.model.asset_facts import PARTS
 from verl_autoexport.system.untrusted import is_plain_name, read_json
 
 LEGACY_TEMPLATE = "chat_template.json"
-"""A processor's template before `chat_template.jinja`; where it is, transformers 5 takes it first."""
+"""A processor's template before `chat_template.jinja`; transformers 5 prefers it if it exists."""
 TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _TOKENIZER, _PROCESSOR = "tokenizer_config.json", "processor_config.json"
 _CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}
 _OF_THE_SAVE = ("is_local", "local_files_only")
 _ADD_TOKENS = {"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"}
-"""Classes that transformers 4 lets add bos and eos by a setting, whatever `tokenizer.json` says."""
+"""Classes whose bos and eos transformers 4 adds by a setting, whatever `tokenizer.json` says."""
 
 
 @contextmanager
 def tried(directory: Path, names: tuple[str, ...]) -> Iterator[Callable[[bool], None]]:
-    """What is written inside stays only if the function that it yields is told so."""
+    """Keeps the files written inside only if the yielded function is called with True."""
     before = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
     good: list[bool] = []
     yield good.append
@@ -34,7 +34,7 @@ def tried(directory: Path, names: tuple[str, ...]) -> Iterator[Callable[[bool], 
 
 
 def write_tokenizer(directory: Path, base: Path | None, facts: Mapping[str, Any]) -> None:
-    """Respell `tokenizer_config.json`; `facts` are those of the tokenizer, `base` has one as it was published."""
+    """Rewrites `tokenizer_config.json`; `facts` are the tokenizer's, `base` has a published tokenizer."""
     path = directory / _TOKENIZER
     config = {key: value for key, value in _read(path).items() if key not in _OF_THE_SAVE}
     theirs = _read(base / _TOKENIZER) if base else {}
@@ -57,7 +57,7 @@ def write_tokenizer(directory: Path, base: Path | None, facts: Mapping[str, Any]
 
 
 def write_processor(directory: Path) -> None:
-    """Put the parts of `processor_config.json` also into the files of their own that they had before."""
+    """Writes the parts of `processor_config.json` also into their former separate files."""
     config = _read(directory / _PROCESSOR)
     for part, name in reversed(PARTS.items()):
         if isinstance(settings := config.get(part), dict) and not (directory / name).exists():
@@ -66,7 +66,7 @@ def write_processor(directory: Path) -> None:
 
 
 def set_template(directory: Path, template: Any, base: Path | None, unchanged: bool) -> None:
-    """Make `template` (a text, texts by name, None) the tokenizer's; `unchanged`: the base's files of it are there."""
+    """Makes `template` (a text, texts by name, None) the tokenizer's; `unchanged`: the base's files are there."""
     path = directory / _TOKENIZER
     template = template if isinstance(template, str | Mapping) else None
     config, theirs = _read(path), _read(base / _TOKENIZER) if base else {}
@@ -91,20 +91,20 @@ def set_template(directory: Path, template: Any, base: Path | None, unchanged: b
 
 
 def set_processor_template(directory: Path, template: Any, legacy: bool) -> None:
-    """The same for a processor; `legacy`: in the file that older readers, and transformers 5 first, look at."""
+    """Does the same for a processor; `legacy`: in the file that older readers, and transformers 5 first, look at."""
     path = directory / _PROCESSOR
     if "chat_template" in (config := _read(path)):
         del config["chat_template"]
         _write(path, config | ({"chat_template": template} if isinstance(template, str) else {}))
     path = directory / LEGACY_TEMPLATE
     if not isinstance(template, str) or (directory / _TEMPLATES).is_dir():
-        path.unlink(missing_ok=True)  # the two are not read together
+        path.unlink(missing_ok=True)  # the two may not exist together
     elif (legacy or not (directory / TEMPLATE).exists()) and _read(path).get("chat_template") != template:
         _write(path, {"chat_template": template})
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Nothing where there is no such file, or none that can be read: it is copied as it is."""
+    """The content, or an empty dict for a missing or unreadable file, which is copied unchanged."""
     try:
         return read_json(path)
     except (OSError, ValueError):

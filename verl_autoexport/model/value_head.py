@@ -1,8 +1,8 @@
-"""Which class a value model's shards are of: verl's critic has a head that its `config.json` does not name.
+"""The class of a value model's shards: verl's critic has a head that its `config.json` does not name.
 
 verl builds a critic with `AutoModelForTokenClassification` from the configuration of the
-model that it starts from, and saves that configuration: `architectures` still names the
-language model. The tensors tell; transformers' own mapping gives the class.
+starting model, and saves that configuration: `architectures` still names the language model.
+The tensors show the head; transformers' own mapping gives the class.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _AUTO_CLASSES = ("AutoModelForTokenClassification", "AutoModelForSequenceClassif
 
 @dataclass(frozen=True)
 class Head:
-    """The class to export as instead of the one in `config.json`, and what its head changes.
+    """The class to export instead of the one in `config.json`, and the changes of its head.
 
     `added` and `removed` are names on disk, compared with the class in `config.json`.
     """
@@ -39,9 +39,9 @@ class Head:
 def find_head(
     named: Any, directory: Path, shapes: Mapping[str, tuple[int, ...]], trust_remote_code: bool = False
 ) -> Head | None:
-    """The head that the shards have and `named`, the skeleton of `config.json`, has not; None where there is none.
+    """The head that is in the shards but not in `named`, the skeleton of `config.json`; None if there is none.
 
-    `shapes` are the shards' by in-memory name. Raises PlanError where several classes, or
+    `shapes` are the shards' by in-memory name. Raises PlanError if several classes, or
     none that transformers can load, would fit.
     """
     expected = named.state_dict().keys()
@@ -87,7 +87,7 @@ def _head(skeleton: Any, expected: Any, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def _candidates(config: PretrainedConfig) -> Iterator[str]:
-    """Names of the classifiers that transformers' auto classes build of `config`."""
+    """The names of the classifiers that transformers' auto classes build from `config`."""
     import transformers
 
     auto_map = getattr(config, "auto_map", None) or {}

@@ -10,7 +10,7 @@ from verl_autoexport.registry.versions import Version
 
 @dataclass(frozen=True)
 class Receipt:
-    """A version, by its name, arrived: `where` is the address at which others find it."""
+    """The proof that a version, by its name, arrived; `where` is the address at which others find it."""
 
     publisher: str
     version: str
@@ -18,17 +18,17 @@ class Receipt:
 
 
 class Publisher(Protocol):
-    """Delivers versions, one at a time. What it publishes again is as if it had been published once."""
+    """A receiver of versions, one at a time; publishing a version again has no further effect."""
 
     @property
     def name(self) -> str:
-        """Its name in the journal and the log."""
+        """The publisher's name in the journal and the log."""
         ...
 
     def publish(self, version: Version) -> Receipt:
-        """Raises PublishError, with the reason, where the version did not arrive whole."""
+        """Publishes the version; raises PublishError, with the reason, if it did not arrive whole."""
         ...
 
 
 GROUP = "verl_autoexport.publishers"
-"""The entry points with which other packages bring publishers; the exporter calls each after every publication."""
+"""The entry points through which other packages add publishers; the exporter calls each after every publication."""

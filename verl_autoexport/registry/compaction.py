@@ -1,7 +1,7 @@
-"""Shortening a journal that has grown: lines that later ones made void go, whatever is damaged or unknown stays.
+"""Shortens a journal that has grown: lines that later ones made void are removed, damaged and unknown lines stay.
 
-The new file is made beside the old one without the lock, and takes its place under it, with what was added meanwhile.
-A crash leaves the old journal or the new one, both whole.
+The new file is made beside the old one without the lock, and replaces it under the lock, with the lines added since.
+A crash leaves either the old journal or the new one, whole.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from verl_autoexport.registry.state import Facts, is_name
 from verl_autoexport.system.durable_files import fsync_dir, temp_path
 from verl_autoexport.system.untrusted import is_count
 
-_REPORTS = 100  # the last ones, which tell of the last runs
+_REPORTS = 100  # the last ones, which describe the last runs
 _PER_STEP = frozenset({"asked", *journal.OUTCOMES})
 
 log = logging.getLogger(__name__)
 
 
 def compact(notes: Notes, locked: Callable[[], AbstractContextManager[None]]) -> bool:
-    """Whether it was worth it, and is done. What goes wrong is logged, and changes nothing."""
+    """Whether the journal was worth shortening, and is now shorter. Errors are logged, and change nothing."""
     if notes.lines < notes.worth_a_look:
         return False
     path, temp = notes.path, temp_path(notes.path)
@@ -58,7 +58,7 @@ def compact(notes: Notes, locked: Callable[[], AbstractContextManager[None]]) ->
                 fsync_dir(path.parent)
         return True
     except (OSError, RegistryError) as e:
-        log.warning("%s: stays as long as it is: %s", path, e)
+        log.warning("%s: keeps its length: %s", path, e)
         return False
     finally:
         with suppress(OSError):
@@ -71,9 +71,9 @@ def _is_worth(notes: Notes, kept: int, lines: int) -> bool:
 
 
 def keep(entries: Sequence[dict[str, Any] | None]) -> list[int]:
-    """The indices of what is not void, in order; None is a damaged line."""
+    """The indices of the lines that are not void, in order; None is a damaged line."""
     kept, seen, reports, standing = [], set(), 0, _standing(entries)
-    for index in range(len(entries) - 1, -1, -1):  # the last word on something makes the earlier ones void
+    for index in range(len(entries) - 1, -1, -1):  # the last line about something makes the earlier ones void
         entry, void = entries[index], False
         if entry is None:
             pass
@@ -91,7 +91,7 @@ def keep(entries: Sequence[dict[str, Any] | None]) -> list[int]:
 
 
 def _standing(entries: Iterable[dict[str, Any] | None]) -> set[int]:
-    """Of what is said of steps, the first and the last line that `replay` goes by, and every publication."""
+    """The indices of every publication, and of each step's first and last line that `replay` uses."""
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     published = set()
@@ -113,7 +113,7 @@ def _standing(entries: Iterable[dict[str, Any] | None]) -> set[int]:
 
 
 def _last_only(entry: dict[str, Any]) -> tuple[str, str] | None:
-    """What an entry speaks of, where only the last one of it counts."""
+    """The subject of an entry if only the last entry about it counts."""
     event = entry["event"]
     if event in ("pinned", "unpinned") and is_name(name := entry.get("version")):
         return "pin", name
@@ -123,10 +123,10 @@ def _last_only(entry: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def _same(entries: list[dict[str, Any] | None], kept: Iterable[int]) -> bool:
-    """Whether nothing that is ever asked of the journal is answered otherwise."""
+    """Whether the shortened journal gives the same answers to every question that is ever asked of it."""
     before = [e for e in entries if e is not None]
     after = [e for i in kept if (e := entries[i]) is not None]
     same = vars(Facts(before)) == vars(Facts(after)) and past(before) == past(after)
     if not (same := same and journal.replay(before) == journal.replay(after)):
-        log.warning("the journal is not shortened: it would say something else")
+        log.warning("the journal is not shortened: a shorter one would give other answers")
     return same

@@ -1,4 +1,4 @@
-"""What is remembered of milestones once their versions may be gone: journal and versions together."""
+"""The milestones of the past, from journal and versions together, since their versions may be gone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from verl_autoexport.system.untrusted import is_count
 
 @dataclass(frozen=True)
 class Exported:
-    """A milestone that was published, whether or not its version is still there; `time` in unix seconds."""
+    """A milestone that was published, whether or not its version still exists; `time` in unix seconds."""
 
     name: str
     step: int
@@ -36,7 +36,7 @@ class Exported:
 
 
 def past(entries: Iterable[dict[str, Any]]) -> dict[str, Exported]:
-    """The removed versions by name, but for those that a rollback cancelled before or after."""
+    """The removed versions by name, except those that a rollback cancelled before or after their removal."""
     found: dict[str, Exported] = {}
     for entry in entries:
         name, step = entry.get("version"), entry.get("step")
@@ -50,22 +50,22 @@ def past(entries: Iterable[dict[str, Any]]) -> dict[str, Exported]:
 
 @dataclass(frozen=True)
 class Memory:
-    """All that there is to know: `registry.json`, the journal's entries, and the versions."""
+    """The whole record of the past: `registry.json`, the journal's entries, and the versions."""
 
     state: State
     entries: Sequence[dict[str, Any]]
     versions: Sequence[Version]
 
     def exported(self) -> list[Exported]:
-        """What was published and no rollback cancelled, by number, removed versions included."""
+        """The published milestones that no rollback cancelled, by number, removed versions included."""
         known = {name: done for name, done in past(self.entries).items() if name not in self.state.superseded}
         known |= {v.name: Exported.of(v) for v in self.versions if not v.superseded}
         return sorted(known.values(), key=lambda done: (done.number, done.step))
 
     def milestones(self) -> list[Milestone]:
-        """Published, pending, failed and dropped milestones by step; what a rollback cancelled is left out."""
+        """Published, pending, failed and dropped milestones by step, except those that a rollback cancelled."""
         by_step = {step: fate.milestone() for step, fate in self._fates().items()}
-        for done in self.exported():  # a step exported by hand as well keeps the reasons of both
+        for done in self.exported():  # a step that was also exported by hand keeps the triggers of both
             known = by_step.get(done.step) or Milestone(done.step, done.time, ())
             asked = known.triggers if known.status != "failed" else ()
             triggers = dict.fromkeys((*asked, *map(Trigger.from_dict, done.triggers)))
@@ -79,7 +79,7 @@ class Memory:
         return [{**f.entry, "triggers": [t.to_dict() for t in f.triggers]} for f in bad if f.step not in published]
 
     def latest_step(self) -> int:
-        """The highest step of which anything is known that no rollback cancelled."""
+        """The highest step that has a record which no rollback cancelled."""
         live = [v.step for v in self.versions if not v.superseded]
         return max([*journal.replay(self.entries), *(e.step for e in past(self.entries).values()), *live], default=-1)
 

@@ -1,7 +1,7 @@
-"""The journal of an output directory: what was asked, and what became of it.
+"""The journal of an output directory: the requested exports, and their outcomes.
 
-One JSON object a line, closed by a checksum over the bytes before it, so that a line cut short by
-a crash, or damaged later, is skipped and named instead of believed.
+Each line is one JSON object that ends in a checksum over the bytes before it, so that a line cut short
+by a crash, or damaged later, is skipped and reported instead of believed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def append(path: Path, event: str, fields: dict[str, Any]) -> None:
 
 
 def append_all(path: Path, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """Adds durable lines in one write, of which a crash may leave the first ones; the caller holds the lock."""
+    """Adds durable lines in one write; a crash may leave only the first of them. The caller holds the lock."""
     append_lines(path, encode(path, entries))
 
 
 def append_lines(path: Path, lines: bytes) -> None:
-    """`append_all`, for entries that `encode` made ready before the lock was taken."""
+    """Does what `append_all` does, for entries that `encode` prepared before the lock was taken."""
     fresh = not path.exists()
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -44,7 +44,7 @@ def append_lines(path: Path, lines: bytes) -> None:
         if size and os.pread(fd, 1, size - 1) != b"\n":
             lines = b"\n" + lines  # a torn last line must not swallow this one
         if os.write(fd, lines) != len(lines):
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: written only in part", str(path))
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: only partly written", str(path))
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -53,7 +53,7 @@ def append_lines(path: Path, lines: bytes) -> None:
 
 
 def encode(path: Path, entries: Sequence[tuple[str, dict[str, Any]]]) -> bytes:
-    """The lines of these entries; `path` is for messages."""
+    """The lines of these entries; messages name `path`."""
     return b"".join(_line(path, event, fields) for event, fields in entries)
 
 
@@ -72,7 +72,7 @@ _END = len(_end(b""))
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """All sound entries in order, and one message for each line that had to be skipped."""
+    """All valid entries in order, and one message for each skipped line."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -96,7 +96,7 @@ def damage(path: Path, number: int, line: bytes) -> str:
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """The entry, None for a line that is not whole and sound."""
+    """The entry in a line; None if the line is incomplete or damaged."""
     body, end = line[:-_END], line[-_END:]
     if end != _end(body):
         return None
@@ -109,7 +109,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Fate:
-    """What the journal last says of a step; `entry` is the line that said it."""
+    """The journal's last status of a step; `entry` is the line that set it."""
 
     step: int
     time: float
@@ -122,7 +122,7 @@ class Fate:
 
 
 def replay(entries: Iterable[dict[str, Any]]) -> dict[int, Fate]:
-    """Step -> fate. A rollback cancels what came before it for later steps; else the last line of a step wins."""
+    """Step -> fate. A rollback cancels the earlier lines of later steps; otherwise a step's last line wins."""
     fates: dict[int, Fate] = {}
     for entry in entries:
         event = entry["event"]
@@ -131,19 +131,19 @@ def replay(entries: Iterable[dict[str, Any]]) -> dict[int, Fate]:
         elif is_count(step := entry.get("step")) and event == "asked":
             fates[step] = Fate(step, seconds(entry, "time"), triggers(entry), entry=entry)
         elif is_count(step) and event in OUTCOMES:
-            # An outcome keeps the time and reasons of the asking, unless that line was lost.
+            # An outcome keeps the time and triggers of its request, unless that line was lost.
             asked = fates.get(step) or Fate(step, seconds(entry, "time"), triggers(entry))
             fates[step] = Fate(step, asked.time, asked.triggers, event, entry)
     return fates
 
 
 def seconds(entry: dict[str, Any], key: str) -> float:
-    """The number under `key`; 0 where there is none."""
+    """The number under `key`; 0 if there is none."""
     value = entry.get(key)
     return float(value) if is_measured(value) else 0.0
 
 
 def triggers(entry: dict[str, Any]) -> tuple[Trigger, ...]:
-    """Those that an entry lists, as far as they are any."""
+    """The valid triggers that an entry lists."""
     found = entry.get("triggers")
     return tuple(Trigger.from_dict(t) for t in found if isinstance(t, dict)) if isinstance(found, list) else ()

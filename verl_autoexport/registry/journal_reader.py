@@ -1,4 +1,4 @@
-"""The journal as one process knows it: read once, and then only what was added."""
+"""The journal as one process knows it: read once, and later only the added lines."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from verl_autoexport.registry import journal
 from verl_autoexport.registry.state import Facts
 
 WORTH = 1000
-"""Void lines from which on a journal is shortened, if they are half of all."""
+"""The number of void lines that makes a journal worth shortening, if they are half of all."""
 _TAIL = 64
 
 
 class Notes:
-    """Reading is cheap when nothing, or little, was added since; any thread may read."""
+    """The entries of a journal. Reading costs little when little was added; any thread may read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,17 +28,17 @@ class Notes:
 
     @property
     def lines(self) -> int:
-        """How many there were when it was last read."""
+        """The number of lines at the last reading."""
         return self._lines
 
     def read(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """All sound entries in order, and one message for each line that had to be skipped."""
+        """All valid entries in order, and one message for each skipped line."""
         with self._lock:
             torn = self._take_in()
             return self._entries[:], self._problems + torn
 
     def facts(self) -> Facts:
-        """What all entries come to; only to be read, and by one thread at a time (the one that has the lock)."""
+        """The sum of all entries; callers only read it, one thread at a time (the one that has the lock)."""
         with self._lock:
             self._take_in()
             return self._facts
@@ -48,7 +48,7 @@ class Notes:
         journal.append(self.path, event, fields)
 
     def append_all(self, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        """Adds them in one durable write; after a crash the first ones may be there and the others not."""
+        """Adds the entries in one durable write; after a crash only the first ones may be there."""
         journal.append_all(self.path, entries)
 
     def _forget(self) -> None:
@@ -58,7 +58,7 @@ class Notes:
         self._inode, self._offset, self._lines, self._tail = 0, 0, 0, b""
 
     def _take_in(self) -> list[str]:
-        """Reads on from where it stopped; returns what is wrong with a last line that is not whole (yet)."""
+        """Continues where the last reading stopped; returns the problems of an incomplete last line."""
         try:
             with open(self.path, "rb") as file:
                 if not self._is_known(file):
@@ -73,7 +73,7 @@ class Notes:
             raise RegistryError(f"{self.path}: the journal cannot be read: {e}") from e
 
     def _is_known(self, file: Any) -> bool:
-        """Whether it is the file that was read before; another may have its inode's number by now."""
+        """Whether `file` is the one that was read before; another file may have its inode's number by now."""
         info = os.fstat(file.fileno())
         if info.st_ino != self._inode or info.st_size < self._offset:
             return False
@@ -87,7 +87,7 @@ class Notes:
             self._take_line(line)
         if torn and journal.parse(torn) is not None:
             self._take_line(torn)
-            self._lines -= 1  # what is added next ends this line first
+            self._lines -= 1  # the next append ends this line first
             taken, torn = len(raw), b""
         self._offset += taken
         self._tail = (self._tail + raw[max(0, taken - _TAIL) : taken])[-_TAIL:]

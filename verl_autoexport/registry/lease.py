@@ -1,9 +1,9 @@
-"""Who exports into an output directory: one run at a time, named in `.owner.json`.
+"""The lease on an output directory: one run at a time exports into it, and `.owner.json` names that run.
 
 The record is replaced under the registry's lock. Its writer touches it every few seconds, which other
-hosts can see; on its own host the process itself tells. A lock held for the run would not do: processes
-that the owner forked (data loaders) keep it after its death, and some shared file systems lock on one host only.
-Whoever was taken for dead and wakes up finds another's token in the record, and publishes nothing more.
+hosts can see; on its own host the process shows whether it lives. A lock held for the whole run would fail:
+processes that the owner forked (data loaders) keep it after its death, and some shared file systems lock on one
+host only. A run that was taken for dead and wakes up finds another's token in the record, and publishes no more.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from verl_autoexport.system.untrusted import read_json
 NAME = ".owner.json"
 BEAT_S = 5.0
 STALE_S = 60.0
-"""An owner on another host that has not touched its record for so long is dead."""
+"""An owner on another host is dead if it has not touched its record for so long."""
 WAIT_S = 20.0
-"""How long a start waits for an owner that is ending: the processes of a killed run need a moment."""
+"""The longest wait of a start for an owner that is ending: the processes of a killed run need a moment."""
 _POLL_S = 0.2
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Owner:
-    """A run's process. `place` is where its process number means something, `born` tells it from a later namesake."""
+    """A run's process. Its number is valid within `place`; `born` tells it from a later process of that number."""
 
     token: str
     host: str
@@ -52,16 +52,16 @@ class Owner:
         return f"{self.run or 'a run'} (process {self.pid} on {self.host}, since {self.since})"
 
     def alive(self) -> bool | None:
-        """None where this host cannot tell."""
+        """Whether the process lives; None if this host cannot know."""
         if self.place is None or self.place != _place():
             return None
         return _born(self.pid) == self.born
 
 
 class Lease:
-    """This process's claim; `release` when nothing of the run is left to export.
+    """This process's claim; `release` it when the run has nothing more to export.
 
-    `before`: the owner that ended without releasing it, killed most likely.
+    `before`: the owner that ended without a release, most likely killed.
     """
 
     def __init__(self, root: Path, owner: Owner, before: Owner | None = None) -> None:
@@ -74,7 +74,7 @@ class Lease:
         return self.owner.token
 
     def release(self) -> None:
-        """Give it up; nothing happens where another run has taken it meanwhile, or the directory is gone."""
+        """Gives the lease up; has no effect if another run has taken it since, or the directory is gone."""
         self._ended.set()
         with suppress(OSError):
             if (found := read(self.root)) and found.token == self.token:
@@ -82,7 +82,7 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
-            with suppress(OSError):  # the directory may be what is broken; only silence counts
+            with suppress(OSError):  # the directory itself may be broken; only silence counts
                 found = read(self.root)
                 if found is not None and found.token != self.token:
                     return
@@ -90,10 +90,10 @@ class Lease:
 
 
 def read(root: Path) -> Owner | None:
-    """The owner on record; None where there is none, or where the record is damaged."""
+    """The recorded owner; None if there is no record, or a damaged one."""
     try:
         data = read_json(root / NAME)
-        found: dict[str, Any] = {key: data.get(key) for key in Owner.__dataclass_fields__}  # of any type, until below
+        found: dict[str, Any] = {key: data.get(key) for key in Owner.__dataclass_fields__}  # any type, until checked
         owner = Owner(**found)
         texts = (owner.token, owner.host, owner.run, owner.since, owner.place or "", owner.born or "")
         sound = all(isinstance(text, str) for text in texts)
@@ -103,7 +103,7 @@ def read(root: Path) -> Owner | None:
 
 
 def check(root: Path, token: str) -> None:
-    """Raises RegistryError when another run owns `root` by now; the caller holds the registry's lock."""
+    """Raises RegistryError if another run owns `root` by now; the caller holds the registry's lock."""
     if (owner := read(root)) is not None and owner.token != token:
         raise RegistryError(
             f"{root}: taken over by {owner}, which found this run's process dead or silent; this run exports nothing "
@@ -112,7 +112,7 @@ def check(root: Path, token: str) -> None:
 
 
 def living(root: Path, wait_s: float = WAIT_S, stale_s: float = STALE_S) -> Owner | None:
-    """The run that owns `root` and is alive, after having waited for it to end; None: free, or its owner is dead."""
+    """The living owner of `root`, after a wait for it to end; None: no owner, or a dead one."""
     began = time.monotonic()
     first = _last_beat(root)
     while (owner := read(root)) is not None:
@@ -132,7 +132,7 @@ def living(root: Path, wait_s: float = WAIT_S, stale_s: float = STALE_S) -> Owne
 
 
 def may_live(root: Path) -> Owner | None:
-    """The run that owns `root`, unless it is known to be dead, silent for long, or this very process."""
+    """The owner of `root`, unless it is known to be dead, was silent for long, or is this process."""
     owner = read(root)
     if owner is None or (owner.pid == os.getpid() and owner.place == _place()):
         return None
@@ -143,7 +143,7 @@ def may_live(root: Path) -> Owner | None:
 
 
 def refuse(root: Path, owner: Owner) -> RegistryError:
-    """The error for a second run."""
+    """The error that a second run gets."""
     return RegistryError(
         f"{root}: {owner} exports here, and two runs would mix their versions: give this run an autoexport.output_dir "
         f"of its own, or end that process (`kill -9 {owner.pid}` on {owner.host} if it hangs)."
@@ -151,7 +151,7 @@ def refuse(root: Path, owner: Owner) -> RegistryError:
 
 
 def take(root: Path, run: str, locked: Callable[[], Any], wait_s: float = WAIT_S, stale_s: float = STALE_S) -> Lease:
-    """Become the owner of `root`; `locked` is the registry's lock. RegistryError names a living owner."""
+    """Makes `run` the owner of `root`; `locked` is the registry's lock. RegistryError names a living owner."""
     if owner := living(root, wait_s, stale_s):
         raise refuse(root, owner)
     before = read(root)
@@ -177,16 +177,16 @@ def _last_beat(root: Path) -> int | None:
 
 
 def _place() -> str | None:
-    """Boot and process namespace: within it a process number means one process."""
+    """The boot and process namespace, within which a process number identifies one process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux: the record's age alone decides
+    except OSError:  # not Linux, so only the record's age decides
         return None
 
 
 def _born(pid: int) -> str | None:
-    """When a process started, in ticks since boot, which no clock changes; None if it is gone or a zombie."""
+    """The start of a process in ticks since boot, which no clock changes; None if it is gone or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:

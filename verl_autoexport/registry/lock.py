@@ -1,4 +1,4 @@
-"""The lock of an output directory, also where the file system has none that works."""
+"""The lock of an output directory, with a substitute for file systems without working locks."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 
 class RootLock:
-    """Held for short critical sections. `flaw`: why the system's locks cannot be used here, once it is known."""
+    """A lock for short critical sections. `flaw`: the reason, once known, why the system's locks do not work here."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.path = root, root / NAME
         self.flaw: str | None = None
 
     def acquire(self, timeout_s: float) -> None:
-        """Raises RegistryBusy when another process holds it for so long."""
+        """Takes the lock; raises RegistryBusy if another process holds it for so long."""
         try:
             self._lock.acquire(timeout=timeout_s, poll_interval=_POLL_S)
         except Timeout:
@@ -40,13 +40,13 @@ class RootLock:
         self._lock.release()
 
     def beside(self, path: Path) -> BaseFileLock:
-        """A lock of the same kind for something in this directory; one thread may take it and another give it back."""
+        """A lock of the same kind for a path in this directory; one thread may take it and another release it."""
         kind = FileLock if self.flaw is None else SoftFileLock
         return kind(f"{path}.lock", thread_local=False)
 
     @cached_property
     def _lock(self) -> BaseFileLock:
-        """Chosen when it is first acquired: trying how locks work makes the file."""
+        """The lock, chosen when it is first acquired, since a trial of the system's locks creates the file."""
         self.flaw = flaw_of(self.path)
         if self.flaw is None:
             return FileLock(self.path)
@@ -60,11 +60,11 @@ class RootLock:
 
 
 def flaw_of(path: Path) -> str | None:
-    """Why locks on `path` (made if need be) exclude nobody; None where they work, as far as one process can tell."""
+    """The reason why locks on `path` (created if needed) exclude nobody; None if they seem to work."""
     first = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         if (flaw := _try(first)) is not None:
-            return flaw or None  # somebody holds it: it works
+            return flaw or None  # another process holds it, so it works
         second = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             flaw = _try(second)
@@ -76,7 +76,7 @@ def flaw_of(path: Path) -> str | None:
 
 
 def _try(fd: int) -> str | None:
-    """None: locked; empty: somebody holds it; else what is wrong."""
+    """The result of a trial. None: locked; empty: another holder; otherwise the error."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""`latest` and `best`: which versions they mean, and the links that say so."""
+"""`latest` and `best`: the versions that they mean, and the links that show them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Claim = tuple[Version, Mapping[str, Any]]
 
 
 def choose(versions: Iterable[Version]) -> dict[str, str]:
-    """Pointer -> directory name, for every pointer that `versions` give rise to. Superseded ones count for none."""
+    """Pointer -> directory name, for every pointer that `versions` define; superseded versions do not count."""
     live = sorted((v for v in versions if not v.superseded), key=lambda v: v.number)
     if not live:
         return {}
@@ -30,7 +30,7 @@ def choose(versions: Iterable[Version]) -> dict[str, str]:
 
 
 def matching(versions: Sequence[Version], spec: str) -> list[Version]:
-    """What `spec` means: a full name, a number, `step…` (the newest), or a pointer."""
+    """The versions that `spec` means: a full name, a number, `step…` (the newest), or a pointer."""
     if number := re.fullmatch(r"v?([0-9]{1,18})", spec):
         return [v for v in versions if v.number == int(number[1])]
     if step := re.fullmatch(r"step([0-9]{1,18})", spec):
@@ -41,13 +41,13 @@ def matching(versions: Sequence[Version], spec: str) -> list[Version]:
 
 
 def listing(versions: Sequence[Version]) -> str:
-    """The newest names that `matching` knows, for a message."""
+    """The newest names that `matching` accepts, for a message."""
     names = [v.name for v in versions]
     return ", ".join(["…"] * (len(names) > _LISTED) + names[-_LISTED:] + sorted(choose(versions))) or "none yet"
 
 
 def claims(versions: Iterable[Version]) -> dict[str, list[Claim]]:
-    """`best…` -> the versions that a trigger chose under this name, by number; superseded ones aside."""
+    """`best…` -> the versions that a trigger of this name chose, by number, without superseded ones."""
     found: dict[str, list[Claim]] = {}
     for version in sorted((v for v in versions if not v.superseded), key=lambda v: v.number):
         for trigger in filter(_claims_best, version.record.triggers):
@@ -56,17 +56,17 @@ def claims(versions: Iterable[Version]) -> dict[str, list[Claim]]:
 
 
 def measure(trigger: Mapping[str, Any]) -> tuple[Any, str]:
-    """Metric and mode; only values of the same can be compared."""
+    """The metric and mode of a trigger; only values with the same of both can be compared."""
     return trigger.get("metric"), trigger["mode"]
 
 
 def links(root: Path) -> dict[str, str]:
-    """The symbolic links below `root`, versions aside, that lead to a version or into it, whoever made them."""
+    """The symbolic links below `root`, except in versions, that lead to a version or into it, whoever made them."""
     return _leading_to_versions(root, _symlinks(root))
 
 
 def inner_links(root: Path, names: Iterable[str]) -> dict[str, str]:
-    """Those that lie in the versions `names` and lead to another version."""
+    """The links that lie in the versions `names` and lead to another version."""
     inside = (path for name in names for path in _symlinks(root / name))
     return {path: name for path, name in _leading_to_versions(root, inside).items() if Path(path).parts[0] != name}
 
@@ -76,7 +76,7 @@ def _leading_to_versions(root: Path, paths: Iterable[Path]) -> dict[str, str]:
     for path in sorted(paths):
         end = Path(os.path.realpath(path))
         for folder in (end, *end.parents):
-            # The same directory may be reached by many paths: what counts is which directory it is.
+            # Many paths may reach the same directory, so directories are compared, not paths.
             if NAME.fullmatch(folder.name) and _is_same(folder.parent, here):
                 found[str(path.relative_to(root))] = folder.name
                 break
@@ -110,7 +110,7 @@ def _claims_best(trigger: Mapping[str, Any]) -> bool:
 
 
 def _best(claims: list[Claim]) -> Version:
-    # Values of another metric, from before the configuration changed, are not comparable: the newest decides.
+    # Values of another metric, from before a change of the configuration, are not comparable: the newest decides.
     _, newest = claims[-1]
     same = [(v, t) for v, t in claims if measure(t) == measure(newest)]
     sign = -1 if newest["mode"] == "max" else 1
@@ -118,7 +118,7 @@ def _best(claims: list[Claim]) -> Version:
 
 
 def link(root: Path, pointers: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Makes the links in `root` say `pointers`; returns what it changed, and warnings for what it could not."""
+    """Makes the links in `root` equal `pointers`; returns the changes, and warnings for failed ones."""
     changed, warnings = [], []
     for name, target in pointers.items():
         path = root / name
@@ -131,17 +131,17 @@ def link(root: Path, pointers: Mapping[str, str]) -> tuple[list[str], list[str]]
             _replace_link(path, target)
             changed.append(f"{path}: now points to {target}")
         except OSError as e:
-            warnings.append(f"{path}: no link to {target} can be made ({e}); registry.json alone holds it")
+            warnings.append(f"{path}: no link to {target} can be made ({e}); only registry.json has it")
     for path in _stale(root, pointers):
         path.unlink(missing_ok=True)
-        changed.append(f"{path}: removed, no version is left for it")
+        changed.append(f"{path}: removed, since no version remains for it")
     if changed:
         fsync_dir(root)
     return changed, warnings
 
 
 def _stale(root: Path, pointers: Mapping[str, str]) -> list[Path]:
-    # A link to anything but a version was made by somebody else.
+    # A link to anything but a version is not ours.
     names = [n for n in sorted(os.listdir(root)) if POINTER.fullmatch(n) and n not in pointers]
     return [root / n for n in names if NAME.fullmatch(_target(root / n) or "")]
 

@@ -1,4 +1,4 @@
-"""What an output directory tells: nothing here writes or locks."""
+"""The reading half of an output directory: nothing here writes or locks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from verl_autoexport.registry.versions import Catalog, Version
 
 
 class Reader:
-    """The reading half of `Registry`. Records and journal lines that were read before are not read again."""
+    """The reading half of `Registry`. Each record and journal line is read only once."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(os.path.abspath(root))
@@ -30,13 +30,13 @@ class Reader:
         return self._versions(self._load()[0])
 
     def invalid(self) -> list[tuple[Path, str]]:
-        """What has a version's name but is none, and why."""
+        """The paths that have a version's name but are no valid version, with the reasons."""
         found = self._catalog.scan()[1]
-        removed = {*self._load()[0].removed}  # asked later: a removal notes itself before it begins
+        removed = {*self._load()[0].removed}  # read after the scan: a removal notes itself before it begins
         return [(path, why) for path, why in found if path.name not in removed and os.path.lexists(path)]
 
     def pointers(self) -> dict[str, str]:
-        """What `latest`, `best`… mean: pointer -> directory name."""
+        """The targets of `latest`, `best`…: pointer -> directory name."""
         return pointers.choose(self.versions())
 
     def find(self, spec: str) -> Version:
@@ -52,19 +52,19 @@ class Reader:
         return found[0]
 
     def journal_entries(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """The journal's sound entries in order, and a message for every damaged line."""
+        """The journal's valid entries in order, and a message for every damaged line."""
         return self._notes.read()
 
     def milestones(self, up_to_step: int | None = None) -> list[Milestone]:
-        """What the triggers must remember, by step: published, pending, failed and dropped milestones.
+        """The milestones that the triggers must remember, by step: published, pending, failed and dropped ones.
 
-        What a rollback cancelled is left out. A published version since removed or deleted stays in.
+        Milestones that a rollback cancelled are left out; published versions that were removed since stay in.
         """
         told = self._memory().milestones()
         return [m for m in told if up_to_step is None or m.step <= up_to_step]
 
     def exported(self) -> list[Exported]:
-        """What was published and no rollback cancelled, by number, removed versions included."""
+        """The published milestones that no rollback cancelled, by number, removed versions included."""
         return self._memory().exported()
 
     def outcomes(self) -> list[dict[str, Any]]:
@@ -72,13 +72,13 @@ class Reader:
         return self._memory().outcomes()
 
     def plan_retention(self, keep: Keep) -> RetentionPlan:
-        """What `prune` would remove, and why."""
+        """The plan of a `prune`: the versions that it would remove, and why."""
         versions = self.versions()
         inside = pointers.inner_links(self.root, (v.name for v in versions))
         return retention.plan_retention(versions, keep, inside | pointers.links(self.root))
 
     def noted_policy(self) -> Keep | None:
-        """The policy of the run that exports here, if one recorded it."""
+        """The policy of the run that exports here, if the run recorded one."""
         return self._notes.facts().keep
 
     # -- inside ----------------------------------------------------------------------------
@@ -88,7 +88,7 @@ class Reader:
             raise RegistryError(f"{self.root}: no such directory; expected the output_dir of a run")
 
     def _look(self) -> None:
-        """Reads, before the lock is taken, what is then only asked for what is new."""
+        """Reads everything before the lock is taken, so that under the lock only new data are read."""
         self._catalog.scan()
         self._notes.facts()
 
@@ -101,7 +101,7 @@ class Reader:
         return state
 
     def _versions(self, state: State, fresh: bool = True) -> list[Version]:
-        """Without `fresh` as `Catalog.scan` says: for whoever has the lock."""
+        """The valid versions. The holder of the lock passes `fresh` False; see `Catalog.scan`."""
         removed, pins = {*state.removed}, {*state.pins}
         return [
             Version(record.version, record.step, path, record, (name := path.name) in state.superseded, name in pins)
@@ -111,7 +111,7 @@ class Reader:
 
     def _memory(self) -> Memory:
         state = self._load()[0]
-        versions = self._versions(state)  # before the journal, which knows what is removed meanwhile
+        versions = self._versions(state)  # before the journal, which then knows the versions removed since
         return Memory(state, self.journal_entries()[0], versions)
 
     def _not_found(self, spec: str, versions: list[Version]) -> str:

@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class ExportRecord:
-    """What `export.json` holds; field by field the contract of a published version.
+    """The content of `export.json`; field by field the contract of a published version.
 
     `timings_s` are seconds per stage, `files` lists name, bytes and sha256 of every file
     but `export.json` itself, `verification` maps each check to its status and detail.
@@ -52,7 +52,7 @@ class ExportRecord:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ExportRecord:
-        """Raises KeyError or TypeError where a required field is missing, or it or what it holds is of a wrong type."""
+        """The record in `data`; raises KeyError for a missing field, TypeError for one of a wrong type."""
         _check_types(data)
         known = {f.name for f in dataclasses.fields(cls)}
         values = {k: v for k, v in data.items() if k in known}
@@ -84,7 +84,7 @@ def _check_types(data: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path | str) -> ExportRecord:
-    """The record in `path`, an `export.json` or the directory that holds one; RegistryError says what is wrong."""
+    """The record in `path`, an `export.json` or the directory with one; RegistryError names the fault."""
     path = Path(path)
     return read_record_file(path / RECORD if path.is_dir() else path)
 
@@ -110,7 +110,7 @@ def read_record_file(path: Path) -> ExportRecord:
 
 def created_at(record: ExportRecord) -> float:
     """Unix time of `record.created_at`; ValueError if it is no ISO 8601 time."""
-    # Before Python 3.11 fromisoformat knows no "Z".
+    # Before Python 3.11 fromisoformat rejects "Z".
     time = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", record.created_at))
     return (time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp()
 

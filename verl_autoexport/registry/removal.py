@@ -1,14 +1,14 @@
-"""Removing versions: the reverse of publication. Links first, then the record, then the data.
+"""Removes versions in the reverse order of publication: links first, then the record, then the data.
 
-    journal `removed`        from here on it is no version, whatever else is still there
-    registry.json            says so to readers, as long as the name is taken
-    export.json unlinked     says so to whoever reads the directory itself
+    journal `removed`        from here on it is no version, whatever files remain
+    registry.json            informs readers while the name is taken
+    export.json unlinked     informs those who read the directory itself
     renamed to .trash/…
     .trash/… deleted         the long part, without the lock
     journal `deleted`        the name is free
 
-After a crash at any point `recover`, or the next removal, goes on from there. What lies in .trash with its record, and
-the journal does not know (because it was lost, say), is left to a person.
+After a crash at any point `recover`, or the next removal, continues from there. A version in .trash that has a record
+and that the journal does not know (perhaps because the journal was lost) is left to a person.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from verl_autoexport.system.durable_files import fsync_dir, is_full
 
 TRASH = ".trash"
 _TRIES = 20
-_PORTION = 32  # versions that are taken out of sight before the lock is given up for a moment
+_PORTION = 32  # versions taken out of sight before the lock is released for a moment
 
 
 def note_lost(state: State, facts: Facts) -> list[str]:
-    """Takes into `state` what only the journal knows to be removed; returns those names."""
+    """Adds to `state` the removed versions that only the journal knows; returns their names."""
     known = set(state.removed)
     lost = [name for name in facts.removed if name not in known]
     state.removed += lost
@@ -44,14 +44,14 @@ def note_lost(state: State, facts: Facts) -> list[str]:
 
 
 def sentence(notes: Notes, verdicts: Sequence[Verdict]) -> bytes:
-    """What `mark_removed` adds to the journal, made ready before the lock is taken."""
+    """The lines that `mark_removed` adds to the journal, prepared before the lock is taken."""
     return journal.encode(notes.path, [("removed", _fields(verdict)) for verdict in verdicts])
 
 
 def mark_removed(root: Path, notes: Notes, state: State, verdicts: Sequence[Verdict], lines: bytes) -> int:
-    """Notes in the journal, and in `state`, that these are no versions any more; the caller holds the lock.
+    """Notes in the journal and in `state` that these are no longer versions; the caller holds the lock.
 
-    Returns how many: on a full disk fewer are noted, the others' turn comes when these are gone.
+    Returns their number: a full disk takes fewer, and the others follow once these are deleted.
     """
     before = len(state.removed)
     try:
@@ -66,7 +66,7 @@ def mark_removed(root: Path, notes: Notes, state: State, verdicts: Sequence[Verd
 
 
 def _mark_some_removed(root: Path, notes: Notes, verdicts: Sequence[Verdict]) -> None:
-    """As many as there is room for; the first one in any case."""
+    """Notes as many as there is room for, and at least the first."""
     noted = notes.facts().removed
     begun = any(verdict.version.name in noted for verdict in verdicts)
     for verdict in (v for v in verdicts if v.version.name not in noted):
@@ -77,13 +77,13 @@ def _mark_some_removed(root: Path, notes: Notes, verdicts: Sequence[Verdict]) ->
                 raise
             if begun:
                 return
-            _make_room(root, notes, verdict)  # not even for one line is there any
+            _make_room(root, notes, verdict)  # no room even for one line
             notes.append("removed", _fields(verdict))
         begun = True
 
 
 def _save(root: Path, notes: Notes, state: State) -> None:
-    """Tells readers, where there is something new; a full disk stops nothing, since the journal knows it already."""
+    """Writes a changed state for readers; a full disk stops nothing, since the journal already has the change."""
     if load(root, notes.facts) != (state, None):
         try:
             state.write(root)
@@ -107,10 +107,10 @@ def _fields(verdict: Verdict) -> dict[str, Any]:
 
 
 def _make_room(root: Path, notes: Notes, verdict: Verdict) -> None:
-    """The data first, for once; a crash in between loses only the reason, as long as the publication is on record."""
+    """Deletes the data first; a crash in between loses only the reason, as long as the publication is on record."""
     name = verdict.version.name
     if name not in notes.facts().published:
-        raise OSError(errno.ENOSPC, "no room to note what is removed", str(notes.path))
+        raise OSError(errno.ENOSPC, "no room to note the removal", str(notes.path))
     os.unlink(root / name / RECORD)
     (root / TRASH).mkdir(exist_ok=True)
     target = _in_trash(root, name)
@@ -119,13 +119,13 @@ def _make_room(root: Path, notes: Notes, verdict: Verdict) -> None:
 
 
 def withdraw(root: Path, names: Iterable[str]) -> dict[Path, str]:
-    """Takes the removed versions out of readers' sight; path -> reason where that failed. The caller holds the lock."""
+    """Takes removed versions out of readers' sight; returns path -> reason for failures. The caller holds the lock."""
     failed = {}
     for path in filter(_is_there, (root / name for name in names)):
         try:
             with suppress(FileNotFoundError):
                 os.unlink(path / RECORD)
-            # Where it cannot be renamed, it is deleted in its place: without a record it is no version.
+            # If it cannot be renamed, it is deleted in place: without a record it is no version.
             with suppress(OSError):
                 (root / TRASH).mkdir(exist_ok=True)
                 os.rename(path, _in_trash(root, path.name))
@@ -135,7 +135,7 @@ def withdraw(root: Path, names: Iterable[str]) -> dict[Path, str]:
 
 
 def trash(root: Path) -> list[Path]:
-    """What lies in `.trash`, by name."""
+    """The paths in `.trash`, by name."""
     try:
         return [root / TRASH / name for name in sorted(os.listdir(root / TRASH))]
     except (FileNotFoundError, NotADirectoryError):
@@ -143,14 +143,14 @@ def trash(root: Path) -> list[Path]:
 
 
 def strays(root: Path, gone: Container[str]) -> dict[Path, str]:
-    """What in `.trash` is a whole version by its record, of which the journal does not say that it was removed."""
+    """The complete versions in `.trash` whose removal the journal does not record, each with a message."""
     found = (p for p in trash(root) if _name_of(p) not in gone and os.path.lexists(p / RECORD))
     why = f"the journal does not know that it was removed, and it holds {RECORD}: move it back to {root}, or delete it"
     return dict.fromkeys(found, why)
 
 
 def delete(root: Path, names: Iterable[str], skip: Container[Path]) -> dict[Path, str]:
-    """Deletes the data of removed versions, without the lock; path -> reason where that failed."""
+    """Deletes the data of removed versions, without the lock; returns path -> reason for failures."""
     failed: dict[Path, str] = {}
     in_place = [root / name for name in names if _is_there(root / name)]
     for path in (p for p in (*trash(root), *in_place) if p not in skip):
@@ -162,7 +162,7 @@ def delete(root: Path, names: Iterable[str], skip: Container[Path]) -> dict[Path
 
 
 def _name_of(path: Path) -> str:
-    """The version that a directory in `.trash` was."""
+    """The version's name that a directory in `.trash` had."""
     return path.name.rpartition("-")[0]
 
 
@@ -171,7 +171,7 @@ def _in_trash(root: Path, name: str) -> Path:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether the directory is still there, and not something else in its place."""
+    """Whether the directory itself is still there, and not something else in its place."""
     return path.is_dir() and not path.is_symlink()
 
 
@@ -189,13 +189,13 @@ def _delete(path: Path) -> None:
 
 
 def finish(root: Path, notes: Notes, state: State, failed: dict[Path, str]) -> list[str]:
-    """Notes what is gone and what could not be deleted; returns the names that are free. The caller holds the lock."""
+    """Notes deletions and failures; returns the names that are free. The caller holds the lock."""
     lying = {_name_of(path) for path in trash(root)}
     free = [name for name in state.removed if name not in lying and not _is_there(root / name)]
     entries: list[tuple[str, dict[str, Any]]] = [("deleted", {"version": name}) for name in free]
     said = notes.facts().failures
     for path, reason in failed.items():
-        if said.get(shown := str(path.relative_to(root))) != reason:  # once, however often it is tried
+        if said.get(shown := str(path.relative_to(root))) != reason:  # noted once, however often the deletion is tried
             entries.append(("delete_failed", {"path": shown, "reason": reason}))
     if entries:
         notes.append_all(entries)
@@ -213,21 +213,21 @@ def _reason(error: OSError) -> str:
 def resume_removals(
     root: Path, notes: Notes, locked: Callable[[], AbstractContextManager[None]]
 ) -> tuple[list[str], list[str]]:
-    """Goes on with every removal that was begun; returns a line for each that is done, and that cannot be yet."""
+    """Continues every removal that was begun; returns a line for each that is done or not possible yet."""
     state = load(root, notes.facts)[0]
     note_lost(state, notes.facts())
     removed = state.removed
     failed: dict[Path, str] = {}
-    for begin in range(0, len(removed), _PORTION):  # others get the lock in between
+    for begin in range(0, len(removed), _PORTION):  # other processes get the lock in between
         with locked():
             facts = notes.facts()
             done = facts.gone.difference(facts.removed)
             failed |= withdraw(root, (name for name in removed[begin : begin + _PORTION] if name not in done))
-    if removed and (root / TRASH).is_dir():  # no data goes before it is certain that nobody sees it any more
+    if removed and (root / TRASH).is_dir():  # no data is deleted before it is certainly out of sight
         fsync_dir(root / TRASH)
         fsync_dir(root)
     stray = strays(root, notes.facts().gone)
-    failed |= delete(root, removed, skip=failed.keys() | stray.keys())  # may take long, so not under the lock
+    failed |= delete(root, removed, skip=failed.keys() | stray.keys())  # may take long, so without the lock
     told = [f"{path}: left alone: {why}" for path, why in stray.items()]
     if not removed and not failed:
         return [], told
@@ -240,6 +240,6 @@ def resume_removals(
 
 
 def note_policy(notes: Notes, keep: Keep) -> None:
-    """Records the policy of a run, if it is another than before; the caller holds the lock."""
+    """Records the policy of a run if it differs from the last one; the caller holds the lock."""
     if (notes.facts().keep or Keep()) != keep:
         notes.append("keep", keep.to_dict())

@@ -1,8 +1,8 @@
-"""Requests for a milestone: one small file each, put there by a person, taken by the run.
+"""Requests for a milestone: a person puts one small file there for each, and the run takes it.
 
-.requests/*.json         waiting
-.requests.taken-X/       what one step took, in one rename: however many there are, training does not wait for them
-.requests.done-X/        exported, being deleted
+.requests/*.json      waiting
+.requests.taken-X/    taken for one step, in one rename: training does not wait, however many there are
+.requests.done-X/     exported, being deleted
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from verl_autoexport.system.durable_files import fsync_dir, write_json_atomic
 NAME = ".requests"
 _TAKEN, _DONE = ".taken-", ".done-"
 _TRIES = 100
-_ABANDONED_S = 60.0  # nobody writes a request for so long
+_ABANDONED_S = 60.0  # no writer of a request takes so long
 
 
 def put(folder: Path, note: str | None) -> Path:
     now = datetime.now(timezone.utc)
     path = folder / f"{now:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.json"
     asked_by = {"host": socket.gethostname(), "pid": os.getpid(), "created_at": now.isoformat(timespec="seconds")}
-    # Beside the folder, which the run may take at any moment; by a name that no `recover` beside this takes away.
+    # Beside the folder, which the run may take at any moment; no concurrent `recover` removes this name.
     temp = folder.parent / f".request-{uuid.uuid4().hex[:8]}.new"
     try:
         write_json_atomic(temp, {"schema_version": 1, "note": note, **asked_by})
@@ -39,7 +39,7 @@ def put(folder: Path, note: str | None) -> Path:
                 folder.mkdir(exist_ok=True)
                 os.replace(temp, path)
                 break
-            except (FileNotFoundError, FileExistsError):  # it was there, and was taken before it was looked at again
+            except (FileNotFoundError, FileExistsError):  # it was there, and was taken before the second look
                 if not left:
                     raise
         with suppress(FileNotFoundError):
@@ -50,7 +50,7 @@ def put(folder: Path, note: str | None) -> Path:
 
 
 def abandoned(root: Path) -> list[Path]:
-    """What is left of requests whose writers were killed."""
+    """The unfinished files of requests whose writers were killed."""
     found = []
     for path in root.glob(".request-*.new"):
         with suppress(FileNotFoundError):  # it has become a request
@@ -59,7 +59,7 @@ def abandoned(root: Path) -> list[Path]:
 
 
 def pending(folder: Path) -> list[Path]:
-    """The waiting requests, oldest first, with those that were taken and led to no export yet."""
+    """The requests without an export, oldest first: those waiting and those taken."""
     found: list[Path] = []
     for each in (*taken(folder), folder):
         try:
@@ -72,14 +72,14 @@ def pending(folder: Path) -> list[Path]:
 
 
 def take(folder: Path) -> Path | None:
-    """Takes all waiting requests away, if there are any. Asked at every training step: it looks for the first one."""
+    """Takes all waiting requests, if any. Every training step calls this, so it looks only for the first one."""
     try:
         with os.scandir(folder) as entries:
             if not any(_is_request(entry.name) for entry in entries):
                 return None
         away = folder.with_name(f"{folder.name}{_TAKEN}{uuid.uuid4().hex[:8]}")
         os.rename(folder, away)
-        with suppress(OSError):  # whoever asks next makes it too
+        with suppress(OSError):  # the next request creates it too
             folder.mkdir(exist_ok=True)
         return away
     except FileNotFoundError:
@@ -89,12 +89,12 @@ def take(folder: Path) -> Path | None:
 
 
 def taken(folder: Path) -> list[Path]:
-    """What was taken, and led to no export yet."""
+    """The folders that were taken and have led to no export yet."""
     return _folders(folder, _TAKEN)
 
 
 def finish(away: Path) -> Path:
-    """Marks what was taken as exported; returns what is left to delete."""
+    """Marks a taken folder as exported; returns the path to delete."""
     done = away.with_name(away.name.replace(_TAKEN, _DONE))
     try:
         os.rename(away, done)
@@ -104,7 +104,7 @@ def finish(away: Path) -> Path:
 
 
 def done(folder: Path) -> list[Path]:
-    """What was exported and is not deleted yet."""
+    """The folders that were exported and are not deleted yet."""
     return _folders(folder, _DONE)
 
 

@@ -1,8 +1,8 @@
-"""Which versions stay. Pure: judged over the whole list, from nothing but the list.
+"""The rules for which versions stay. Pure: each judgement depends on the whole list alone.
 
-What any key wants kept is kept; `max_bytes` then takes away the least valuable. `latest`, every
-`best…` and pinned versions always stay. Judging again what was kept removes nothing more, and
-no pointer moves because of what was removed.
+A version stays if any key wants it; `max_bytes` then removes the least valuable. `latest`, every
+`best…` and pinned versions always stay. A second judgement of the kept versions removes nothing
+more, and no removal moves a pointer.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from verl_autoexport.registry.versions import Version
 
 @dataclass(frozen=True)
 class Keep:
-    """The policy; a key that is None asks for nothing, and with none set everything stays.
+    """The retention policy; a key that is None has no effect, and with no key everything stays.
 
-    `last`: as many of the highest steps. `best`: as many of the best by the metric of each `best…`.
-    `every_n_steps`: the first version at or after each multiple, forever. `max_bytes`: in all.
+    `last`: the number of highest steps. `best`: the number of best versions by the metric of each `best…`.
+    `every_n_steps`: the first version at or after each multiple, permanently. `max_bytes`: of all versions together.
     """
 
     last: int | None = None
@@ -59,7 +59,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a version, and why, in a line."""
+    """The fate of one version, with the reason in one line."""
 
     version: Version
     keep: bool
@@ -82,7 +82,7 @@ class RetentionPlan:
 def plan_retention(versions: Iterable[Version], keep: Keep, links: Mapping[str, str] | None = None) -> RetentionPlan:
     """Judges the whole list. `links` maps further names, such as links on disk, to directories that must stay.
 
-    What stays is judged again: what had to stay only because of a version that goes may go with it.
+    The kept versions are judged again, since one that stayed only because of a removed version can be removed too.
     """
     final: dict[str, Verdict] = {}
     removed: list[Verdict] = []
@@ -120,7 +120,7 @@ def _plan_once(versions: Iterable[Version], keep: Keep, links: Mapping[str, str]
 
 
 def _policies(keep: Keep, links: Mapping[str, str]) -> Iterator[RetentionPolicy]:
-    """Those that `keep` asks for, after those that hold whatever it says; the order is that of the reasons."""
+    """The policies in `keep`, after those that always apply; the reasons have the same order."""
     yield from (Pinned(), Pointed(), Linked(links), DecidesBest())
     if keep.last is not None:
         yield Last(keep.last)
@@ -133,13 +133,13 @@ def _policies(keep: Keep, links: Mapping[str, str]) -> Iterator[RetentionPolicy]
 
 
 def nbytes(version: Version) -> int:
-    """Bytes of its files, as its record lists them."""
+    """The bytes of a version's files, as its record lists them."""
     sizes = (f.get("bytes") for f in version.record.files if isinstance(f, Mapping))
     return sum(n for n in sizes if isinstance(n, int) and not isinstance(n, bool) and n > 0)
 
 
 def stored(versions: Iterable[Version]) -> int:
-    """Bytes that these take together: of a file that records call linked there is one, as long as any has it."""
+    """The bytes of these versions together; a file that their records call linked counts once while any has it."""
     stock = _Stock()
     for version in versions:
         stock.add(version)
@@ -147,11 +147,11 @@ def stored(versions: Iterable[Version]) -> int:
 
 
 class _Stock:
-    """What versions take together, kept up to date as they come and go."""
+    """The bytes of versions together, updated as versions come and go."""
 
     def __init__(self) -> None:
         self.total = 0
-        self._names: Counter[tuple[str, int]] = Counter()  # of a shared file; files of its own are counted each
+        self._names: Counter[tuple[str, int]] = Counter()  # of shared files; other files count each
         self._own: Counter[tuple[str, int]] = Counter()
 
     def add(self, version: Version) -> None:
@@ -172,7 +172,7 @@ class _Stock:
             self.total += self._once(key)
 
     def _once(self, key: tuple[str, int]) -> int:
-        """Bytes of a file that only links are left of."""
+        """The bytes of a file that exists only as links."""
         return key[1] if self._names[key] and not self._own[key] else 0
 
 
@@ -189,7 +189,7 @@ def _turn(version: Version) -> tuple[bool, int, int]:
 
 
 def _cut(versions: Sequence[Version], limit: int | None, value: Mapping[str, int]) -> tuple[dict[str, str], list[str]]:
-    """What has to go for `max_bytes`, with the reason: by worth, then the lowest step first."""
+    """The versions to remove for `max_bytes`, with the reason: by worth, then the lowest step first."""
     cut: dict[str, str] = {}
     stock = _Stock()
     for version in (v for v in versions if v.name in value):

@@ -11,15 +11,15 @@ from verl_autoexport.registry import pointers
 from verl_autoexport.registry.versions import NAME, Version
 
 SUPERSEDED, LAST, MILESTONE, BEST, ALWAYS = range(5)
-"""How much a version is worth: `max_bytes` takes the lowest first, and what is held ALWAYS never.
+"""The worth of a version: `max_bytes` removes the lowest first, and never one that is kept ALWAYS.
 
-The newest are the cheapest to lose, since training goes on and makes the next ones.
+The newest are the cheapest to lose, since training continues and makes the next ones.
 """
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A version, by its name, that a policy wants to stay; why, and how much that is worth."""
+    """A version, by its name, that a policy wants to stay; the reason, and its worth."""
 
     name: str
     worth: int
@@ -30,13 +30,13 @@ class RetentionPolicy(Protocol):
     """One reason to keep versions."""
 
     def keep(self, versions: Sequence[Version]) -> Iterable[Kept]:
-        """Those of `versions`, which are all there are, by number, that it wants to stay."""
+        """The versions that should stay, out of all `versions`, by number."""
         ...
 
 
 @dataclass(frozen=True)
 class Pinned:
-    """Those that a person pinned."""
+    """The versions that a person pinned."""
 
     def keep(self, versions: Sequence[Version]) -> Iterable[Kept]:
         return (Kept(v.name, ALWAYS, "pinned") for v in versions if v.pinned)
@@ -60,14 +60,14 @@ class Linked:
         there, chosen = {v.name for v in versions}, pointers.choose(versions)
         for link, name in self.links.items():
             folder, inside, _ = link.partition("/")
-            gone = inside and NAME.fullmatch(folder) and folder not in there  # and takes its own links with it
+            gone = inside and NAME.fullmatch(folder) and folder not in there  # its own links go with it
             if chosen.get(link) != name and not gone:
                 yield Kept(name, ALWAYS, f"{link} links to it")
 
 
 @dataclass(frozen=True)
 class DecidesBest:
-    """The newest claim on a pointer of which older ones are by another metric: without it they would take it over."""
+    """The newest claim on a pointer whose older claims use another metric: otherwise they would get the pointer."""
 
     def keep(self, versions: Sequence[Version]) -> Iterator[Kept]:
         chosen = pointers.choose(versions)
@@ -106,7 +106,7 @@ class EveryNSteps:
 
 @dataclass(frozen=True)
 class Best:
-    """The `n` best by the metric of each `best…`."""
+    """The `n` best versions by the metric of each `best…`."""
 
     n: int
 
@@ -118,14 +118,14 @@ class Best:
 
 @dataclass(frozen=True)
 class WithinMaxBytes:
-    """All of them, where `max_bytes` is the only rule."""
+    """All versions, if `max_bytes` is the only rule."""
 
     def keep(self, versions: Sequence[Version]) -> Iterable[Kept]:
         return (Kept(v.name, SUPERSEDED if v.superseded else LAST, "within max_bytes") for v in versions)
 
 
 def ranked(versions: Sequence[Version]) -> Iterator[tuple[str, list[tuple[Version, float]]]]:
-    """For each `best…` its metric and all versions that measured it, the best first; of equals the earliest."""
+    """For each `best…` the metric and the versions that measured it, best first; of equal ones the earliest first."""
     live = [v for v in versions if not v.superseded]
     for claims in pointers.claims(versions).values():
         metric, mode = pointers.measure(claims[-1][1])

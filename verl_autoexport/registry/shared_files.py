@@ -1,4 +1,4 @@
-"""Files that several versions have in common: kept once on disk, as hard links."""
+"""Files that several versions share: one copy on disk, with hard links."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from verl_autoexport.system.untrusted import is_plain_name
 MIN_BYTES = 1 << 20
 """Smaller files are not worth a link."""
 SharedFiles = Mapping[tuple[str, int], Path]
-"""sha256 (hex) and bytes -> a file of an earlier version that its record says this of."""
+"""sha256 (hex) and bytes -> a file of an earlier version whose record gives these."""
 log = logging.getLogger(__name__)
 
 
 def find_shared(versions: Iterable[Version]) -> dict[tuple[str, int], Path]:
-    """Of all versions, the newest last: it is the least likely to be removed meanwhile."""
+    """The files of all versions; the newest version wins, since it is the least likely to be removed soon."""
     found = {}
     for version in sorted(versions, key=lambda v: v.number):
         for file in version.record.files:
@@ -32,22 +32,22 @@ def find_shared(versions: Iterable[Version]) -> dict[tuple[str, int], Path]:
 
 
 def link_shared(path: Path, digest: str, nbytes: int, shared: SharedFiles) -> bool:
-    """Replace `path` by a link to an earlier version's file of the same content; False, and nothing done, without one.
+    """Replaces `path` by a link to an earlier version's file of the same content; False, without a change, if none has.
 
-    What that file holds now counts, not what its record says: it is read once more.
+    The earlier file is read once more: its present content counts, not its record.
     """
     same = shared.get((digest, nbytes))
     if same is None or same.parent.is_symlink():
         return False
     temp = temp_path(path)
     try:
-        os.link(same, temp, follow_symlinks=False)  # from here on nobody can take it away
+        os.link(same, temp, follow_symlinks=False)  # from here on no removal can take it away
         if temp.is_symlink() or _sha256(temp) != digest:
-            log.warning("%s: is no longer what was published; not linked to", same)
+            log.warning("%s: differs from the published file, so it is not linked to", same)
             return False
         os.replace(temp, path)
         return True
-    except OSError as e:  # removed meanwhile, no links here, too many: a file of its own is as good
+    except OSError as e:  # removed since, links unsupported, or too many: a separate file is as good
         log.info("%s: no link to %s: %s", path, same, e)
         return False
     finally:

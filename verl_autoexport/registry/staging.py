@@ -1,4 +1,4 @@
-"""Directories being written. Each has a lock beside it that dies with its writer."""
+"""Directories being written, each with a lock beside it that ends with its writer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LockOf = Callable[[Path], BaseFileLock]
 
 @dataclass(frozen=True)
 class Staging:
-    """A directory to write a version into; `release` gives up the claim to it, whatever it then holds."""
+    """A directory to write a version into; `release` gives up the claim to it, whatever the directory then contains."""
 
     path: Path
     lock: BaseFileLock
@@ -33,13 +33,13 @@ class Staging:
         if isinstance(self.lock, SoftFileLock):  # the file is the lock
             self.lock.release(force=True)
             return
-        # Unlinked while still held: nobody else ever creates a lock of this name.
+        # Unlinked while still held: no other process creates a lock of this name.
         with suppress(OSError):
             os.unlink(self.lock.lock_file)
         self.lock.release(force=True)
 
     def remove(self) -> None:
-        """Deletes the directory, if it is still there, and releases; OSError if part of it cannot be deleted."""
+        """Deletes the directory, if it still exists, and releases it; OSError if part of it cannot be deleted."""
         try:
             with suppress(FileNotFoundError):
                 shutil.rmtree(self.path)
@@ -48,7 +48,7 @@ class Staging:
 
 
 def create(folder: Path, label: str, lock: LockOf) -> Staging:
-    """The caller holds the registry's lock, so that no `abandoned` runs between the lock and the directory."""
+    """Creates a staging directory under the registry's lock, so that no `abandoned` sees it half made."""
     folder.mkdir(exist_ok=True)
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", label).lstrip(".")[:100] or "export"
     path = folder / f"{label}-{uuid.uuid4().hex[:8]}"
@@ -75,7 +75,7 @@ def abandoned(folder: Path, lock: LockOf) -> list[Staging]:
         staging = Staging(folder / name, lock(folder / name))
         try:
             staging.lock.acquire(timeout=0)
-        except OSError:  # held (a Timeout), or another user's: not ours to take
+        except OSError:  # held (a Timeout), or another user's
             continue
         found.append(staging)
     return found

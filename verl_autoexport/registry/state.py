@@ -1,4 +1,4 @@
-"""`registry.json`: what may change about published versions, and how to have it back when it is lost."""
+"""`registry.json`: the changeable facts about published versions, and how to rebuild them after a loss."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _LARGEST = 10**18
 
 @dataclass
 class State:
-    """`superseded` maps a directory name to the step resumed at, and when.
+    """`superseded` maps a directory name to the step resumed at, and the time.
 
-    `removed`: no versions any more, though their directories could not be taken away yet.
+    `removed`: no longer versions, though their directories could not be moved away yet.
     """
 
     next_version: int = 1
@@ -39,9 +39,9 @@ class State:
 
 
 def load(root: Path, facts: Callable[[], Facts] | None = None) -> tuple[State, str | None]:
-    """What `registry.json` says; if it is lost or damaged, what the journal says, and why it was asked.
+    """The state in `registry.json`; if that is lost or damaged, the journal's state, and the reason for using it.
 
-    `facts` are those of the journal, for whoever has read it.
+    `facts` returns the journal's facts, for a caller who has read them.
     """
     path = root / FILE
     try:
@@ -56,9 +56,9 @@ def load(root: Path, facts: Callable[[], Facts] | None = None) -> tuple[State, s
 
 
 class Facts:
-    """What journal entries come to, taken in one after the other. Names keep their order in `pins` and `removed`.
+    """The sum of journal entries, added one after the other. Names keep their order in `pins` and `removed`.
 
-    `gone`: whatever was ever noted as removed. `failures`: path -> why it could not be deleted, as last noted.
+    `gone`: all names ever noted as removed. `failures`: path -> the last noted reason why it could not be deleted.
     """
 
     def __init__(self, entries: Iterable[dict[str, Any]] = ()) -> None:
@@ -106,7 +106,7 @@ def from_journal(entries: Iterable[dict[str, Any]]) -> State:
 
 
 def supersede(state: State, entry: dict[str, Any]) -> None:
-    """Applies a `superseded` journal entry; what was superseded before stays as it is."""
+    """Applies a `superseded` journal entry; versions superseded earlier stay unchanged."""
     _supersede(state.superseded, entry)
 
 
@@ -123,7 +123,7 @@ def number_of(name: str) -> int:
 
 
 def is_name(name: object) -> TypeGuard[str]:
-    """Whether it is the name of a version's directory."""
+    """Whether `name` is the name of a version's directory."""
     return isinstance(name, str) and len(name) < 256 and NAME.fullmatch(name) is not None
 
 
@@ -131,12 +131,12 @@ def _parse(path: Path) -> State:
     data = read_json(path)
     schema = data.get("schema_version")
     if is_count(schema) and schema > SCHEMA_VERSION:
-        # Not damage: rebuilding would throw away what a newer program wrote.
+        # Not damage: rebuilding would discard the data of a newer program.
         raise RegistryError(f"{path}: schema_version {schema} is newer than {SCHEMA_VERSION}: upgrade verl_autoexport")
     next_version, superseded = data.get("next_version"), data.get("superseded")
     pointers = data.get("pointers")
     if schema != SCHEMA_VERSION or not is_count(next_version) or next_version > _LARGEST:
-        raise ValueError(f"schema_version {schema!r} or next_version {next_version!r} is not as it must be")
+        raise ValueError(f"schema_version {schema!r} or next_version {next_version!r} is not valid")
     if not isinstance(superseded, dict) or not all(map(is_name, superseded)):
         raise ValueError("superseded: expected an object keyed by version directories")
     if not all(isinstance(mark, dict) and is_count(mark.get("resumed_at")) for mark in superseded.values()):

@@ -1,16 +1,16 @@
-"""The output directory: versions go in whole or not at all, and are found again.
+"""The output directory: each version is published whole or not at all, and can be found again.
 
     ROOT/v0001-step2/        a published version: a model directory plus its export.json
     ROOT/latest, best…       relative links to versions
     ROOT/registry.json       what may change: pointers, pins, superseded versions
     ROOT/.staging/<id>/      being written, while <id>.lock beside it is held
     ROOT/.trash/<id>/        removed, being deleted
-    ROOT/.journal.jsonl      what was asked and what became of it, append-only
+    ROOT/.journal.jsonl      the requested exports and their outcomes, append-only
     ROOT/.requests/*.json    requests for a milestone
     ROOT/.owner.json         the run that exports here
     ROOT/.lock               held for short critical sections
 
-Whatever moment a writer dies at, readers see whole versions only; `recover` repairs the rest.
+Whenever a writer dies, readers see whole versions only; `recover` repairs the rest.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from verl_autoexport.system.durable_files import fsync_dir, fsync_tree, is_temp,
 __all__ = ["Registry", "Staging", "Version", "read_record", "write_json_atomic"]
 
 LOCK_TIMEOUT_S = 60
-_TRIES = 4  # to judge without the lock, before it is done with it
+_TRIES = 4  # attempts to judge without the lock, before judging under it
 
 log = logging.getLogger(__name__)
 
 
 class Registry(Reader):
-    """The versions in one output directory. Building it touches nothing; reading never writes or locks.
+    """The versions in one output directory. The constructor touches nothing; reading never writes or locks.
 
-    With `owner`, the token of a run's lease, every change is refused once another run has taken that over. What is
-    slow (reading records and the journal, deleting) is done before or after the lock is held.
+    With `owner`, the token of a run's lease, every change is refused once another run has the lease. Slow
+    work (reading records and the journal, deleting) happens while the lock is not held.
     """
 
     def __init__(self, root: Path | str, lock_timeout_s: float | None = None, owner: str | None = None) -> None:
@@ -64,14 +64,14 @@ class Registry(Reader):
 
     @classmethod
     def create(cls, root: Path | str, lock_timeout_s: float | None = None, owner: str | None = None) -> Registry:
-        """The registry in `root`, made if need be; RegistryError if it cannot be written to and locked."""
+        """The registry in `root`, created if needed; RegistryError if it cannot be written to and locked."""
         registry = cls(root, lock_timeout_s, owner)
         try:
             for folder in (registry.root, registry._staging, registry._requests, registry.root / removal.TRASH):
                 folder.mkdir(parents=True, exist_ok=True)
             probe = temp_path(registry.root / "probe")
             probe.touch()
-            probe.unlink(missing_ok=True)  # another process may be in `recover`
+            probe.unlink(missing_ok=True)  # a concurrent `recover` may have removed it
         except OSError as e:
             raise RegistryError(f"{registry.root}: cannot be the output directory, it is not writable: {e}") from e
         with registry._locked(check=False):
@@ -80,24 +80,24 @@ class Registry(Reader):
     # -- writing ---------------------------------------------------------------------------
 
     def own(self, run: str) -> Lease:
-        """Makes `run` the one that exports here, until this process ends; RegistryError names one that lives."""
+        """Makes `run` the owner of the directory until this process ends; RegistryError names a living owner."""
         taken = lease.take(self.root, run, partial(self._locked, check=False))
         self._owner = taken.token
         return taken
 
     def owner(self) -> Owner | None:
-        """The run that exports here now, as far as can be told at once."""
+        """The run that exports here now, as far as this process can see without waiting."""
         return lease.living(self.root, wait_s=0, stale_s=0)
 
     def check_free(self) -> None:
-        """Raises RegistryError, naming it, where another run exports that does not end within a moment."""
+        """Raises RegistryError, with the run's name, if another run exports here and does not end within a moment."""
         if owner := lease.living(self.root):
             raise lease.refuse(self.root, owner)
 
     def check_owner(self) -> None:
-        """Raises RegistryError once another run has taken over from the one that this registry belongs to.
+        """Raises RegistryError once another run has taken over from the owner of this registry.
 
-        Where locks do not work, also for whoever belongs to no run while there is one.
+        Without working locks it also raises for a process that belongs to no run, while a run is alive.
         """
         if self._owner is not None:
             lease.check(self.root, self._owner)
@@ -108,12 +108,12 @@ class Registry(Reader):
             )
 
     def stage(self, label: str) -> Staging:
-        """A new directory to write a version into, ours until it is published, discarded or this process dies."""
+        """A new directory to write a version into; it is ours until it is published, discarded or this process dies."""
         with self._locked():
             return staging.create(self._staging, label, self._lock.beside)
 
     def discard(self, staged: Staging) -> None:
-        """Deletes a staging directory and gives it up; nothing is left to do where it was published or discarded."""
+        """Deletes a staging directory and gives it up; does nothing if it was already published or discarded."""
         self._check_own(staged, there=False)
         try:
             staged.remove()
@@ -123,13 +123,13 @@ class Registry(Reader):
     def publish(self, staged: Staging, record: ExportRecord, begin: Callable[[], None] = lambda: None) -> Version:
         """Makes a staged directory the next version; `record` is written into it, with its number, as the last file.
 
-        RegistryError means that nothing was published, and the staging directory is still the
-        caller's. `begin` is called when nothing is visible yet and the lock is held; it may raise.
+        RegistryError means that nothing was published, and the staging directory still belongs to the
+        caller. `begin` is called under the lock while nothing is visible yet; it may raise.
         """
         self._check_own(staged)
         started = time.monotonic()
         try:
-            fsync_tree(staged.path)  # the long part, so not under the lock
+            fsync_tree(staged.path)  # the long part, so without the lock
         except OSError as e:
             raise RegistryError(f"{staged.path}: cannot be made durable: {e}") from e
         self._look()
@@ -141,19 +141,19 @@ class Registry(Reader):
             try:
                 self._book(version)
             except (OSError, RegistryError) as e:
-                # The version is there and whole: calling it failed would be wrong, and `recover` does the rest.
-                log.warning("%s is published, but not all was noted: %s; the next start repairs it", version.path, e)
+                # The version is published and whole, so this is no failure; `recover` does the rest.
+                log.warning("%s is published, but not all is noted: %s; the next start repairs that", version.path, e)
         staged.release()
         return version
 
     def refresh_pointers(self) -> list[str]:
-        """Makes the links and `registry.json` say what the versions give rise to; returns warnings."""
+        """Makes the links and `registry.json` match the versions; returns warnings."""
         self._look()
         with self._locked():
             return self._settle(self._load()[0])[1]
 
     def supersede_after(self, step: int) -> list[Version]:
-        """Notes that the run was resumed at `step`; returns the versions that a later, now abandoned, past had made."""
+        """Notes that the run was resumed at `step`; returns the versions of the abandoned past after it."""
         self.check_owner()
         if self._memory().latest_step() <= step:
             return []
@@ -172,30 +172,30 @@ class Registry(Reader):
         return self._set_pin(version, True)
 
     def unpin(self, version: Version | str) -> Version:
-        """Takes a pin back."""
+        """Removes the pin of `version`."""
         return self._set_pin(version, False)
 
     def note_policy(self, keep: Keep) -> None:
-        """Records the policy of a run, for whoever prunes by hand."""
+        """Records the policy of a run, for those who prune by hand."""
         with self._locked():
             removal.note_policy(self._notes, keep)
 
     def prune(self, keep: Keep) -> tuple[RetentionPlan, list[str]]:
-        """Removes what `keep` does not keep, and tries again what could not be deleted before.
+        """Removes the versions that `keep` does not keep, and retries earlier deletions that failed.
 
-        Returns the plan and a line for every directory that cannot be deleted yet; that stops nothing else.
+        Returns the plan and a line for every directory that cannot be deleted yet; those stop nothing else.
         """
         first = None
         while True:
             plan, marked = self._mark_removed(keep)
             first = first or plan
             failed = removal.resume_removals(self.root, self._notes, self._locked)[1]
-            if marked == len(plan.removed):  # else the disk is full, and there is more room now
+            if marked == len(plan.removed):  # otherwise the disk was full, and now has more room
                 compaction.compact(self._notes, self._locked)
                 return first, failed
 
     def _mark_removed(self, keep: Keep) -> tuple[RetentionPlan, int]:
-        """Judges without the lock, and notes with it what is to go, unless something changed in between."""
+        """Judges without the lock, then notes the removals under it, unless something changed in between."""
         for left in reversed(range(_TRIES)):
             state = self._state()
             versions = self._versions(state)
@@ -205,7 +205,7 @@ class Registry(Reader):
             lines = removal.sentence(self._notes, plan.removed)
             with self._locked():
                 state = self._state()
-                self._settle_logged(state)  # links first: none may lead to what goes
+                self._settle_logged(state)  # links first: none may lead to a removed version
                 versions, links = self._versions(state, fresh=False), inside | pointers.links(self.root)
                 if self._evidence(versions, links) != seen:
                     if left:
@@ -222,11 +222,11 @@ class Registry(Reader):
         return [(v.name, v.superseded, v.pinned) for v in versions], links
 
     def journal(self, event: str, **fields: Any) -> None:
-        """Adds a durable entry; `time` is now unless given. Asked, failed, dropped… need a `step`."""
+        """Adds a durable entry; `time` defaults to now. Entries about exports (asked, failed…) need a `step`."""
         self.note([(event, fields)])
 
     def note(self, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        """`journal`, for several at once and in order."""
+        """Does what `journal` does, for several entries in order."""
         if entries:
             with self._locked():
                 self._notes.append_all(entries)
@@ -243,7 +243,7 @@ class Registry(Reader):
         requests.clear(self._requests, paths)
 
     def recover(self) -> list[str]:
-        """Repairs what a killed process left; returns a line for each thing done, or that needs a person."""
+        """Repairs the state that a killed process left; returns a line for each repair, or problem for a person."""
         self._look()
         with self._locked():
             abandoned = staging.abandoned(self._staging, self._lock.beside)
@@ -252,8 +252,8 @@ class Registry(Reader):
             done += lines
         for finished in requests.done(self._requests):
             requests.delete(finished)
-        for staged in abandoned:  # deleting may take long, so not under the lock
-            line = [f"{staged.path}: removed, its writer is gone"] if staged.path.is_dir() else []
+        for staged in abandoned:  # deleting may take long, so without the lock
+            line = [f"{staged.path}: removed, since its writer is gone"] if staged.path.is_dir() else []
             try:
                 staged.remove()
                 done += line
@@ -332,7 +332,7 @@ class Registry(Reader):
         done = []
         left = [self.root / name for name in filter(is_temp, sorted(os.listdir(self.root)))]
         for path in (*left, *requests.abandoned(self.root)):
-            path.unlink(missing_ok=True)  # what a process without the lock removes itself, such as a probe
+            path.unlink(missing_ok=True)  # a process without the lock, such as a probe, removes its own file
             done.append(f"{path}: removed, left by a killed process")
         state, problem = self._load()
         facts = self._notes.facts()
@@ -346,7 +346,7 @@ class Registry(Reader):
         lost, known = [v for v in versions if v.name not in facts.published], self._notes.path.exists()
         for version in lost:
             self._note_published(version)
-            done.append(f"{version.path}: its publication was missing in the journal, and is there now")
+            done.append(f"{version.path}: its publication was missing in the journal, and has been added")
         if problem and (known or versions):
             done.append(f"{problem}; rebuilt from the versions and the journal")
         state.next_version = self._next_number(state)

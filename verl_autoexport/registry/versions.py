@@ -1,4 +1,4 @@
-"""Published versions as they lie on disk."""
+"""Published versions on disk."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from verl_autoexport.errors import RegistryError
 from verl_autoexport.registry.record import RECORD, ExportRecord, read_record_file
 
 NAME = re.compile(r"v([0-9]{4,})-step([0-9]+)")
-# Whatever looks like a version takes its number, so that no number is ever used twice.
+# Every name like a version's takes its number, so that no number is ever used twice.
 LIKE_A_NAME = re.compile(r"v([0-9]+)-step([0-9]+)")
 
 
 @dataclass(frozen=True)
 class Version:
-    """A published version. `superseded`: the run was later resumed from before its step."""
+    """A published version. `superseded`: the run later resumed from an earlier step."""
 
     number: int
     step: int
@@ -45,9 +45,9 @@ class Catalog:
         self._known: dict[str, tuple[Path, Any, ExportRecord | str]] = {}
 
     def scan(self, fresh: bool = True) -> tuple[list[tuple[Path, ExportRecord]], list[tuple[Path, str]]]:
-        """The valid ones by number, and those that only look like one, with the reason.
+        """The valid versions by number, and the paths that only look like versions, with the reason.
 
-        Without `fresh`, what was read before is believed: for whoever has the lock, and looked just before.
+        `fresh` False trusts the earlier reading: the holder of the lock uses it right after one.
         """
         known: dict[str, tuple[Path, Any, ExportRecord | str]] = {}
         for name in names_like_versions(self.root):
@@ -64,7 +64,7 @@ class Catalog:
 
 
 def _mark(path: Path) -> tuple[int, ...] | None:
-    """By what a record is known again; None where there is none, or it may not be a version's."""
+    """The identity of a record file; None if there is none, or the directory may not be a version."""
     try:
         folder, info = os.lstat(path), os.stat(f"{path}/{RECORD}")
     except OSError:
@@ -80,7 +80,7 @@ def _look(path: Path) -> ExportRecord | str:
 
 
 def names_like_versions(root: Path) -> list[str]:
-    """Every name in `root` of the form v…-step…, valid or not; empty without a `root`."""
+    """Every name in `root` of the form v…-step…, valid or not; empty if there is no `root`."""
     try:
         return sorted(name for name in os.listdir(root) if LIKE_A_NAME.fullmatch(name))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Journal entries on their way: what another process's lock holds up is written later, in order, with its own time."""
+"""Journal entries that wait while another process holds the registry's lock; each keeps its own time and its order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from verl_autoexport.registry.store import Registry
 
 
 class Bookings:
-    """Any thread may add; `write` raises RegistryError or OSError, and then everything still waits."""
+    """Entries from any thread, written together; if `write` raises RegistryError or OSError, they all still wait."""
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry

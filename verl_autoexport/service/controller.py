@@ -1,6 +1,6 @@
 """The controller of a run, in the trainer's driver: it holds checkpoints, asks the judge, and has milestones exported.
 
-It knows no trainer and no Ray: an adapter calls it, a service exports for it.
+It knows no trainer and no Ray: an adapter calls it, and a service exports for it.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ if TYPE_CHECKING:
     from verl_autoexport.sources.nodes.cluster import Nodes
 
 logger = logging.getLogger(__name__)
-_LOCK_S = 2.0  # training waits at most this long for another process at work in the output directory
+_LOCK_S = 2.0  # training waits at most this long for another process that uses the output directory
 _AGAIN_S = 0.2
 StartService = Callable[[AutoExportConfig, str], ExportService]
-"""Starts a service under the settings of the run, as the owner that the token names."""
+"""Starts a service with the settings of the run; the token names the owner."""
 
 
 class ExportFailed(AutoExportError):
-    """Raised into training only with `on_error=raise`."""
+    """A milestone that failed; training sees this error only with `on_error=raise`."""
 
 
 class RunController:
-    """Holds at `saved`, decides at `logged`, has milestones exported by a service, and waits for it in `drain`.
+    """Holds a checkpoint at `saved`, decides at `logged`, has a service export milestones, and waits for it in `drain`.
 
     Order of calls: `begin`, then for each step `saved` (if verl saved it) and `logged`,
-    then `end`, then `drain`. A metric that no step logs raises ConfigError from the first
-    validation's `logged`; everything else is the caller's to guard.
+    then `end`, then `drain`. `logged` raises ConfigError at the first validation for a metric
+    that no step logs; the caller guards against every other error.
     """
 
     def __init__(self, settings: AutoExportConfig, info: RunInfo, service: StartService | None = None) -> None:
@@ -67,11 +67,11 @@ class RunController:
         self.live: LiveSource | None = None
         self.nodes: Nodes | None = None
         self.holds: dict[int, Hold] = {}
-        """By step: saved, and not decided yet."""
+        """By step: saved, but not decided yet."""
         self.beyond: list[Hold] = []
-        """Of steps beyond the one that the run was resumed at, until it has a past of its own."""
+        """Holds of steps beyond the resumed one, until the run has a past of its own."""
         self.requests = Asked(self.registry.root)
-        self.saved_step = 0  # of a checkpoint, held or not
+        self.saved_step = 0  # the last step with a checkpoint, held or not
         self.trained = self.past_cut = False
         self.logged_step = 0
         self.metrics_checked = not settings.trigger.metrics
@@ -85,7 +85,7 @@ class RunController:
     ) -> None:
         """Training is about to start from `step` (0, or the resumed one).
 
-        `live` copies shards of its workers; `nodes` are those that keep checkpoints on disks of their own.
+        The workers of `live` copy their shards; the `nodes` keep checkpoints on disks of their own.
         """
         self.live, self.nodes = live, nodes
         if nodes is not None:
@@ -100,7 +100,7 @@ class RunController:
             self.nodes.release_others(self.info.checkpoints)
         for hold in found:
             if hold.request is None and hold.step == step:
-                self.holds[step] = hold  # saved, but the run died before it was decided
+                self.holds[step] = hold  # saved, but the run died before it decided
             elif hold.request is not None and hold.step <= step:
                 self._resubmit(hold)
             else:
@@ -113,20 +113,20 @@ class RunController:
         self.ledger.send()
 
     def _hold_unseen(self, step: int) -> None:
-        """The run before was killed: perhaps after verl had saved this step, and before anything here knew of it."""
+        """Holds the resumed step if the previous run was killed after verl saved it and before it was held here."""
         judged = any(m.step == step and {t.policy for t in m.triggers} != {"command"} for m in self.judge.history)
         if not step or judged or step in self.holds or self.settings.source == "live" or self.lease.before is None:
             return
         try:
             folder = self.info.checkpoints / f"global_step_{step}"
             self.holds[step] = self._hold(folder, step)
-        except SourceError as e:  # resumed from elsewhere, say
-            logger.warning("verl_autoexport: step %s, resumed from, cannot be judged any more: %s", step, e)
+        except SourceError as e:  # for example, the run resumed from another directory
+            logger.warning("verl_autoexport: the resumed step %s can no longer be judged: %s", step, e)
 
     def saved(self, step: int, checkpoint_dir: Path) -> None:
-        """verl has written the checkpoint of `step`; with `source=auto` preferred to a copy, for it outlives the run.
+        """verl has written the checkpoint of `step`; `source=auto` prefers it to a copy, since it outlives the run.
 
-        Raises SourceError when its shards are not all there and no copy can take their place.
+        Raises SourceError when some of its shards are missing and no copy can replace them.
         """
         self._bounded(f"saved at step {step}", self._saved, step, checkpoint_dir)
 
@@ -151,10 +151,10 @@ class RunController:
         self.holds[step] = hold
         self.trained = self.trained or step > self.judge.start.step
         self.hold_s = time.monotonic() - started
-        self._book()  # before its validation, which the run may not survive
+        self._book()  # before the validation, which the run may not survive
 
     def logged(self, step: int, data: Mapping[str, object]) -> None:
-        """verl logs `step`: all its metrics exist, and the workers still hold its weights."""
+        """verl logs `step`: all its metrics exist, and the workers still have its weights."""
         self.entered = time.monotonic()
         self._bounded(f"logged at step {step}", self._logged, step, data)
 
@@ -174,7 +174,7 @@ class RunController:
         self._book()
 
     def end(self, succeeded: bool) -> None:
-        """`fit` is over. A hold that is left was never logged, since training failed: a resumed run decides it."""
+        """`fit` is over. A remaining hold was never logged, since training failed; a resumed run decides it."""
         self.entered = time.monotonic()
         self._bounded("end", self._end, succeeded)
 
@@ -190,7 +190,7 @@ class RunController:
         self._book()
 
     def drain(self, timeout_s: float) -> str:
-        """Wait at most `timeout_s` seconds for what is pending; returns the run's report in one line."""
+        """Waits at most `timeout_s` seconds for pending exports; returns the run's report in one line."""
         deadline = time.monotonic() + timeout_s
         self._book_until(deadline)
         self.ledger.wait(max(0.0, deadline - time.monotonic()))
@@ -204,7 +204,7 @@ class RunController:
     # -- inside -----------------------------------------------------------------------
 
     def _bounded(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
-        """Training waits for no file system longer than this; raises GivenUp."""
+        """Runs `call`, but training waits for no file system longer than the stall timeout; raises GivenUp."""
         return self.calls.run(self.settings.queue.stall_timeout_s, what, call, *args)
 
     def _conclude(self) -> str:
@@ -216,40 +216,40 @@ class RunController:
         except (AutoExportError, OSError) as e:
             entries = len(self.ledger.bookings.waiting)
             line += f"; not in the journal ({entries} entries, this line among them): {e}"
-        if not self.ledger.open:  # else the actor goes on until this process ends
+        if not self.ledger.open:  # otherwise the actor continues until this process ends
             self.lease.release()
         return line
 
     def _book(self) -> bool:
-        """Tell the registry and the actor what happened, only after what the workers hold is copied.
+        """Tells the registry and the actor what happened, after the workers' weights have been copied.
 
-        False: another process holds the lock, so it is told at the next event; raises RegistryError for anything else.
+        False: another process holds the lock, so the next event tries again. Raises RegistryError for other errors.
         """
         try:
             if self.trained and not self.past_cut:
-                self._cut_past()  # no export of this past may be there before
+                self._cut_past()  # before any export of the new past
             self.ledger.send()
             self.requests.settle({p.decision.step for p in self.ledger.unsent})
             self.ledger.bookings.write()
         except RegistryBusy as e:
             if self.registry.lock_timeout_s:
                 logger.warning("verl_autoexport: booked later, nothing is lost: %s", e)
-            self.registry.lock_timeout_s = 0.0  # training has waited for it once
+            self.registry.lock_timeout_s = 0.0  # training has waited for the lock once
             self.ledger.expect()
             return False
         self.registry.lock_timeout_s = _LOCK_S
         return True
 
     def _book_until(self, deadline: float) -> None:
-        """Wait for the registry's lock as long as something waits to be booked; says in the report why it could not."""
+        """Waits for the registry's lock while entries wait to be booked; the report says why any could not be."""
         try:
             while not self._bounded("booking", self._book) and time.monotonic() < deadline:
                 time.sleep(_AGAIN_S)
         except (AutoExportError, OSError) as e:
-            self.ledger.problems.append(f"not all could be booked: {e}")
+            self.ledger.problems.append(f"not everything could be booked: {e}")
 
     def _cut_past(self) -> None:
-        """From its first trained step on the run has a past of its own: what lies beyond the resumed step goes."""
+        """The run's first trained step gives it a past of its own: everything beyond the resumed step is removed."""
         for version in self.registry.supersede_after(self.judge.start.step):
             logger.info("verl_autoexport: %s superseded: resumed at step %s", version.path, self.judge.start.step)
         mine = {hold.path for hold in self.holds.values()}
@@ -258,12 +258,12 @@ class RunController:
                 self.ledger.note(
                     hold.step, "dropped", f"the run went back to step {self.judge.start.step} before it was exported"
                 )
-            if hold.path not in mine:  # the same bytes, saved again, have the same hold
+            if hold.path not in mine:  # the same bytes, saved again, share one hold
                 self._release(hold)
         self.past_cut = True
 
     def _decide_all(self, ended: bool = False) -> None:
-        """Decide each event whose turn it is, without the output directory, which may be out of reach."""
+        """Decides each event that is due, without the output directory, which may be out of reach."""
         for event in self.judge.due(ended):
             self.trained = self.trained or event.step > self.judge.start.step
             self._decide(event, self.holds.get(event.step))
@@ -271,9 +271,9 @@ class RunController:
             self.holds.pop(event.step, None)
 
     def _decide(self, event: StepEvent, hold: Hold | None) -> None:
-        if hold is None and event.step != self.logged_step:  # the workers hold later weights by now
+        if hold is None and event.step != self.logged_step:  # by now the workers have later weights
             if (missed := self.judge.decide(event, spaced=False)) is not None:
-                self.ledger.lost(missed, "it could not be judged while the workers held its weights")
+                self.ledger.lost(missed, "it could not be judged while the workers had its weights")
             return
         failures = self.ledger.poll()
         if failures and self.settings.on_error == "raise":
@@ -308,9 +308,9 @@ class RunController:
             self.nodes.release(hold.path)
 
     def _make_room(self, decision: Decision, copied: bool) -> bool:
-        """Hold training until an export has finished, or the time is up: where `queue.overflow=wait` says so.
+        """With `queue.overflow=wait`, blocks training until an export finishes or the time is up.
 
-        For a copy of the weights also where the object store is full: nothing more can wait then, whatever the policy.
+        Whatever the policy, a copy of the weights also waits while the object store is full: it has no room there.
         """
         queue, exports = self.settings.queue, self.ledger.open
         surplus = len(exports) - MAX_WAITING if queue.overflow == "wait" else 0
@@ -338,15 +338,15 @@ class RunController:
         return True
 
     def _sent(self, deadline: float) -> list[Future[Outcome]]:
-        """The exports of all snapshots, once the lock that keeps them from the service is free; else none ends."""
-        with suppress(RegistryError, OSError):  # it is said again when this step is booked
+        """The exports of all snapshots. While the lock is held the service does not know them, and none can end."""
+        with suppress(RegistryError, OSError):  # the booking of this step reports it again
             while not self._book() and time.monotonic() < deadline:
                 with self.calls.uncounted():
                     time.sleep(_AGAIN_S)
         return [export for export in self.ledger.snapshots.values() if export is not None]
 
     def _drop(self, decision: Decision, why: str) -> bool:
-        """Always False: there is no room. To coalesce, a live milestone stays due: a later step takes its place."""
+        """Always False: there is no room. With `coalesce` a live milestone stays due, and a later step replaces it."""
         if self.live is not None and self.settings.queue.overflow == "coalesce":
             self.ledger.note(decision.step, "dropped", f"coalesced into a later step: {why}")
         else:
@@ -357,12 +357,12 @@ class RunController:
     def _captured(self, decision: Decision, event: StepEvent) -> ExportRequest | None:
         """The request, once the workers have copied the weights of this step; None if they could not."""
         if self.live is None:
-            self.ledger.lost(decision, "no checkpoint of it is held, and workers are not copied from")
+            self.ledger.lost(decision, "its checkpoint is not held, and workers are not copied")
             return None
         queue = self.settings.queue
         wait_s = 0.0 if decision.droppable and queue.overflow != "wait" else queue.wait_timeout_s
         try:
-            with self.calls.uncounted():  # given up before, it would copy the weights of a later step
+            with self.calls.uncounted():  # a call that was given up would copy the weights of a later step
                 snapshot = self.live.capture(self.service.receiver, wait_s, self.ledger.snapshots.keys())
         except SourceBusy as e:
             if decision.droppable:

@@ -1,4 +1,4 @@
-"""The exporter: one milestone at a time, a few waiting. It knows no Ray; a service says where it runs."""
+"""The exporter: it exports one milestone at a time while a few wait. It knows no Ray; a service says where it runs."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from verl_autoexport.system.plugins import load
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 MAX_WAITING = 2
-"""Exports that may wait behind the one that runs before `queue.overflow` applies."""
+"""Exports that may wait behind the running one before `queue.overflow` applies."""
 
 
 @dataclass
 class _Job:
-    """`noted`: the journal knows that it was asked for; it is neither begun nor dropped before."""
+    """One requested export. `noted`: the journal has the request; until then the job is neither begun nor dropped."""
 
     request: ExportRequest
     done: Future[Outcome] = field(default_factory=Future)
@@ -44,7 +44,7 @@ class _Job:
 
 
 def _patiently(call: Callable[[], _T]) -> _T:
-    """What `call` returns, as soon as no other process holds the registry's lock."""
+    """Returns the result of `call`, once no other process holds the registry's lock."""
     while True:
         try:
             return call()
@@ -53,11 +53,11 @@ def _patiently(call: Callable[[], _T]) -> _T:
 
 
 class Exporter:
-    """`export` returns when its export has an outcome; it never raises for a failed one.
+    """Exports milestones. `export` returns once its export has an outcome; it never raises for a failed one.
 
-    A service that restarts it after its process died sends the unfinished calls again, so
-    `export` does nothing twice: what is published already is returned as it is. `owner` is the
-    token of the run's lease: once another run has it, nothing is published or released any more.
+    A service that restarts the exporter after its process died sends the unfinished calls again, so
+    `export` never repeats work: it returns a published version unchanged. `owner` is the token of
+    the run's lease: once another run has the lease, this one publishes and releases nothing.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class Exporter:
         show_info()
         self.settings = settings
         self.registry = _patiently(lambda: Registry.create(settings.output_dir, owner=owner))
-        # A version that is made waits for the lock as long as a stage may take, and is not lost for it.
+        # A finished version waits for the lock as long as a stage may take, so that the lock cannot lose it.
         self.patient = Registry(settings.output_dir, settings.queue.stage_timeout_s / 2, owner)
         try:
             for line in _patiently(self.registry.recover):
                 logger.info("verl_autoexport: recovered: %s", shown(line))
         except AutoExportError as e:
-            logger.warning("verl_autoexport: what was interrupted could not be repaired: %s", e)
+            logger.warning("verl_autoexport: an interrupted change could not be repaired: %s", e)
         self.bookings = Bookings(self.registry)
         self.keep = Keep(**dataclasses.asdict(settings.keep))
         try:
@@ -93,9 +93,9 @@ class Exporter:
         threading.Thread(target=self._work, name="autoexport", daemon=True).start()
 
     def export(self, request: ExportRequest) -> Outcome:
-        """Queue one milestone and wait for its outcome."""
+        """Queues one milestone and waits for its outcome."""
         job = _Job(request)
-        with self.changed:  # never held while a file system may hang
+        with self.changed:  # never held during a call that a file system may hang
             self.waiting.append(job)
             self.waiting.sort(key=lambda j: j.request.step)  # Ray may start concurrent calls in any order
             surplus = self._surplus()
@@ -112,14 +112,14 @@ class Exporter:
         return job.done.result()
 
     def _release(self, request: ExportRequest) -> None:
-        if request.hold is not None and not self._taken_over():  # then the hold is the other run's to export
+        if request.hold is not None and not self._taken_over():  # otherwise the other run exports the hold
             holds.release(request.hold)
             self.sources.release(request)
         elif request.snapshot is not None:
             self.sources.release(request)
 
     def _is_last_copy(self, request: ExportRequest) -> bool:
-        """Whether only the hold still has the step, so that another try needs it."""
+        """Whether the step exists only in the hold, so that another try needs it."""
         if request.hold is None or self._taken_over():
             return False
         return self.sources.is_last_copy(request) if request.spread else holds.is_last_copy(request.hold)
@@ -146,12 +146,12 @@ class Exporter:
             self.registry.check_owner()
         except AutoExportError:
             return True
-        except OSError:  # says nothing of another run
+        except OSError:  # no evidence of another run
             return False
         return False
 
     def _surplus(self) -> tuple[_Job, str] | None:
-        """The milestone that back pressure drops, and why: never `best`, `at_steps`, `threshold`, `on_train_end`."""
+        """The milestone that back pressure drops, and why; never `best`, `at_steps`, `threshold` or `on_train_end`."""
         droppable = [job for job in self.waiting if job.request.droppable]
         overflow = self.settings.queue.overflow
         if len(self.waiting) + self.running <= MAX_WAITING + 1 or overflow == "wait" or not droppable:
@@ -171,7 +171,7 @@ class Exporter:
                 self.running = 1
             outcome = self._supervised(job.request)
             if job.request.snapshot is not None:
-                gc.collect()  # an error whose traceback is in a circle would keep gigabytes of the object store
+                gc.collect()  # a traceback in a reference cycle would keep gigabytes of the object store
             if outcome.status == "published":
                 for publisher in self.publishers:
                     self._bounded(f"publisher {publisher.name}", self._publish, publisher, outcome)
@@ -181,7 +181,7 @@ class Exporter:
             job.done.set_result(outcome)
 
     def _supervised(self, request: ExportRequest) -> Outcome:
-        """The outcome of `_export`, which is given up when a stage shows no progress for too long."""
+        """The outcome of `_export`, which is given up when a stage makes no progress for too long."""
         watch = Watch()
         future = start(self._export, request, watch)
         while not future.done():
@@ -196,7 +196,7 @@ class Exporter:
         return future.result()
 
     def _bounded(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
-        """None where it hangs: one hung call is left behind, and stands in the way of no other."""
+        """Returns None if the call hangs; the hung call stays behind in its own thread and blocks no other."""
         try:
             return Bounded().run(self.settings.queue.stage_timeout_s, what, call, *args)
         except GivenUp as e:
@@ -211,7 +211,7 @@ class Exporter:
                 return Outcome(step, "published", version, "was published already")
             version = export_to_registry(self._spec(request), self.patient, self.runner, watch)
         except GivenUp:
-            return Outcome(step, "failed", reason="given up")  # nobody waits for it, all is noted
+            return Outcome(step, "failed", reason="given up")  # nobody waits, and everything is noted
         except AutoExportError as e:
             return self._settle(request, "failed", f"{type(e).__name__}: {e}")
         except BaseException as e:  # remote code may exit, libraries may panic: the queue must go on
@@ -230,22 +230,22 @@ class Exporter:
         )
 
     def _published(self, request: ExportRequest) -> str | None:
-        """The version that is this very milestone; one made by hand of the same step lacks its reasons."""
+        """The version of this very milestone; an export of the same step by hand lacks its triggers."""
         wanted = {(t.policy, t.name) for t in request.triggers}
-        for done in self.registry.exported():  # those that retention has removed since count too
+        for done in self.registry.exported():  # including those that retention has removed since
             has = {(t.get("policy"), t.get("name")) for t in done.triggers}
             if done.step == request.step and done.fingerprint == request.fingerprint and wanted <= has:
                 return done.name
         return None
 
     def _publish(self, publisher: Publisher, outcome: Outcome) -> None:
-        """Before retention, which may remove the version. A publisher that fails is noted, and stops nothing."""
+        """Delivers before retention, which may remove the version. A failed delivery is noted and stops nothing."""
         entry = {"step": outcome.step, "version": outcome.version, "publisher": publisher.name}
         try:
             receipt = publisher.publish(self.registry.find(str(outcome.version)))
             logger.info("verl_autoexport: %s is at %s", outcome.version, shown(receipt.where))
             self.bookings.add("delivered", **entry, where=receipt.where)
-        except Exception as e:  # somebody else's code
+        except Exception as e:  # foreign code
             logger.exception("verl_autoexport: %s was not delivered by %s", outcome.version, publisher.name)
             self.bookings.add("undelivered", **entry, reason=f"{type(e).__name__}: {e}")
         try:
@@ -254,13 +254,13 @@ class Exporter:
             logger.warning("verl_autoexport: the delivery of %s is not in the journal yet: %s", outcome.version, e)
 
     def _retain(self) -> None:
-        """Before the outcome is told, so that the end of a run waits for it. What goes wrong is tried again later."""
+        """Removes old versions before the outcome is reported, so that a run's end waits for it; errors are retried."""
         try:
             plan, failed = self.registry.prune(self.keep)
         except (AutoExportError, OSError) as e:
             logger.warning("verl_autoexport: old versions could not be removed: %s", e)
             return
-        except Exception:  # a version too many harms nothing
+        except Exception:  # a surplus version does no harm
             logger.exception("verl_autoexport: old versions could not be removed")
             return
         for gone in plan.removed:
@@ -283,7 +283,7 @@ class Exporter:
         self._journal("asked", request, time=request.time, triggers=[t.to_dict() for t in request.triggers])
 
     def _journal(self, event: str, request: ExportRequest, **fields: Any) -> None:
-        """What cannot be written now (the disk is full, a lock is held) is written later."""
+        """Notes an event; if that fails now (the disk is full, a lock is held), it is written later."""
         self.bookings.add(event, step=request.step, **fields)
         try:
             self.bookings.write()

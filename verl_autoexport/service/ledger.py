@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 @dataclass
 class _Pending:
     request: ExportRequest
-    future: Future[Outcome] | None = None  # once the service is asked
+    future: Future[Outcome] | None = None  # set once the service has the request
     outcome: Outcome | None = None
 
     @property
@@ -34,7 +34,7 @@ class _Pending:
 
 
 class Ledger:
-    """`pending` are the exports that this process submitted; the judge remembers what became of them.
+    """The exports of a run. `pending` are those that this process submitted; the judge remembers their outcomes.
 
     Nothing here touches the output directory; entries for the journal wait in `bookings`.
     """
@@ -49,17 +49,17 @@ class Ledger:
 
     @property
     def open(self) -> list[Future[Outcome]]:
-        """The exports that the service was asked for and has no outcome of yet, as far as `poll` has seen."""
+        """The exports that the service has and that have no outcome yet, as far as `poll` has seen."""
         return [p.future for p in self.pending if p.outcome is None and p.future is not None]
 
     @property
     def unsent(self) -> list[_Pending]:
-        """Chosen, and held, but the service does not know of them."""
+        """Exports that are chosen and held, but that the service does not know yet."""
         return [p for p in self.pending if p.future is None and p.outcome is None]
 
     @property
     def snapshots(self) -> dict[str, Future[Outcome] | None]:
-        """The snapshots of exports without an outcome, and those exports; None as long as it is unsent."""
+        """The snapshots without an outcome, each with its export; None while that is unsent."""
         return {p.snapshot: p.future for p in self.pending if p.outcome is None and p.snapshot is not None}
 
     def submit(self, request: ExportRequest) -> None:
@@ -69,25 +69,25 @@ class Ledger:
         logger.info("verl_autoexport: step %s is a milestone: %s", request.step, reasons)
 
     def send(self) -> None:
-        """Ask the service for what was chosen, in order."""
+        """Sends the chosen exports to the service, in order."""
         for pending in self.unsent:
             pending.future = self.service.submit(pending.request)
 
     def expect(self) -> None:
-        """Have the service keep what workers hand over of snapshots that it is not asked for yet."""
+        """Has the service keep the workers' parts of snapshots whose exports are still unsent."""
         for pending in self.unsent:
             if pending.snapshot is not None:
                 self.service.expect(pending.snapshot)
 
     def poll(self) -> list[Outcome]:
-        """Take in the outcomes that are there, without waiting; returns the new failures."""
+        """Takes in the available outcomes without waiting; returns the new failures."""
         failures = self.take()
         for lost in (f for f in failures if f.lost):
             self.journal("failed", step=lost.step, reason=lost.reason)
         return failures
 
     def take(self) -> list[Outcome]:
-        """`poll`, but for no journal."""
+        """Does what `poll` does, without the journal."""
         failures = []
         for pending in self.pending:
             if pending.outcome is None and pending.future is not None and pending.future.done():
@@ -97,13 +97,13 @@ class Ledger:
         return failures
 
     def wait(self, timeout_s: float) -> None:
-        """Wait at most `timeout_s` seconds for what is pending."""
+        """Waits at most `timeout_s` seconds for pending exports."""
         if exports := self.open:
             logger.info("verl_autoexport: finishing %d export(s), at most %.0f s", len(exports), timeout_s)
             wait(exports, timeout_s)
 
     def report(self) -> str:
-        """One line: what was exported, what was not and why."""
+        """One line: the exported steps, and the others with their reasons."""
         outcomes = [p.outcome for p in self.pending if p.outcome is not None]
         published = [str(o.version) for o in outcomes if o.status == "published"]
         parts = [f"{len(published)} published" + (f" ({', '.join(published)})" if published else "")]
@@ -118,13 +118,13 @@ class Ledger:
         return f"verl_autoexport: {'; '.join(parts)}; in {self.registry.root}"
 
     def note(self, step: int, status: str, reason: str) -> None:
-        """A milestone that never reached the service."""
+        """Notes a milestone that never reached the service."""
         logger.warning("verl_autoexport: step %s %s: %s", step, status, shown(reason))
         self.problems.append(f"step {step} {status}: {reason}")
         self.journal(status, step=step, reason=reason)
 
     def lost(self, decision: Decision, reason: str) -> None:
-        """A milestone that never reached the service and never will."""
+        """Notes a milestone that never reached the service and never will, and remembers it as failed."""
         self.note(decision.step, "failed", reason)
         self.judge.remember(decision, "failed")
 

@@ -14,7 +14,7 @@ from verl_autoexport.sources.live.coordinator import LiveSource, split_otherwise
 
 
 def start_live(workers: Sequence[Any], settings: AutoExportConfig, info: RunInfo) -> LiveSource:
-    """The live source of a run whose workers are up; raises PlanError or SourceError where it could export nothing."""
+    """The live source of a run whose workers are up; raises PlanError or SourceError if it could export nothing."""
     source = LiveSource(workers, settings.role, settings.output_dir, settings.queue.inflight_bytes, model_files)
     weights = settings.weights
     options = ExportOptions(
@@ -24,7 +24,7 @@ def start_live(workers: Sequence[Any], settings: AutoExportConfig, info: RunInfo
     saved = source.directory / "huggingface"
     planned = plan_model(options, source.directory, saved, source.manifest(), frozen=info.frozen, values=False)
     groups: dict[str, int] = {}
-    for number, file in enumerate(planned.plan.files):  # so that a merge task pulls no blocks of another file
+    for number, file in enumerate(planned.plan.files):  # so that a merge task pulls blocks of its own file only
         groups |= dict.fromkeys(file.sources - groups.keys() - set(planned.compatibility.carried), number)
     tied = tied_shards(planned)
     for alias in split_otherwise(source.layouts, tied):  # the export then compares them

@@ -1,4 +1,4 @@
-"""The exporter in this process, where there is no Ray: merges run in its threads, load checks in a child."""
+"""The exporter in this process, for use without Ray: merges run in its threads, load checks in a child."""
 
 from __future__ import annotations
 

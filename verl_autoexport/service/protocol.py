@@ -10,44 +10,44 @@ from verl_autoexport.sources.protocol import ShardSource
 
 
 class ExportService(Protocol):
-    """Exports one milestone after the other, somewhere behind training."""
+    """A service that exports one milestone after the other in the background of training."""
 
     def submit(self, request: ExportRequest) -> Future[Outcome]:
-        """Queue a milestone and return at once. The future never raises: a failed export is an outcome."""
+        """Queues a milestone and returns at once. The future never raises: a failed export is an outcome."""
         ...
 
     def expect(self, snapshot: str) -> None:
-        """Keep the blocks of a snapshot, by its id, although its export is asked for later."""
+        """Keeps the blocks of the snapshot with this id until its export is requested."""
         ...
 
     @property
     def receiver(self) -> Any:  # Ray's handles have no type of their own
-        """The Ray actor to which workers hand over a snapshot; None where there is none, and only checkpoints work."""
+        """The Ray actor that receives snapshots from workers; None if the service takes checkpoints only."""
         ...
 
     def close(self) -> None:
-        """End it; what it has not finished is left to the next start of the run."""
+        """Ends the service; the next start of the run does the unfinished exports."""
         ...
 
 
 class Sources(Protocol):
-    """The weights of requests that do not lie as files on the exporter's own node."""
+    """The weights of requests that are not files on the exporter's own node."""
 
     def open(self, request: ExportRequest) -> ShardSource | None:
-        """None where the files in the request's directory are the source. Raises SourceError."""
+        """The source of the weights; None if it is the files in the request's directory. Raises SourceError."""
         ...
 
     def release(self, request: ExportRequest) -> None:
-        """Let go of everything that was kept for the request beyond its hold on this node."""
+        """Releases everything that was kept for the request beyond its hold on this node."""
         ...
 
     def is_last_copy(self, request: ExportRequest) -> bool:
-        """Whether only the hold of a spread request still has its weights."""
+        """Whether the weights of a spread request exist only in its hold."""
         ...
 
 
 class LocalSources:
-    """No other node, no snapshots."""
+    """The sources of an exporter with no other node and no snapshots."""
 
     def open(self, request: ExportRequest) -> ShardSource | None:
         return None

@@ -1,4 +1,4 @@
-"""The exporter as a Ray actor, on the driver's node and without a slot of CPU or GPU."""
+"""The exporter as a Ray actor on the driver's node, which takes no slot of CPU or GPU."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from verl_autoexport.sources.live.snapshot import Deliveries
 from verl_autoexport.sources.nodes.cluster import Nodes, SpreadFiles
 from verl_autoexport.sources.protocol import ShardSource
 
-_THREADS = 64  # calls of `export` that Ray lets in at a time; each only waits
+_THREADS = 64  # concurrent calls of `export` that Ray admits; each only waits
 
 
 class RaySources:
-    """Snapshots that workers hand over, and checkpoints on the disks of several nodes."""
+    """The sources that only Ray reaches: workers' snapshots, and checkpoints on the disks of several nodes."""
 
     def __init__(self, role: str) -> None:
         self.role = role
@@ -54,7 +54,7 @@ class RaySources:
 
 
 class ExportActor(Exporter):
-    """Ray runs it again when its process dies, and sends it the unfinished calls."""
+    """The exporter in an actor: if its process dies, Ray starts it again and repeats the unfinished calls."""
 
     def __init__(self, settings: AutoExportConfig, owner: str | None = None, runner: MergeRunner | None = None) -> None:
         merge, self.ray_sources = settings.merge, RaySources(settings.role)
@@ -67,23 +67,23 @@ class ExportActor(Exporter):
         return super().export(request)
 
     def deliver(self, ident: str, rank: int, blocks: list[list[Any]] | None, reason: str | None) -> bool:
-        """A worker hands over its blocks of a snapshot (nested, so that Ray passes refs), or why it cannot.
+        """A worker hands over its blocks of a snapshot (nested, so that Ray passes refs), or the reason it cannot.
 
-        False: let go of them. Until then it says so again, since a restarted actor knows nothing.
+        False: the worker may free them. Until then it repeats the call, since a restarted actor knows nothing.
         """
         return self.ray_sources.deliveries.take(ident, rank, blocks[0] if blocks else str(reason))
 
     def expect(self, ident: str) -> None:
-        """A snapshot whose export will be asked for, though not yet."""
+        """Announces a snapshot whose export will be requested later."""
         self.ray_sources.deliveries.ask(ident)
 
     def forget(self, ident: str) -> None:
-        """A snapshot that will not be exported."""
+        """Forgets a snapshot that will not be exported."""
         self.ray_sources.deliveries.forget(ident)
 
 
 class RayExportService:
-    """Returns at once, before the actor's process is up."""
+    """The service that runs an `ExportActor`; the constructor returns before the actor's process is up."""
 
     def __init__(self, settings: AutoExportConfig, owner: str) -> None:
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -91,7 +91,7 @@ class RayExportService:
             num_cpus=0, num_gpus=0, max_concurrency=_THREADS, max_restarts=-1, max_task_retries=3,
             scheduling_strategy=node,
         )  # fmt: skip
-        self.receiver: Any = options.remote(settings, owner)  # its methods have a `remote`, which no type tells
+        self.receiver: Any = options.remote(settings, owner)  # its methods have a `remote`, which no type describes
 
     def submit(self, request: ExportRequest) -> Future[Outcome]:
         done: Future[Outcome] = Future()

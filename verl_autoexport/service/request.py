@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class RunFacts:
     """The facts of a run that each of its exports needs; `frozen` are the parameters that it does not train.
 
-    `homes` are the nodes of the ranks, where they keep checkpoints on disks of their own.
+    `homes` are the nodes of the ranks if these keep checkpoints on disks of their own.
     """
 
     run: Mapping[str, Any] = field(default_factory=dict)
@@ -60,8 +60,8 @@ class Outcome:
 class ExportRequest(RunFacts):
     """A milestone to export. `time` is the unix time of the decision, `stall_s` how long training waited for it.
 
-    The weights are in `directory` or in `snapshot`. `hold` is where a hold keeps them, with links on
-    several nodes where it is `spread`; `origin` is the path to record. `attempts`: how often it has failed.
+    The weights are in `directory` or in `snapshot`. `hold` is the directory of the hold, which has links
+    on several nodes if it is `spread`; `origin` is the path to record; `attempts` counts the failed tries.
     """
 
     step: int
@@ -87,7 +87,7 @@ class ExportRequest(RunFacts):
         return Decision(self.step, self.time, self.triggers)
 
     def to_json(self) -> dict[str, Any]:
-        """For `pin.json` in a hold, which outlives the processes; it cannot keep a snapshot."""
+        """The content of `pin.json` in a hold, which outlives the processes and so cannot keep a snapshot."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("hold", "snapshot")}
         return found | {
             "triggers": [trigger.to_dict() for trigger in self.triggers],
@@ -97,7 +97,7 @@ class ExportRequest(RunFacts):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], step: int) -> ExportRequest:
-        """Raises ValueError unless `data`, which anybody may have written, is a request for `step`."""
+        """The request for `step` in `data`; raises ValueError if untrusted `data` is no such request."""
         _check(data, step)
         plain = {f.name for f in fields(cls)} - {"triggers", "directory", "hold", "frozen", "homes", "snapshot"}
         frozen = data.get("frozen")
@@ -114,7 +114,7 @@ class ExportRequest(RunFacts):
 def make_request(
     info: RunInfo, decision: Decision, event: StepEvent, source: Hold | SnapshotHandle, stall_s: float
 ) -> ExportRequest:
-    """A milestone of the run, whose weights are in `source`; `stall_s` is how long training waited for it."""
+    """The request for a milestone whose weights are in `source`; training waited `stall_s` seconds for it."""
     if isinstance(source, Hold):
         where: dict[str, Any] = {"hold": source.path, "spread": source.spread, "origin": source.origin}
     else:
@@ -156,7 +156,7 @@ def _check(request: Mapping[str, Any], step: int) -> None:
     sound |= {key: isinstance(request.get(key), str | None) for key in maybe}
     for key, good in sound.items():
         if not good:
-            raise ValueError(f"{key}: not of the kind that a request holds: {request.get(key)!r:.80}")
+            raise ValueError(f"{key}: not a value that a request can have: {request.get(key)!r:.80}")
 
 
 def make_spec(request: ExportRequest, settings: AutoExportConfig) -> ExportSpec:

@@ -1,4 +1,4 @@
-"""Requests for a milestone, as the run sees them: each is used for one export, and none is lost on the way."""
+"""Requests for a milestone, as the run sees them: each leads to one export, and none gets lost."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ logger = logging.getLogger(__name__)
 
 
 class Asked:
-    """Folders of requests that `look` took away, until the actor is asked for the step that they led to.
+    """Request folders that `look` took, kept until the actor knows the step that answers them.
 
-    Taking is one rename, so a request that comes later is in nobody's way and waits for the next step.
+    `look` takes a folder with one rename, so a later request is undisturbed and waits for the next step.
     """
 
     def __init__(self, root: Path) -> None:
         self.folder = root / requests.NAME
-        self.open: list[Path] | None = None  # None: not looked for yet
+        self.open: list[Path] | None = None  # None: `look` has not run yet
         self.steps: dict[Path, int] = {}
 
     def look(self) -> bool:
-        """Whether someone asked and has no export yet."""
+        """Whether a request has no export yet."""
         try:
-            if self.open is None:  # taken by a run that ended before it could export
+            if self.open is None:  # requests that an earlier run took and did not export
                 self.open = requests.taken(self.folder)
             if (taken := requests.take(self.folder)) is not None:
                 self.open.append(taken)
@@ -36,12 +36,12 @@ class Asked:
         return bool(self.open)
 
     def taken_by(self, step: int) -> None:
-        """What was found so far is answered by `step`."""
+        """The step answers all requests found so far."""
         self.steps |= dict.fromkeys(self.open or (), step)
         self.open = []
 
     def settle(self, unsent: Container[int]) -> None:
-        """Delete, in the background, what led to exports that the actor knows of."""
+        """Deletes, in the background, the requests whose exports the actor knows."""
         for folder in [f for f, step in self.steps.items() if step not in unsent]:
             del self.steps[folder]
             try:

@@ -1,7 +1,7 @@
-"""The records of the zip archives that `torch.save` writes: what identifies their content, and whether it is still so.
+"""The records of the zip archives that `torch.save` writes: their checksums, and whether their content still matches.
 
-torch puts a CRC-32 of every storage into the directory at the end of a file. Where training has switched that
-off (`torch.serialization.set_crc32_options`), and where there is no directory, size and time stand for it.
+torch puts a CRC-32 of every storage into the directory at the end of a file. If training has switched that off
+(`torch.serialization.set_crc32_options`), or the file has no directory, size and time replace the checksums.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import NamedTuple
 from verl_autoexport.errors import SourceError
 from verl_autoexport.shards.checksums import Run, combine
 
-_BLOCK = 1 << 20  # bytes read at a time
-_TAIL = 64 << 10  # bytes read at once; enough for the directory of some hundred storages
+_BLOCK = 1 << 20  # bytes per read
+_TAIL = 64 << 10  # bytes of the first read; enough for the directory of some hundred storages
 _END, _END64, _ENTRY = b"PK\x05\x06", b"PK\x06\x06", b"PK\x01\x02"
-_IN_64 = 0xFFFFFFFF  # a number that is in the extra field
+_IN_64 = 0xFFFFFFFF  # the number is in the extra field
 
 
 class Record(NamedTuple):
-    """A record's bytes in its file, and the CRC-32 that was written of them."""
+    """A record's bytes in its file, and the CRC-32 that was written for them."""
 
     name: str
     begin: int
@@ -33,7 +33,7 @@ class Record(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """What identifies the content of a file; `checked`: it has CRC-32s."""
+    """The identity of a file's content; `checked`: the file has CRC-32s."""
 
     name: str
     content: str
@@ -41,7 +41,7 @@ class Mark(NamedTuple):
 
 
 def mark(path: Path) -> Mark:
-    """One small read; raises SourceError where the file is gone."""
+    """The mark of a file, from one small read; raises SourceError if the file is gone."""
     try:
         with _opened(path) as fd:
             entries = list(_entries(_directory(fd)))
@@ -55,7 +55,7 @@ def mark(path: Path) -> Mark:
 
 
 def read_records(path: Path) -> tuple[Record, ...]:
-    """All records of a file, in its order; none where no CRC-32s are in it. Raises SourceError."""
+    """All records of a file, in its order; none if it has no CRC-32s. Raises SourceError."""
     try:
         with _opened(path) as fd:
             entries = list(_entries(_directory(fd)))
@@ -69,9 +69,9 @@ def read_records(path: Path) -> tuple[Record, ...]:
 def difference(
     path: Path, records: Sequence[Record], runs: Sequence[Run], going_on: Callable[[], bool] = lambda: True
 ) -> tuple[Record, int] | None:
-    """The first record that is not what it was written as, and its CRC-32 now; None where there is none.
+    """The first record with another content than was written, and its CRC-32 now; None if there is none.
 
-    Of what is in `runs` (in order) it is told by those who read it, the rest is read here; what was read several
+    The bytes in `runs` (in order) have been read already, the others are read here; bytes that were read several
     times must have been the same each time. Raises SourceError.
     """
     number = 0
@@ -83,7 +83,7 @@ def difference(
                     own.append(runs[number])
                     number += 1
                 if own and (own[0].begin < record.begin or max(run.end for run in own) > end):
-                    raise SourceError(f"{path}: what was read of it is not in its directory; the file is damaged.")
+                    raise SourceError(f"{path}: the bytes read are not in its directory; the file is damaged.")
                 while own is not None and going_on():
                     found, own = _crc(path, fd, record, own, going_on)
                     if found != record.crc and going_on():
@@ -91,14 +91,14 @@ def difference(
     except OSError as e:
         raise SourceError(f"{path}: cannot be read: {e.strerror}.") from e
     if number < len(runs):
-        raise SourceError(f"{path}: what was read of it is not in its directory; the file is damaged.")
+        raise SourceError(f"{path}: the bytes read are not in its directory; the file is damaged.")
     return None
 
 
 def _crc(
     path: Path, fd: int, record: Record, runs: Sequence[Run], going_on: Callable[[], bool]
 ) -> tuple[int, list[Run] | None]:
-    """The CRC-32 of a record by those of `runs` that do not overlap; the others are left for the next time."""
+    """The CRC-32 of a record from those of `runs` that do not overlap; the others are left for the next call."""
     crc, at, left = 0, record.begin, []
     for run in (*runs, Run(0, end := record.begin + record.nbytes, end, 0)):
         if run.begin < at:
@@ -110,7 +110,7 @@ def _crc(
 
 
 def _read_on(path: Path, fd: int, at: int, end: int, crc: int, going_on: Callable[[], bool]) -> int:
-    """`crc` of what is before `at`, with that of the bytes up to `end`."""
+    """The CRC-32 `crc` of the bytes before `at`, continued over the bytes up to `end`."""
     block = memoryview(bytearray(min(_BLOCK, end - at)))
     while at < end and going_on():
         n = os.preadv(fd, [block[: end - at]], at)
@@ -130,7 +130,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _directory(fd: int) -> bytes:
-    """The directory of the archive, empty where there is none."""
+    """The directory of the archive, empty if there is none."""
     size = os.fstat(fd).st_size
     tail = os.pread(fd, _TAIL, max(0, size - _TAIL))
     if (place := tail.rfind(_END)) < 0 or len(tail) < place + 22:
@@ -148,7 +148,7 @@ def _directory(fd: int) -> bytes:
 
 
 def _entries(directory: bytes) -> Iterator[tuple[str, int, int, int]]:
-    """Name, offset of the header, bytes and CRC-32 of each record."""
+    """The name, header offset, number of bytes and CRC-32 of each record."""
     at = 0
     while directory[at : at + 4] == _ENTRY:
         crc, nbytes = _number(directory, at + 16, 4), _number(directory, at + 24, 4)
@@ -162,7 +162,7 @@ def _entries(directory: bytes) -> Iterator[tuple[str, int, int, int]]:
 
 
 def _large(extra: bytes, nbytes: int, packed: int, header: int) -> tuple[int, int]:
-    """Bytes and offset of a record for which four bytes are too few."""
+    """The number of bytes and the offset of a record for which four bytes are too few."""
     at = 0
     while at + 4 <= len(extra) and _number(extra, at, 2) != 1:
         at += 4 + _number(extra, at + 2, 2)
@@ -175,7 +175,7 @@ def _large(extra: bytes, nbytes: int, packed: int, header: int) -> tuple[int, in
 
 
 def _begin(fd: int, header: int) -> int:
-    """Where a record's bytes begin: behind its name and an extra field, which here pads to an alignment."""
+    """The first byte of a record's data, after its name and an extra field, which pads it to an alignment."""
     lengths = os.pread(fd, 4, header + 26)
     return header + 30 + _number(lengths, 0, 2) + _number(lengths, 2, 2)
 

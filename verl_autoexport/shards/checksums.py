@@ -1,4 +1,4 @@
-"""CRC-32s of parts of files, put together in any order; standard library only."""
+"""CRC-32s of parts of files, combined in any order; standard library only."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from threading import Lock
 from typing import NamedTuple
 
 _POLYNOMIAL = 0xEDB88320
-_ONE = 1 << 31  # of the polynomials over GF(2), reflected as zlib has them
+_ONE = 1 << 31  # the polynomial 1 over GF(2), reflected as in zlib
 
 
 class Run(NamedTuple):
-    """The bytes from `begin` to `end` of file number `file` of a manifest, as somebody read them."""
+    """The bytes from `begin` to `end` of file number `file` of a manifest, as they were read."""
 
     file: int
     begin: int
@@ -21,15 +21,15 @@ class Run(NamedTuple):
 
 
 class Sums:
-    """What was read of several files. Of any thread; what follows on what was read before is joined to it."""
+    """The runs read from several files. Thread-safe; a run that follows another one is joined to it."""
 
     def __init__(self) -> None:
         self.lock = Lock()
         self.open: dict[tuple[int, int], Run] = {}  # by file and end
-        self.closed: set[Run] = set()  # what was read twice
+        self.closed: set[Run] = set()  # runs that were read twice
 
     def add(self, file: int, begin: int, data: memoryview) -> None:
-        """Note that `data` was read from the byte `begin` on."""
+        """Notes that `data` was read from the byte `begin` on."""
         crc, end = zlib.crc32(data), begin + len(data)
         with self.lock:
             if before := self.open.pop((file, begin), None):
@@ -40,12 +40,12 @@ class Sums:
                 self.open[file, end] = known if known.begin <= begin else run
 
     def runs(self) -> tuple[Run, ...]:
-        """All of it, each once, in order of file and begin."""
+        """All runs, each once, in order of file and begin."""
         return tuple(join({*self.open.values(), *self.closed}))
 
 
 def join(runs: set[Run]) -> list[Run]:
-    """The same with neighbours as one; those that overlap stay apart."""
+    """The runs with neighbours joined; overlapping ones stay apart."""
     joined: list[Run] = []
     for run in sorted(runs):
         last = joined[-1] if joined else None
@@ -57,11 +57,11 @@ def join(runs: set[Run]) -> list[Run]:
 
 
 def combine(first: int, second: int, nbytes: int) -> int:
-    """The CRC-32 of bytes of which `first` is that of their begin, and `second` that of the `nbytes` behind it."""
+    """The CRC-32 of a sequence of bytes: `first` is that of its front, `second` that of the last `nbytes`."""
     return _times(_power(nbytes), first) ^ second
 
 
-@lru_cache(maxsize=4096)  # parts of a few lengths follow each other
+@lru_cache(maxsize=4096)  # a few lengths of parts recur
 def _power(nbytes: int) -> int:
     """x to the power of the bits in `nbytes`, modulo the polynomial of CRC-32."""
     result, square, bits = _ONE, _ONE >> 1, nbytes << 3

@@ -1,4 +1,4 @@
-"""What a source of weights hands to the planner; standard library only."""
+"""The data that a source of weights gives to the planner; standard library only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Shard:
     """A box of a tensor: `shape` elements from `offsets` on (both in elements, per dimension).
 
     Its bytes lie contiguous and row-major in file number `file` of the manifest from
-    `byte_offset` on. With `count` > 1 it stands for that many of them, one after the other
+    `byte_offset` on. With `count` > 1 it stands for a run of so many shards, one after the other
     along `dim`: number i belongs to rank `rank + i * stride`, in file `file + i * stride`. So a
     tensor that is spread evenly over a thousand ranks is one Shard.
     """
@@ -43,11 +43,11 @@ class Shard:
 
     @property
     def extent(self) -> Index:
-        """The shape of the box that all of them fill together."""
+        """The shape of the box that all shards of the run fill together."""
         return self.shape if self.count == 1 else _with(self.shape, self.dim, self.shape[self.dim] * self.count)
 
     def number(self, i: int) -> Shard:
-        """The i-th alone."""
+        """The shard number i of the run."""
         if self.count == 1:
             return self
         offsets = _with(self.offsets, self.dim, self.offsets[self.dim] + i * self.shape[self.dim])
@@ -55,7 +55,7 @@ class Shard:
         return Shard(self.rank + step, offsets, self.shape, self.file + step, self.byte_offset)
 
     def cuts(self, offsets: Index, shape: Index) -> Iterator[Cut]:
-        """What the box of `shape` at `offsets` has of them: of those that are whole along `dim` all at once."""
+        """The cuts of the run with the box of `shape` at `offsets`; shards that are whole along `dim` share one cut."""
         at, extent = overlap(offsets, shape, self.offsets, self.extent)
         if not math.prod(extent):
             return
@@ -76,7 +76,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Of `count` shards of a run from number `first` on, the box of `shape` at `local` in each.
+    """The box of `shape` at `local` in each of `count` shards of a run, from number `first` on.
 
     Together they are the box of `extent` at `at` of the tensor.
     """
@@ -94,7 +94,7 @@ def _with(index: Index, dim: int, n: int) -> Index:
 
 
 def join_runs(shards: Iterable[Shard]) -> tuple[Shard, ...]:
-    """The same, with those that differ only in rank, file and place along one dimension as one Shard each."""
+    """The shards, joined into runs where they differ only in rank, file and place along one dimension."""
     runs: list[Shard] = []
     for shard in shards:
         longer = _longer(runs[-1], shard) if runs else None
@@ -106,7 +106,7 @@ def join_runs(shards: Iterable[Shard]) -> tuple[Shard, ...]:
 
 
 def _longer(run: Shard, shard: Shard) -> Shard | None:
-    """`run` with `shard` behind it; None where that is not what comes next."""
+    """The `run` with `shard` added; None if that is not the next one."""
     if shard.shape != run.shape or shard.byte_offset != run.byte_offset or shard.count != 1:
         return None
     moved = [d for d, (a, b) in enumerate(zip(run.offsets, shard.offsets, strict=True)) if a != b]
@@ -124,7 +124,7 @@ def _longer(run: Shard, shard: Shard) -> Shard | None:
 class TensorEntry:
     """A tensor under its in-memory name, with its global shape and every shard of it once.
 
-    `dtype` is that of the bytes; `loaded` the one that training cast them to, where it did.
+    `dtype` is that of the bytes; `loaded` is the dtype that training cast them to, if it did.
     """
 
     fqn: str
@@ -143,7 +143,7 @@ class TensorEntry:
 
 
 def diverged(alias: str, name: str) -> str:
-    """Why two tensors that should be one cannot be written as one."""
+    """The reason why two tensors that should be one cannot be written as one."""
     return (
         f"{alias} and {name} are tied according to config.json, but their values differ: writing one of them "
         "would lose the other. Set tie_word_embeddings=false in the model's config if it was trained untied."
@@ -151,24 +151,24 @@ def diverged(alias: str, name: str) -> str:
 
 
 class Memory(Protocol):
-    """Bytes that are in no file of this node; it can be sent to other processes."""
+    """Bytes that are not in a file of this node; the object can be sent to other processes."""
 
     def read(self, into: memoryview, offset: int, end: int) -> None:
-        """Fill `into` with the bytes from `offset` on; raises SourceError when they are lost.
+        """Fills `into` with the bytes from `offset` on; raises SourceError if they are lost.
 
-        Up to `end` the tensor of the same rank goes on there.
+        The tensor of the same rank continues there up to `end`.
         """
 
     def let_go(self) -> None:
-        """Keep nothing of them any more; not to be read again."""
+        """Frees the bytes, which cannot be read again."""
 
 
 @dataclass(frozen=True)
 class ShardManifest:
-    """All tensors of a source, and the files, or blocks of memory, that their bytes are in.
+    """All tensors of a source, and the files, or blocks of memory, with their bytes.
 
-    `fingerprint` identifies the content. `records` are, by number of file, those with a CRC-32, where
-    there are any: what is read of such a file is compared with them. `notes` say what the record should.
+    `fingerprint` identifies the content. `records` are, by number of file, the records with a CRC-32; bytes
+    read from such a file are compared with them. `notes` are for the record of the export.
     """
 
     files: tuple[Path | Memory, ...]
@@ -181,7 +181,7 @@ class ShardManifest:
 
 
 def check_coverage(entry: TensorEntry) -> None:
-    """Raise SourceError unless the shards tile the tensor: every element exactly once."""
+    """Raises SourceError unless the shards tile the tensor: every element exactly once."""
     shards = entry.shards
     flaw = find_flaw([(s.offsets, s.extent) for s in shards], entry.shape)
     if flaw is None:

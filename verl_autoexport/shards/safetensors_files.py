@@ -41,7 +41,7 @@ def manifest_of(files: Sequence[Path], fingerprint: str = "") -> ShardManifest:
     for number, path in enumerate(files):
         for name, dtype, shape, offset in _tensors(path):
             if name in tensors:
-                raise SourceError(f"{path}: {name} is in another file of {path.parent} too.")
+                raise SourceError(f"{path}: {name} is also in another file of {path.parent}.")
             tensors[name] = TensorEntry(
                 name, dtype, shape, (Shard(0, (0,) * len(shape), shape, number, offset),)
             )  # fmt: skip
@@ -49,7 +49,7 @@ def manifest_of(files: Sequence[Path], fingerprint: str = "") -> ShardManifest:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """As transformers looks for them: one file first, then the index; none where there is neither."""
+    """The weight files as transformers looks for them: one file first, then the index; none if both are missing."""
     if (single := directory / "model.safetensors").is_file():
         return [single]
     if not (index := directory / INDEX_NAME).is_file():
@@ -57,7 +57,7 @@ def weight_files(directory: Path) -> list[Path]:
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise SourceError(f"{index}: no weight_map can be read from it: {e!r}") from e
+        raise SourceError(f"{index}: its weight_map cannot be read: {e!r}") from e
     if strange := [name for name in names if not is_plain_name(name)]:
         raise SourceError(f"{index}: weight_map names {strange[0]!r:.100}: expected files in {directory}.")
     return [directory / name for name in names]
@@ -84,7 +84,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
         for name, entry in header.items():
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             if not all(map(is_count, (*shape, begin, end))) or not isinstance(dtype, str):
-                raise SourceError(f"{path}: {name}: shape, offsets or dtype are not what they must be: {entry!r:.200}.")
+                raise SourceError(f"{path}: {name}: shape, offsets or dtype are invalid: {entry!r:.200}.")
             if 8 + length + end > size:
                 raise SourceError(f"{path}: {name} ends beyond the file's {size} bytes; the file is truncated.")
             dtype = TORCH_DTYPE.get(dtype, dtype)

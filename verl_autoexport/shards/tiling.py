@@ -1,4 +1,4 @@
-"""Whether boxes fill a tensor exactly; standard library only."""
+"""A check that boxes fill a tensor exactly; standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Box = tuple[Index, Index]
 
 
 def overlap(offsets: Index, shape: Index, others: Index, extent: Index) -> tuple[Index, Index]:
-    """(offsets, shape) of what two boxes have in common, in the coordinates of both; empty ones have a 0 in shape."""
+    """(offsets, shape) of the common part of two boxes, in the coordinates of both; an empty one has a 0 in shape."""
     lo = tuple(max(a, b) for a, b in zip(offsets, others, strict=True))
     hi = (min(a + n, b + m) for a, n, b, m in zip(offsets, shape, others, extent, strict=True))
     return lo, tuple(max(0, h - low) for low, h in zip(lo, hi, strict=True))
@@ -20,7 +20,7 @@ def overlap(offsets: Index, shape: Index, others: Index, extent: Index) -> tuple
 
 @dataclass(frozen=True)
 class Flaw:
-    """Why boxes do not tile a shape: `kind` is `outside`, `volume` or `overlap`.
+    """The reason why boxes do not tile a shape: `kind` is `outside`, `volume` or `overlap`.
 
     `boxes` are the numbers of those to blame; `found` is the sum of their elements for `volume`.
     """
@@ -31,9 +31,9 @@ class Flaw:
 
 
 def find_flaw(boxes: Sequence[Box], shape: Index) -> Flaw | None:
-    """None where every element of `shape` is in exactly one box.
+    """The first flaw found; None if every element of `shape` is in exactly one box.
 
-    Boxes that lie inside, do not overlap and have as many elements together leave no gap.
+    Boxes that lie inside, do not overlap and together have as many elements as `shape` leave no gap.
     """
     if len(boxes) == 1 and boxes[0][1] == shape and not any(boxes[0][0]):
         return None
@@ -52,7 +52,7 @@ def find_flaw(boxes: Sequence[Box], shape: Index) -> Flaw | None:
 
 
 def _overlapping(boxes: Sequence[Box], ndim: int) -> tuple[int, int] | None:
-    """Two boxes that share an element. Swept along the dimension in which most of them begin elsewhere."""
+    """Two boxes that share an element, found by a sweep along the dimension with the most different starts."""
     solid = [i for i, (_, extent) in enumerate(boxes) if math.prod(extent)]
     if len(solid) < 2 or not ndim:
         return (solid[0], solid[1]) if len(solid) > 1 else None

@@ -1,4 +1,4 @@
-"""Files that a download left in place of the real ones: Git-LFS pointers, web pages, nothing at all."""
+"""Files that a download left in place of the real ones: Git-LFS pointers, web pages, empty files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NEVER_EMPTY = (".safetensors", "config.json", "tokenizer.json", "tokenizer.mode
 
 
 def check_fetched(paths: Iterable[Path]) -> None:
-    """Raise SourceError naming the first of these files that only stands for one; of those that an export reads."""
+    """Raises SourceError naming the first mere stub among `paths`, the files that an export reads."""
     for path in paths:
         if path.name.endswith(_READ) and (problem := _problem(path)):
             raise SourceError(f"{path}: {problem}")
@@ -38,7 +38,7 @@ def _problem(path: Path) -> str | None:
     if head.startswith(_POINTER):
         return "a Git-LFS pointer, not the file itself; run `git lfs pull` in its repository."
     if head.lstrip().lower().startswith(_PAGE):
-        return "a web page, not the file that its name promises: the download failed (no access?); fetch it again."
+        return "a web page, not the file that its name announces: the download failed (no access?); fetch it again."
     if not head and path.name.endswith(_NEVER_EMPTY):
         return "empty (0 bytes); it was not copied or downloaded whole; fetch it again."
     return None

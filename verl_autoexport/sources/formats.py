@@ -1,4 +1,4 @@
-"""Which format a checkpoint has: the only module that knows all of them."""
+"""The choice of a checkpoint's format: the only module that knows all of them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from verl_autoexport.sources.protocol import CheckpointFormat, ShardSource
 from verl_autoexport.system.plugins import load
 
 GROUP = "verl_autoexport.formats"
-"""The entry points with which other packages bring further formats."""
+"""The entry points through which other packages add formats."""
 
 
 @cache
 def known_formats() -> tuple[CheckpointFormat, ...]:
-    """Ours first. Raises ConfigError where one of another package cannot be used."""
+    """The formats, ours first. Raises ConfigError if one of another package cannot be used."""
     return (FsdpFormat(), *load(GROUP))
 
 

@@ -1,10 +1,10 @@
 """Holds: hard links that keep a checkpoint's files while they are chosen and exported.
 
 A hold is `<default_local_dir>/.autoexport/step_N-XXXXXXXX/`, beside the checkpoints, with
-links to the shards and the `huggingface/` files, and `pin.json`: what it is, and, once
-the step is chosen, the export request. So a request survives the processes that made it.
-A link keeps the file, not its content: the fingerprint tells when verl wrote it again. A run
-directory may be copied to another disk with its holds, whose links then are files of their own.
+links to the shards and the `huggingface/` files, and with `pin.json`, which describes the hold and, once
+the step is chosen, has the export request. So a request survives the processes that made it.
+A link keeps the file, not its content; the fingerprint shows whether verl has rewritten it. A run
+directory may be copied to another disk with its holds, whose links then become separate files.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from verl_autoexport.system.untrusted import is_count, leads_out, read_json
 logger = logging.getLogger(__name__)
 FOLDER = ".autoexport"
 MAX_ATTEMPTS = 3
-"""Failed exports of a chosen step after which no start of the run tries again."""
+"""The number of failed exports of a chosen step after which no start of the run tries again."""
 MAX_KEPT = 3
-"""Steps whose exports have failed and that are held all the same."""
+"""The number of steps whose exports have failed and that stay held all the same."""
 _INFO = "pin.json"
 
 
 @dataclass(frozen=True)
 class Hold:
-    """A held step. `directory` is where to read from: the links, or, where there can be none, the original.
+    """A held step. `directory` is the place to read from: the links, or the original if there are none.
 
     `spread`: each node has a directory of this name with the shards on its own disk.
     """
@@ -54,10 +54,10 @@ class Hold:
 
 
 def make_hold(checkpoint_dir: Path, step: int, role: str) -> Hold:
-    """Hold the `role` of `global_step_N`; raises SourceError when its shards are not all there.
+    """Holds the `role` of `global_step_N`; raises SourceError if some of its shards are missing.
 
-    Where the file system has no hard links, the hold only records the step (`linked` is
-    False): then verl may delete the files before they are exported.
+    If the file system has no hard links, the hold only records the step (`linked` is
+    False), and verl may delete the files before they are exported.
     """
     source, format_ = locate(checkpoint_dir, role)
     paths, mark = format_.files(source), format_.open(source).fingerprint
@@ -68,14 +68,14 @@ def make_hold(checkpoint_dir: Path, step: int, role: str) -> Hold:
 
 
 def hold_path(checkpoint_dir: Path, step: int, mark: str) -> Path:
-    """Where the hold of a step is, by the last characters of its fingerprint."""
+    """The path of a step's hold, from the last characters of its fingerprint."""
     return checkpoint_dir.absolute().parent / FOLDER / f"step_{step}-{mark[-8:]}"
 
 
 def link_files(source: Path, paths: Iterable[Path], hold: Path) -> bool:
     """Link these files, and those that belong to them, into the new directory `hold`; False where links cannot be.
 
-    Raises SourceError, and leaves nothing, where the directory cannot be made.
+    Raises SourceError, and leaves nothing, if the directory cannot be made.
     """
     files = [*paths, *settings_files(source), *config_files(source)]
     try:
@@ -83,14 +83,14 @@ def link_files(source: Path, paths: Iterable[Path], hold: Path) -> bool:
         hold.mkdir(parents=True)
         return all(_link(file, hold / file.relative_to(source)) for file in files)
     except OSError as e:
-        release(hold)  # links left behind would keep the space that verl frees
+        release(hold)  # remaining links would keep the space that verl frees
         raise SourceError(f"{hold}: cannot be held: {e}") from e
 
 
 def config_files(source: Path) -> list[Path]:
-    """What verl saved of the model beside its shards; weights, and links out of `source`, left out.
+    """The files of the model that verl saved beside its shards, without weights and without links out of `source`.
 
-    Raises SourceError where the directory itself is such a link.
+    Raises SourceError if the directory itself is such a link.
     """
     check_links(source)
     found = (p for p in (source / "huggingface").rglob("*") if p.is_file() and not _is_weights(p))
@@ -98,7 +98,7 @@ def config_files(source: Path) -> list[Path]:
 
 
 def record(hold: Hold) -> None:
-    """Write what `find_holds` finds; raises SourceError, and leaves no links, where that cannot be."""
+    """Writes the file that `find_holds` looks for; raises SourceError, and leaves no links, if that fails."""
     try:
         _write(hold)
     except OSError as e:
@@ -107,12 +107,12 @@ def record(hold: Hold) -> None:
 
 
 def choose(hold: Hold, request: Mapping[str, Any]) -> None:
-    """Record durably that the held step is to be exported as `request` (JSON) says."""
+    """Records durably that the held step is to be exported according to `request` (JSON)."""
     _write(replace(hold, request=request))
 
 
 def count_attempt(path: Path) -> int:
-    """Record durably that one more export of the chosen step has failed; returns how many have."""
+    """Records durably that one more export of the chosen step has failed; returns the number of failures."""
     hold = _read(path)
     attempts = int((hold.request or {}).get("attempts", 0)) + 1
     choose(hold, {**(hold.request or {}), "attempts": attempts})
@@ -120,16 +120,16 @@ def count_attempt(path: Path) -> int:
 
 
 def too_many(checkpoints: Path) -> list[Hold]:
-    """Of the steps whose exports failed those beyond the newest `MAX_KEPT`: kept, they would fill training's disk."""
+    """The failed steps beyond the newest `MAX_KEPT`; to keep them would fill training's disk."""
     failed = []
     for path in (checkpoints / FOLDER).glob("step_*"):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # being made, or for a person to look at
+        with suppress(OSError, ValueError, KeyError, TypeError):  # being made, or left to a person
             failed += [hold] if ((hold := _read(path)).request or {}).get("attempts") else []
     return sorted(failed, key=lambda hold: hold.step)[:-MAX_KEPT]
 
 
 def is_last_copy(path: Path) -> bool:
-    """Whether the checkpoint that the hold was made of is gone, or has other content; False where it holds none."""
+    """Whether the hold's checkpoint is gone or has other content; False if the hold has no shards itself."""
     try:
         hold = _read(path)
         return hold.linked and open_source(Path(hold.origin)).fingerprint != open_source(path).fingerprint
@@ -138,7 +138,7 @@ def is_last_copy(path: Path) -> bool:
 
 
 def given_up(hold: Hold, output_dir: Path) -> str:
-    """What a person may do about a step that is not tried again."""
+    """The choices that a person has for a step that is not tried again."""
     return (
         f"step {hold.step} has failed {MAX_ATTEMPTS} times and is not tried again. By hand: verl-autoexport export "
         f"{hold.path} --registry {output_dir}; to give it up: rm -r {hold.path}"
@@ -146,12 +146,12 @@ def given_up(hold: Hold, output_dir: Path) -> str:
 
 
 def release(path: Path) -> None:
-    """Drop the links; the checkpoint's own files are verl's and stay as they are."""
+    """Deletes the links; the checkpoint's own files are verl's and stay unchanged."""
     shutil.rmtree(path, ignore_errors=True)
 
 
 def find_holds(checkpoints: Path) -> list[Hold]:
-    """All holds beside the checkpoints, by step; what is half made is removed, what cannot be read is left."""
+    """All holds beside the checkpoints, by step; half-made ones are removed, unreadable ones left."""
     found = []
     for path in (checkpoints / FOLDER).glob("step_*"):
         try:
@@ -176,7 +176,7 @@ def _read(path: Path) -> Hold:
 
 
 def _beside(path: Path, step: int, origin: Path) -> Path:
-    """Where the checkpoint of a hold is: with it, also after both were moved."""
+    """The place of a hold's checkpoint: beside the hold, even after both were moved."""
     name = f"global_step_{step}"
     if name not in origin.parts:
         return origin
@@ -190,7 +190,7 @@ def _link(file: Path, link: Path) -> bool:
     link.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(file, link)
-    except OSError:  # EPERM, EXDEV, EOPNOTSUPP, EMLINK: by file system; all mean the same here
+    except OSError:  # EPERM, EXDEV, EOPNOTSUPP or EMLINK by file system; all mean that links are impossible
         return False
     return True
 
@@ -215,7 +215,7 @@ def _write(hold: Hold) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make the names in it durable."""
+    """Makes the names in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with suppress(OSError):  # some network file systems refuse; their server orders the names itself

@@ -1,4 +1,4 @@
-"""The seam for sources: where weights come from, and which kind of checkpoint a directory holds."""
+"""The seam for sources: the origin of weights, and the formats of checkpoint directories."""
 
 from __future__ import annotations
 
@@ -35,32 +35,32 @@ class ShardSource(Protocol):
         ...
 
     def verify_checksums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
-        """Raises unless every byte is as `manifest` says that it was saved, those of `runs` as they were read.
+        """Raises unless every byte has the checksum in `manifest`, and the bytes of `runs` are those that were read.
 
         `progress` gets the bytes compared.
         """
         ...
 
     def check_unchanged(self) -> None:
-        """Raises unless the source is as it was when `manifest` was read."""
+        """Raises unless the source is unchanged since `manifest` was read."""
         ...
 
     def drop_cache(self) -> None:
-        """Leaves nothing of it in the page cache; best effort, raises nothing."""
+        """Removes the source from the page cache, as far as possible; raises nothing."""
         ...
 
 
 Leaf = Callable[["torch.Tensor", "torch.Tensor"], object]
-"""Receives, for one shard, its place in a tensor and its values; what it returns does not matter."""
+"""Receives, for one shard, its place in a tensor and its values; the result is ignored."""
 Visit = Callable[["torch.Tensor", Leaf], None]
 """Calls a Leaf for every shard of one tensor; the first argument is the tensor that the shards fill."""
 
 
 @dataclass(frozen=True)
 class SecondReading:
-    """The shards read by a path that shares nothing with the merge: `tensors` by in-memory name, `dtypes` likewise.
+    """The shards, read by a path that shares nothing with the merge: `tensors` and `dtypes` by in-memory name.
 
-    `note` says what could not be read independently; it is empty where everything was.
+    `note` names the parts that could not be read independently; it is empty if there are none.
     """
 
     tensors: Mapping[str, Visit]
@@ -69,10 +69,10 @@ class SecondReading:
 
 
 class CheckpointFormat(Protocol):
-    """One kind of checkpoint on disk. All methods raise SourceError for a damaged one."""
+    """One kind of checkpoint on disk. All methods raise SourceError for a damaged checkpoint."""
 
     def find(self, path: Path, role: str) -> Path | None:
-        """The directory with the shards of `role`: `path` itself, or one in it; None where it is of another format."""
+        """The directory with the shards of `role`: `path` itself, or one in it; None if it has another format."""
         ...
 
     def open(self, directory: Path) -> ShardSource:
@@ -84,5 +84,5 @@ class CheckpointFormat(Protocol):
         ...
 
     def read_again(self, directory: Path) -> SecondReading:
-        """The shards for verification, not read as `open` reads them."""
+        """The shards for verification, read in another way than `open` reads them."""
         ...

@@ -13,16 +13,16 @@ _PUBLISHED = ("huggingface", "huggingface/config.json", "huggingface/adapter_con
 
 
 def check_links(checkpoint: Path) -> None:
-    """Raise SourceError where what is published of a checkpoint beside its weights is a link out of it.
+    """Raises SourceError if a published file beside a checkpoint's weights is a link out of the checkpoint.
 
-    A step's directory, or its `actor/`, may be a link as a whole, and rank files may be gathered by links.
+    A step's directory, or its `actor/`, may itself be a link, and rank files may be gathered by links.
     """
     inside = checkpoint.parent if checkpoint.parent.name.startswith("global_step_") else checkpoint
     root = inside if not leads_out(checkpoint, inside) else checkpoint
     for path in (checkpoint / name for name in _PUBLISHED):
         if leads_out(path, root):
             raise SourceError(
-                f"{path}: leads to {os.path.realpath(path)}, which is outside of the checkpoint; what is there "
+                f"{path}: leads to {os.path.realpath(path)}, which is outside of the checkpoint; that content "
                 "would be published with the model. Copy it into the checkpoint."
             )
 

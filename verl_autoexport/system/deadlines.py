@@ -1,7 +1,7 @@
-"""Calls that may never return, such as those on a dead file system: waited for with a limit.
+"""Calls that may never return, such as those on a dead file system, with a limit on each wait.
 
-A thread inside such a system call cannot be ended, only left behind. So each call gets a
-thread of its own, and when it is given up it may not do what its caller no longer expects.
+A thread inside such a system call cannot be ended, only left behind. So each call gets a thread
+of its own; once it is given up, it may not do anything that its caller no longer expects.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from verl_autoexport.errors import AutoExportError
 
 
 class GivenUp(AutoExportError):
-    """Something took longer than it may."""
+    """A call took longer than its limit."""
 
 
 class Bounded:
-    """Runs calls one at a time. While one that was given up still hangs, further ones are refused at once."""
+    """Runs calls one at a time. While a call that was given up still hangs, further ones are refused at once."""
 
     def __init__(self) -> None:
         self._future: Future[Any] | None = None
@@ -31,7 +31,7 @@ class Bounded:
         self._given_up = False
 
     def run(self, limit_s: float, what: str, call: Callable[..., Any], *args: Any) -> Any:
-        """The result of `call`, or GivenUp after `limit_s` seconds, those under `uncounted` not counted."""
+        """The result of `call`, or GivenUp after `limit_s` seconds, without the time spent under `uncounted`."""
         if self._future is not None and not self._future.done():
             raise GivenUp(f"{what}: left out, because {self._what} still hangs; is the file system reachable?")
         self._future, self._what, self._uncounted, self._given_up = start(call, *args), what, 0.0, False
@@ -48,10 +48,10 @@ class Bounded:
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Inside a call: what has a bound of its own, or may not be left behind. GivenUp where the call already is."""
+        """Part of a call with its own limit, or that may not be left behind. GivenUp if the call is given up."""
         with self._gate:
             if self._given_up:
-                raise GivenUp(f"{self._what}: given up meanwhile")
+                raise GivenUp(f"{self._what}: it was given up")
             began = time.monotonic()
             try:
                 yield
@@ -60,7 +60,7 @@ class Bounded:
 
 
 class Watch:
-    """Where an export is, and since when: the progress that it reports. Raises GivenUp in it once nobody waits."""
+    """The progress of an export: its stage, and since when. Raises GivenUp in the export once nobody waits."""
 
     def __init__(self) -> None:
         self.name = "starting"
@@ -74,7 +74,7 @@ class Watch:
             self.name, self._moved = name, time.monotonic()
 
     def advance(self, nbytes: int) -> None:
-        """A sign of life; only bytes are progress."""
+        """Notes a sign of life; only bytes are progress."""
         self._check()
         if nbytes:
             self._moved = time.monotonic()
@@ -83,17 +83,17 @@ class Watch:
         return time.monotonic() - self._moved
 
     def give_up(self) -> None:
-        """From now on the export does not get to its next stage."""
+        """Keeps the export from its next stage."""
         with self._lock:
             self._given_up = True
 
     def _check(self) -> None:
         if self._given_up:
-            raise GivenUp(f"{self.name}: given up meanwhile")
+            raise GivenUp(f"{self.name}: it was given up")
 
 
 def wait_for(futures: Iterable[Future[Any]], count: int, timeout_s: float) -> int:
-    """Wait until `count` of them are done, at most `timeout_s` seconds; returns how many are."""
+    """Waits until `count` of the futures are done, at most `timeout_s` seconds; returns how many are."""
     left, done, deadline = set(futures), 0, time.monotonic() + timeout_s
     while True:
         finished, left = wait(left, max(0.0, deadline - time.monotonic()), FIRST_COMPLETED)
@@ -103,7 +103,7 @@ def wait_for(futures: Iterable[Future[Any]], count: int, timeout_s: float) -> in
 
 
 def start(call: Callable[..., Any], *args: Any) -> Future[Any]:
-    """Run `call` in a daemon thread, which does not hold up the end of the process."""
+    """Runs `call` in a daemon thread, which does not delay the end of the process."""
     future: Future[Any] = Future()
     threading.Thread(target=_fill, args=(future, call, args), name="autoexport-call", daemon=True).start()
     return future
@@ -112,5 +112,5 @@ def start(call: Callable[..., Any], *args: Any) -> Future[Any]:
 def _fill(future: Future[Any], call: Callable[..., Any], args: tuple[Any, ...]) -> None:
     try:
         future.set_result(call(*args))
-    except BaseException as e:  # noqa: BLE001 - it is raised where it is waited for
+    except BaseException as e:  # noqa: BLE001 - the future raises it for the caller
         future.set_exception(e)

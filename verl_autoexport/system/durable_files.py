@@ -1,4 +1,4 @@
-"""Replacing small JSON files, and making bytes and names durable."""
+"""Atomic replacement of small JSON files, and durable bytes and names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_temp(name: str) -> bool:
 
 
 def to_json(data: Any, path: Path, **options: Any) -> bytes:
-    """Strict JSON (a NaN or infinity becomes null); RegistryError names `path`, for which it is meant."""
+    """Strict JSON (a NaN or infinity becomes null); RegistryError names `path`, the file to be written."""
     try:
         text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False, **options)
     except (TypeError, ValueError, RecursionError) as e:
@@ -38,7 +38,7 @@ def to_json(data: Any, path: Path, **options: Any) -> bytes:
 
 
 def write_json_atomic(path: Path, data: Any) -> None:
-    """Replaces `path` by `data`; after a crash it holds the old content or the new, never part of it."""
+    """Replaces `path` by `data`; after a crash it has the old content or the new, never part of it."""
     raw = to_json(data, path, indent=2) + b"\n"
     temp = temp_path(path)
     try:

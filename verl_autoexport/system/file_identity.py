@@ -1,4 +1,4 @@
-"""What tells one file from another without reading it."""
+"""The identity of files without reading them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Stat = tuple[str, int, int, int]
 
 
 def stats(paths: Sequence[Path]) -> list[Stat]:
-    """Which files these are; raises SourceError where one is gone."""
+    """The identities of these files; raises SourceError if one is gone."""
     try:
         return [(p.name, s.st_ino, s.st_size, s.st_mtime_ns) for p in paths for s in (os.stat(p),)]
     except OSError as e:

@@ -1,18 +1,18 @@
-"""How much host memory is left to this process: its control groups' limits (v1 and v2), and the machine's memory."""
+"""The free host memory for this process: its control groups' limits (v1 and v2), and the machine's memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-_SHARE = 0.95  # of a limit may be used; what lies above it is left to others
-_NO_LIMIT = 1 << 60  # version 1 writes a huge number where there is none
+_SHARE = 0.95  # of a limit; the rest is left to others
+_NO_LIMIT = 1 << 60  # version 1 writes a huge number if there is no limit
 
 
 def headroom(root: Path = Path("/")) -> int:
-    """Bytes that can be taken before a limit is near; what the kernel can reclaim (the page cache) counts as free.
+    """Bytes that can be taken before a limit is near; reclaimable memory (the page cache) counts as free.
 
-    `root` is where `proc` and `sys` are.
+    `root` is the directory with `proc` and `sys`.
     """
     left = [_available(root), *_groups(root)]
     return max(0, int(min(left)))
@@ -27,7 +27,7 @@ def _available(root: Path) -> float:
 
 
 def _groups(root: Path) -> Iterator[float]:
-    """Of every group of this process up to the top: a limit further up holds for all below it."""
+    """The free bytes of every group of this process up to the top, since a higher limit applies to all groups below."""
     for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
@@ -35,7 +35,7 @@ def _groups(root: Path) -> Iterator[float]:
         mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
         own = PurePosixPath(path.lstrip("/"))
-        for group in (own, *own.parents):  # in a container the path may be that outside: then only the top exists
+        for group in (own, *own.parents):  # in a container the path may be the one outside; then only the top exists
             if (found := _left(mount / group, *names)) is not None:
                 yield found
 
@@ -49,6 +49,6 @@ def _left(group: Path, limit_name: str, usage_name: str) -> float | None:
         return None
     if limit == "max" or int(limit) > _NO_LIMIT:
         return None
-    prefix = "total_" if "total_inactive_file" in stat else ""  # version 1 counts the groups below apart
+    prefix = "total_" if "total_inactive_file" in stat else ""  # version 1 counts the groups below separately
     cache = sum(int(stat.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
     return _SHARE * int(limit) - (bytes_used - cache)

@@ -10,7 +10,7 @@ _PACKAGES = ("torch", "transformers")
 
 
 def versions(*more: str) -> dict[str, str | None]:
-    """Name -> version of this package, torch, transformers and `more`; None for what is not installed."""
+    """Name -> version of this package, torch, transformers and `more`; None for a package that is not installed."""
     return {"verl_autoexport": __version__} | {name: _installed(name) for name in (*more, *_PACKAGES)}
 
 

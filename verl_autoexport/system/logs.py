@@ -1,4 +1,4 @@
-"""This package's log lines in processes that others started: they go where those of the trainer go, from INFO on."""
+"""This package's log lines in foreign processes: they go to the same place as the trainer's, from INFO on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 
 def show_info() -> None:
-    """Let INFO lines of this package through, and print them where nobody else handles any; may be called again."""
+    """Enables INFO lines of this package, and prints them if no other handler exists; may be called again."""
     logger = logging.getLogger("verl_autoexport")
     if not logger.isEnabledFor(logging.INFO):
         logger.setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""Implementations of a seam that other packages bring: entry points, so that every process of a run has them."""
+"""Other packages' implementations of a seam, found by entry points, so that every process of a run has them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from verl_autoexport.errors import ConfigError
 def load(group: str) -> list[Any]:
     """An instance of each class that an installed package names in `group`, by name.
 
-    Raises ConfigError naming the one that cannot be made.
+    Raises ConfigError naming a class that cannot be instantiated.
     """
     made = []
     for point in sorted(entry_points(group=group), key=lambda point: point.name):
@@ -20,6 +20,6 @@ def load(group: str) -> list[Any]:
         except Exception as e:
             raise ConfigError(
                 f"entry point {point.name} = {point.value} of {group} cannot be used: {type(e).__name__}: {e}. "
-                "Repair or uninstall the package that brings it."
+                "Repair or uninstall the package that adds it."
             ) from e
     return made

@@ -1,4 +1,4 @@
-"""Small files and texts that somebody else may have written; standard library only."""
+"""Small files and texts from untrusted writers; standard library only."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice!r:.100} is there twice")
+        raise ValueError(f"the key {twice!r:.100} occurs twice")
     return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; ValueError says what is wrong with the file, OSError that it cannot be read."""
+    """The JSON object in `path`; ValueError names the fault of the file, OSError the reason that it cannot be read."""
     # O_NONBLOCK: a FIFO of this name must not hang the reader.
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:
@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(raw: bytes, once: bool = False) -> dict[str, Any]:
-    """The JSON object in `raw`, with `once` each key only once; ValueError says what is wrong with it."""
+    """The JSON object in `raw`; `once` refuses repeated keys. ValueError names the fault."""
     try:
         data = json.loads(raw, object_pairs_hook=_each_once if once else None)
     except RecursionError:
@@ -48,15 +48,15 @@ def parse_json(raw: bytes, once: bool = False) -> dict[str, Any]:
 
 
 def leads_out(path: Path, root: Path) -> bool:
-    """Whether links on the way to `path` leave the directory `root`, which may be reached through links itself."""
-    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))  # knows links in a circle
+    """Whether links on the way to `path` leave the directory `root`, which may itself be reached through links."""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))  # handles circular links
 
 
 def is_plain_name(name: object) -> TypeGuard[str]:
-    """Whether `name` is that of a file in its directory, and leads nowhere else."""
+    """Whether `name` is a file name within its directory, and leads nowhere else."""
     return isinstance(name, str) and name not in ("", ".", "..") and len(name) < 256 and not {"/", "\\", "\0"} & {*name}
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Whether it is a whole number from 0 on."""
+    """Whether `value` is a whole number from 0 on."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,4 +1,4 @@
-"""The seam for trainers: an adapter says where a trainer's workers are and how long it trains, and tells its events."""
+"""The seam for trainers: an adapter knows a trainer's workers and length, and reports its events."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from verl_autoexport.service.request import RunInfo
 
 
 class TrainerAdapter(Protocol):
-    """One trainer. Its module is the only one that touches the trainer's classes, and calls `RunEvents`."""
+    """The adapter of one trainer. Only its module touches the trainer's classes; it calls `RunEvents`."""
 
     def info(self) -> RunInfo:
-        """What the trainer's configuration says of the run; known before workers are up."""
+        """The facts about the run in the trainer's configuration, known before workers are up."""
         ...
 
     def workers(self) -> Sequence[Any]:  # Ray's handles have no type of their own
-        """Handles of the Ray actors that hold the exported role's weights, by rank; none where only checkpoints do."""
+        """Handles of the Ray actors with the exported role's weights, by rank; empty if only checkpoints have them."""
         ...
 
     def position(self) -> int:
-        """The step that training goes on from: 0, or the resumed one."""
+        """The step from which training continues: 0, or the resumed one."""
         ...
 
     def length(self) -> tuple[int, bool]:
@@ -30,10 +30,10 @@ class TrainerAdapter(Protocol):
 
 
 class RunEvents(Protocol):
-    """An adapter calls these from the trainer's driver. None raises into training, unless the run is set to."""
+    """The events that an adapter reports from the trainer's driver. None raises into training unless configured to."""
 
     def begin(self) -> None:
-        """Workers are up and nothing is trained yet: the last moment to refuse, with a ConfigError or PlanError."""
+        """The workers are up and untrained: the last moment to refuse the run, with a ConfigError or PlanError."""
         ...
 
     def saved(self, step: int, directory: Path) -> None:
@@ -41,7 +41,7 @@ class RunEvents(Protocol):
         ...
 
     def logged(self, step: int, metrics: Mapping[str, object]) -> None:
-        """All metrics of `step` exist, and the workers still hold its weights."""
+        """All metrics of `step` exist, and the workers still have its weights."""
         ...
 
     def end(self, succeeded: bool) -> None:
@@ -49,5 +49,5 @@ class RunEvents(Protocol):
         ...
 
     def drain(self, exit_code: int) -> None:
-        """The process is about to end: wait for what is pending, bounded, and say what became of it."""
+        """The process is about to end: waits, with a limit, for pending exports, and reports their outcomes."""
         ...

@@ -1,4 +1,4 @@
-"""One run's exports, whatever the trainer: choosing the source, starting the controller, guarding training."""
+"""The exports of one run of any trainer: chooses the source, starts the controller, guards training."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _ASK_S = 60.0
 
 
 class RunSession:
-    """`RunEvents` of a run with `config`, the trainer's configuration tree.
+    """The `RunEvents` of a run with `config`, the trainer's configuration tree.
 
-    Raises ConfigError when that cannot work. After that nothing of ours raises into training
-    unless `on_error=raise`.
+    The constructor raises ConfigError if the configuration cannot work. After that, no error of this
+    package reaches training unless `on_error=raise`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class RunSession:
         self.begun = self.drained = False
 
     def begin(self) -> None:
-        """Raises ConfigError, PlanError, SourceError or OSError where the run could export nothing."""
+        """Starts the exports; raises ConfigError, PlanError, SourceError or OSError if the run could export nothing."""
         self.begun = True
         last_step, last_saved = self.adapter.length()
         check_length(self.settings, self.config, last_step, last_saved)
@@ -83,28 +83,28 @@ class RunSession:
         self._guarded(self.controller.logged_step, self._drain, timeout, exit_code == 0)
 
     def _ask_frozen(self, workers: Sequence[Any]) -> None:
-        """Versions share what is not trained; not knowing it costs only disk."""
+        """Asks for the frozen parameters, which versions share on disk; without an answer only disk space is lost."""
         try:
             names = ray.get(workers[0].__ray_call__.remote(in_worker.frozen, self.settings.role), timeout=_ASK_S)
         except RayError as e:
-            logger.warning("verl_autoexport: rank 0 does not say which parameters are frozen: %s", e)
+            logger.warning("verl_autoexport: rank 0 did not report which parameters are frozen: %s", e)
             return
         self.controller.info = replace(self.controller.info, frozen=names)
 
     def _nodes(self, workers: Sequence[Any]) -> Nodes | None:
-        """Those that keep checkpoints on disks of their own. Raises ConfigError where they have other versions."""
+        """The nodes that keep checkpoints on disks of their own. Raises ConfigError if they have other versions."""
         if self.settings.source == "live":
-            return None  # no checkpoint is read
+            return None  # no checkpoint will be read
         try:
             return find_nodes(workers, self.controller.info.checkpoints)
         except (SourceError, OSError) as e:
-            logger.warning("verl_autoexport: taken to share one file system, since not all workers answer: %s", e)
+            logger.warning("verl_autoexport: one shared file system is assumed, since not all workers answer: %s", e)
             return None
 
     def _live(self, workers: Sequence[Any], *length: Any) -> LiveSource | None:
-        """The workers as the source, None where checkpoints are it; logs which, and why.
+        """The workers as the source, or None for checkpoints; logs the choice and its reason.
 
-        Raises SourceError, PlanError, ConfigError or OSError where there can be neither.
+        Raises SourceError, PlanError, ConfigError or OSError if neither is possible.
         """
         kind, why = choose_source(self.config, self.settings)
         live = None
@@ -123,7 +123,7 @@ class RunSession:
         return live
 
     def _check_without_live(self, reason: str, last_step: int, last_saved: bool) -> None:
-        """Raises ConfigError where checkpoints alone leave nothing to export."""
+        """Raises ConfigError if checkpoints alone leave nothing to export."""
         settings = replace(self.settings, source="checkpoint")
         try:
             check_run(self.config, settings)
@@ -132,7 +132,7 @@ class RunSession:
             raise ConfigError(f"autoexport.source=auto: the workers cannot be the source: {reason}\n{e}") from e
 
     def _check_base(self) -> None:
-        """Raises PlanError or ConfigError, at any `on_error`: exports of this base model could not be right."""
+        """Raises PlanError or ConfigError, with any `on_error`, if exports of this base model could not be right."""
         info, weights = self.controller.info, self.settings.weights
         found = check_start(
             info.base_model, weights.dtype, info.trust_remote_code, info.external_lib,
@@ -148,9 +148,9 @@ class RunSession:
             raise ExportFailed(f"step {failed[0].step}: {failed[0].reason}")
 
     def _guarded(self, step: int, call: Callable[..., Any], *args: Any) -> None:
-        """Training goes on whatever fails in `call`, unless `on_error=raise`.
+        """Calls `call`; training goes on after any failure in it, unless `on_error=raise`.
 
-        Only configuration errors up to the first validation (an unknown metric) always stop it.
+        Only a configuration error up to the first validation (an unknown metric) always stops training.
         """
         early = not self.controller.metrics_checked
         try:

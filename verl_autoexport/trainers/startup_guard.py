@@ -1,4 +1,4 @@
-"""Runs in verl's launching process, as a Hydra callback, before Ray starts: nobody trains without exports unawares."""
+"""A Hydra callback in verl's launching process: before Ray starts, it stops a run that could not export."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from verl_autoexport.registry.store import Registry
 
 HOOK = "verl.trainer.ppo.checkpoint_callback"
 VERSIONS_WITH_HOOK = "0.9.1"
-_LOGS_S = 1.0  # Ray forwards the actors' last lines with a delay; the report is to come after them
+_LOGS_S = 1.0  # Ray forwards the actors' last lines with a delay; the report must come after them
 
 
 class StartupGuard(Callback):
-    """Refuses what cannot work with one line and exit code 1, and prints the report as the run's last line."""
+    """Refuses an impossible run with one line and exit code 1, and prints the report as the run's last line."""
 
     def __init__(self) -> None:
         self.registry: Registry | None = None
         self.started = time.time()
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Raises SystemExit: Hydra turns any other exception of a callback into a warning and goes on."""
+        """Raises SystemExit, since Hydra turns any other exception of a callback into a warning and continues."""
         try:
             settings = load_config(config.autoexport)
             if not settings.enabled:
@@ -40,7 +40,7 @@ class StartupGuard(Callback):
             check_verl()
             for warning in check_run(config, settings):
                 print(shown(f"verl_autoexport: {warning}"), file=sys.stderr)
-            # With a remote cluster the directory is the TaskRunner's; it is checked there.
+            # With a remote cluster the directory belongs to the TaskRunner's node, and is checked there.
             address = OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS", "local")
             self.registry = (Registry.create if address == "local" else Registry)(settings.output_dir)
             self.registry.check_free()
@@ -67,7 +67,7 @@ def check_entry_point() -> None:
     if name.startswith("verl.") and name != "verl.trainer.main_ppo":
         raise ConfigError(
             f"{name} never calls checkpoint callbacks, nothing would be exported: remove +autoexport=default; "
-            "verl.trainer.main_ppo is what it works with."
+            "it works with verl.trainer.main_ppo only."
         )
 
 

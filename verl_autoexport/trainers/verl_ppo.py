@@ -1,6 +1,6 @@
 """verl's PPO trainer (v1): a checkpoint callback and three wrapped methods.
 
-Facts of verl 0.9.1 relied on here, each checked by a test on the wheel: the callback is
+These facts of verl 0.9.1 are each checked by a test on the wheel: the callback is
 built first in `PPOTrainer.__init__`; `on_save` comes after the shards are written;
 `Tracking.log(data, step)` comes once per step after save and validation; `fit` starts
 with `global_steps` at the resumed step; `Tracking.finish` comes last, workers still alive.
@@ -29,10 +29,10 @@ _active: PpoRun | None = None
 
 
 class AutoExportCallback(CheckpointCallback):
-    """Named by `trainer.checkpoint_callback_class`; built by verl in the TaskRunner.
+    """The callback that `trainer.checkpoint_callback_class` names; verl builds it in the TaskRunner.
 
-    Raises ConfigError when the run's configuration cannot work. After that nothing of ours
-    raises into training unless `on_error=raise`.
+    The constructor raises ConfigError if the run's configuration cannot work. After that, no error of this
+    package reaches training unless `on_error=raise`.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -57,7 +57,7 @@ class AutoExportCallback(CheckpointCallback):
 
 
 class PpoRun:
-    """The run that is exported: the adapter of verl's trainer, which is known once `fit` begins."""
+    """The exported run: the adapter of verl's trainer, which is known once `fit` begins."""
 
     def __init__(self, config: DictConfig, settings: AutoExportConfig) -> None:
         self.config, self.role = config, settings.role
@@ -67,7 +67,7 @@ class PpoRun:
     @property
     def trainer(self) -> PPOTrainer:
         if self.fitted is None:
-            raise RuntimeError("verl's trainer is asked for before its `fit` has begun; please report this.")
+            raise RuntimeError("verl's trainer is not known before its `fit` has begun; please report this.")
         return self.fitted
 
     def info(self) -> RunInfo:
@@ -83,15 +83,15 @@ class PpoRun:
     def length(self) -> tuple[int, bool]:
         total = self.trainer.total_training_steps
         last_step = min(total, self.trainer.steps_per_epoch * self.config.trainer.total_epochs)
-        return last_step, last_step == total  # if the epochs end before, verl stops without a save
+        return last_step, last_step == total  # if the epochs end earlier, verl stops without a save
 
     def on_fit_begin(self, trainer: PPOTrainer) -> None:
-        if not self.config.trainer.get("val_only", False):  # else nothing is trained, and no past is judged
+        if not self.config.trainer.get("val_only", False):  # otherwise nothing is trained, and no past is judged
             self.fitted = trainer
             self.session.begin()
 
     def is_of(self, tracking: Tracking) -> bool:
-        """Whether this is the logger of the run that is exported."""
+        """Whether `tracking` is the logger of the exported run."""
         return self.fitted is not None and tracking is getattr(self.fitted, "logger", None)
 
 
@@ -113,17 +113,17 @@ def _run_info(config: DictConfig, role: str) -> RunInfo:
 
 
 def _modules(external_lib: str | ListConfig | None) -> str | None:
-    """Names of modules separated by commas; verl takes one, or a list of them."""
+    """The names of modules, separated by commas; verl takes one name, or a list."""
     return ",".join(external_lib) if isinstance(external_lib, ListConfig) else external_lib
 
 
 def _local(path: str | None) -> str | None:
-    """Absolute where it is a directory here: exports run in processes with another working directory."""
+    """The absolute path of a local directory, since exports run in processes with another working directory."""
     return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().is_dir() else path
 
 
 def _wrap_verl() -> None:
-    """Once per process, at class level: `fit` and the `Tracking` object do not exist yet."""
+    """Wraps verl's methods once per process, at class level, since `fit` and the `Tracking` object do not exist yet."""
     if getattr(PPOTrainer.fit, "_autoexport", False):
         return
     fit, log, finish = PPOTrainer.fit, Tracking.log, Tracking.finish

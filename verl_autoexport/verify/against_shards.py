@@ -19,7 +19,7 @@ from verl_autoexport.model.skeleton import load_config
 from verl_autoexport.sources.formats import format_of
 from verl_autoexport.sources.protocol import Leaf, SecondReading, Visit
 
-_OF_A_HEAD = {"architectures", "num_labels", "id2label", "label2id"}  # verl's config.json does not know a value head
+_OF_A_HEAD = {"architectures", "num_labels", "id2label", "label2id"}  # a value head is missing in verl's config.json
 
 
 def compare(
@@ -30,10 +30,10 @@ def compare(
     base: Path | None = None,
     trust_remote_code: bool = False,
 ) -> str:
-    """Give `model` the weights in `shards` and return what was found equal; ValueError names what differs.
+    """Gives `model` the weights in `shards` and returns a line about the equal parts; ValueError names differences.
 
-    `saved` has the run's `config.json`. `lora`: the configuration of the adapter in the shards, `base` the
-    directory of its base model where the shards hold the adapter only.
+    `saved` has the run's `config.json`. `lora` is the configuration of the adapter in the shards, `base` the
+    directory of its base model if the shards have only the adapter.
     """
     trained = load_config(saved, trust_remote_code)
     found = set(differences(plain(model.config.to_dict()), plain(trained.to_dict()))) - _OF_A_HEAD
@@ -57,7 +57,7 @@ def compare(
 
 
 class CannotRun(Exception):
-    """transformers cannot run the model on a CPU with token ids alone: it wants images, or a kernel of a GPU."""
+    """transformers cannot run the model on a CPU with token ids alone: it needs images, or a GPU kernel."""
 
 
 def fixed_input(model: Any) -> torch.Tensor:
@@ -67,9 +67,9 @@ def fixed_input(model: Any) -> torch.Tensor:
 
 
 def forward(model: Any) -> torch.Tensor:
-    """Logits of the fixed input, shape (1, 8, vocabulary or labels); a decoder of its own begins with the same.
+    """The logits of the fixed input, shape (1, 8, vocabulary or labels); a separate decoder starts with the same ids.
 
-    Raises CannotRun with the reason of the model's own code.
+    Raises CannotRun with the reason that the model's own code gives.
     """
     try:
         ids = fixed_input(model)
@@ -80,7 +80,7 @@ def forward(model: Any) -> torch.Tensor:
 
 
 def _replace(model: Any, shards: SecondReading, lora: Mapping[str, Any] | None, base: Path | None) -> int:
-    """Write the trained values over those of `model`, comparing them; returns how many tensors there were."""
+    """Replaces the values of `model` by the trained ones, after a comparison; returns the number of tensors."""
     source = shards.tensors.items() if lora is None else _merged(model, shards, lora, base)
     mine = model.state_dict()
     unsaved = set(model._keys_to_ignore_on_save or ())
@@ -106,7 +106,7 @@ def _replace(model: Any, shards: SecondReading, lora: Mapping[str, Any] | None, 
 def _merged(
     model: Any, shards: SecondReading, lora: Mapping[str, Any], base: Path | None
 ) -> Iterator[tuple[str, Visit]]:
-    """The same of what PEFT's `merge_and_unload` makes of the adapter, in the dtype of training."""
+    """Does the same with the result of PEFT's `merge_and_unload`, in the dtype of training."""
     from peft import LoraConfig, get_peft_model
 
     dtype = next(dtype for name, dtype in shards.dtypes.items() if ".lora_" in name)

@@ -1,4 +1,4 @@
-"""Is the merged directory the model it should be? Structure always; load and generation where they fit."""
+"""The checks of a merged directory: structure always, loading and generation if there is memory for them."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class LoadRequest:
 
 
 def check_structure(directory: Path, plan: MergePlan) -> CheckResult:
-    """Every planned file is there with the planned header and length, and nothing else claims to be weights.
+    """Checks that every planned file has the planned header and length, and that no other weight files exist.
 
-    Values were checked to be finite while they were merged. Raises VerifyError naming the file.
+    The merge has already checked that all values are finite. Raises VerifyError naming the file.
     """
     for file in plan.files:
         path = directory / file.name
@@ -110,14 +110,14 @@ def check_loading(
     assets: Mapping[str, str | None] | None = None,
     carried: Sequence[str] = (),
 ) -> dict[str, CheckResult]:
-    """Load `directory` in a fresh process on the CPU, generate a few tokens, compare logits with those of `source`.
+    """Loads `directory` in a fresh process on the CPU, generates a few tokens, compares logits with those of `source`.
 
-    `nbytes` are those of the weights. With `auto` a check is skipped, with the reason, when
-    it would need more than `max_memory` or than is free now; past `timeout_s` seconds it is
-    skipped too. `adapter_of`: `directory` is a PEFT adapter, of the model whose config is there.
-    `assets`: the directories that its tokenizer and processor must equal (`Reference.to_json`), which is
-    looked at whatever the size, unless `load` is False. `carried` are the tensors in it that its class
-    does not read. Raises VerifyError when a check that ran has failed.
+    `nbytes` is the size of the weights. With `auto`, a check is skipped, with the reason, if it would
+    need more than `max_memory` or than the free memory; any check is skipped after `timeout_s` seconds.
+    `adapter_of`: `directory` is a PEFT adapter for the model whose config is there. `assets`: the
+    directories that its tokenizer and processor must equal (`Reference.to_json`), compared at any
+    size, unless `load` is False. `carried` are the tensors in it that its class does not read.
+    Raises VerifyError if a check that ran has failed.
     """
     names: tuple[str, ...] = ("load", "generate", "logits") if source else ("load", "generate")
     names = ("assets", *names) if assets else names
@@ -141,13 +141,13 @@ def check_loading(
         found = _ask(request, timeout_s)
     except subprocess.TimeoutExpired:
         return dict.fromkeys(names, skipped(f"not finished within verify.timeout_s={timeout_s:g}"))
-    if found is None and load is not True:  # killed from outside, which says nothing of the model
+    if found is None and load is not True:  # killed from outside, which proves nothing about the model
         return dict.fromkeys(names, skipped("the process was killed (SIGKILL), probably for memory"))
     return _passed(directory, found, names)
 
 
 def _passed(directory: Path, found: Mapping[str, CheckResult] | None, names: Sequence[str]) -> dict[str, CheckResult]:
-    """The results of a fresh process; VerifyError where a check failed, or where there are none."""
+    """The results of a fresh process; VerifyError if a check failed, or if there are none."""
     if found is None:
         raise VerifyError(f"{directory}: the load check was killed (SIGKILL), probably for memory")
     for name, check in found.items():
@@ -168,14 +168,14 @@ def _absolute(path: Path | None) -> str | None:
 
 
 def _too_large(nbytes: int, max_memory: int) -> str:
-    """Why models of `nbytes` bytes cannot be loaded here; empty if they can."""
+    """The reason why models of `nbytes` bytes cannot be loaded here; empty if they can."""
     need, free = nbytes + nbytes // 10 + _OVERHEAD, psutil.virtual_memory().available
     limit = f"verify.max_memory is {_gib(max_memory)}" if need > max_memory else f"{_gib(free)} are free"
     return f"needs about {_gib(need)}, {limit}" if need > min(max_memory, free) else ""
 
 
 def _ask(request: LoadRequest, timeout_s: float) -> dict[str, CheckResult] | None:
-    """The results of a fresh process, by check; None if it was killed. Whatever a model's code prints is its own."""
+    """The results of a fresh process, by check; None if it was killed. The output of a model's code is ignored."""
     with tempfile.TemporaryDirectory(prefix="verl-autoexport-") as folder:
         answer = Path(folder, "result.json")
         done = subprocess.run(
@@ -192,7 +192,7 @@ def _ask(request: LoadRequest, timeout_s: float) -> dict[str, CheckResult] | Non
 
 
 def _environment() -> dict[str, str]:
-    """CPU only, offline, few threads: training's GPUs and cores are not ours."""
+    """Environment for CPU only, offline, few threads: GPUs and cores belong to training."""
     env = {k: v for k, v in subprocesses.environment().items() if not k.startswith(("RAY_", "VERL_"))}
     fixed = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**env, **fixed, "OMP_NUM_THREADS": "2"}

@@ -1,4 +1,4 @@
-"""Check a directory again, with nothing but what is in it: for `verl-autoexport verify`."""
+"""The check of a directory from its own content alone, for `verl-autoexport verify`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from verl_autoexport.verify.result import CheckResult, failed, passed, skipped
 
 
 def check_directory(directory: Path, *, load: bool = True, trust_remote_code: bool = False) -> dict[str, CheckResult]:
-    """Hashes against `export.json`, tensors against the architecture, then load and generate.
+    """Checks hashes against `export.json`, tensors against the architecture, then loads and generates.
 
-    A check that fails is reported, not raised; later ones still run where they can.
+    A failed check is reported, not raised; later ones still run if they can.
     """
     if not directory.is_dir():
-        raise VerifyError(f"{directory}: {absence(directory)}; expected a version, or what was exported.")
+        raise VerifyError(f"{directory}: {absence(directory)}; expected a version, or another exported directory.")
     record = read_record(directory / "export.json") if (directory / "export.json").exists() else None
     checks = {"hashes": _run(lambda: _hashes(directory, record))}
     if (directory / CONFIG_NAME).is_file():
@@ -69,7 +69,7 @@ def _load(
 
 
 def _adapter(directory: Path, base: Path | None, load: bool, trust_remote_code: bool) -> dict[str, CheckResult]:
-    """A PEFT adapter; `base` has the config of the model it belongs to, else the adapter names that model."""
+    """Checks a PEFT adapter; `base` has the config of its model, otherwise the adapter names that model."""
     structure = _run(lambda: _adapter_structure(directory))
     if structure.status == "failed":
         return {"structure": structure}
@@ -100,7 +100,7 @@ def _adapter_structure(directory: Path) -> CheckResult:
 def _run(check: Callable[[], CheckResult]) -> CheckResult:
     try:
         return check()
-    except (AutoExportError, OSError, ValueError) as e:  # names in a record may be none of files
+    except (AutoExportError, OSError, ValueError) as e:  # a record may have names that no file can have
         return failed(str(e))
 
 
@@ -111,7 +111,7 @@ def _hashes(directory: Path, record: ExportRecord | None) -> CheckResult:
     for entry in record.files:
         path = directory / entry.get("name", "")
         if not path.resolve().is_relative_to(directory.resolve()) or not path.is_file():
-            raise VerifyError(f"{path}: listed in export.json, not there.")
+            raise VerifyError(f"{path}: listed in export.json, but missing.")
         with path.open("rb") as f:
             digest = hashlib.sha256()
             while block := f.read(1 << 20):
@@ -129,7 +129,7 @@ def _structure(directory: Path, files: list[Path], record: ExportRecord | None, 
         header = verify.read_header(file)
         header.pop("__metadata__", None)
         if twice := found.keys() & header.keys():
-            raise VerifyError(f"{file}: {sorted(twice)[0]} is in another file too.")
+            raise VerifyError(f"{file}: {sorted(twice)[0]} is also in another file.")
         _check_length(file, header)
         found |= {name: (entry["dtype"], tuple(entry["shape"]), file.name) for name, entry in header.items()}
     if len(files) > 1:
@@ -162,7 +162,7 @@ def _structure(directory: Path, files: list[Path], record: ExportRecord | None, 
 
 
 def _listed(record: ExportRecord | None, key: str) -> tuple[str, ...]:
-    """Names under `key` of the contract in `export.json`."""
+    """The names under `key` of the contract in `export.json`."""
     return tuple(record.verification.get("contract", {}).get(key, ())) if record else ()
 
 
@@ -177,4 +177,4 @@ def _check_length(file: Path, header: dict[str, Any]) -> None:
 def _check_index(directory: Path, found: dict[str, Any]) -> None:
     index = verify.read_json(directory / INDEX_NAME)
     if not isinstance(index, dict) or index.get("weight_map") != {k: v[2] for k, v in found.items()}:
-        raise VerifyError(f"{directory / INDEX_NAME}: weight_map differs from what the files hold.")
+        raise VerifyError(f"{directory / INDEX_NAME}: weight_map differs from the files' content.")

@@ -1,8 +1,8 @@
-"""Run in a fresh process: load a published directory as a user would, and generate a little.
+"""Runs in a fresh process: loads a published directory as a user would, and generates a little.
 
 `python -m verl_autoexport.verify.load_in_child FILE` takes a `LoadRequest` as JSON on stdin and writes one
-result for each check into FILE. It exits 0 whatever it found; any other exit means that the process itself did
-not get that far.
+result for each check into FILE. It exits 0 whatever the results are; any other exit code means that the process
+itself failed before.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def _processors(directory: Path, wanted: Path, trust_remote_code: bool, in_files: bool) -> tuple[Any, Any]:
-    """What is to be compared of both: where the wanted one, or its tokenizer, cannot be loaded here, their files."""
+    """The two processors to compare; or their files, if the wanted one, or its tokenizer, cannot be loaded here."""
     from verl_autoexport.model import asset_facts
 
     if in_files:
@@ -68,7 +68,7 @@ def _check_model(directory: Path, request: LoadRequest) -> dict[str, CheckResult
 
 
 def check_assets(directory: Path, wanted: Mapping[str, str | None], trust_remote_code: bool) -> CheckResult:
-    """The written tokenizer, processor and templates against those that they were made of."""
+    """Compares the written tokenizer, processor and templates with their sources."""
     from verl_autoexport.model import asset_facts
 
     tokenizer, processor, template = (
@@ -92,7 +92,7 @@ def check_assets(directory: Path, wanted: Mapping[str, str | None], trust_remote
                 mine = asset_facts.processor_template(directory)
                 differ += asset_facts.differences({"processor's template": mine}, {"processor's template": shown})
             equal.append(f"{found.get('class', 'settings of the')} processor")
-    except Exception as e:  # noqa: BLE001 - see _check_model; a version whose tokenizer does not load is of no use
+    except Exception as e:  # noqa: BLE001 - see _check_model; a version is useless without its tokenizer
         return failed(e)
     if differ:
         return failed("; ".join(differ))
@@ -108,9 +108,9 @@ def load_model(directory: Path, trust_remote_code: bool, carried: Sequence[str] 
     from verl_autoexport.model.skeleton import load_config, model_class
 
     cls = model_class(load_config(directory, trust_remote_code), directory, trust_remote_code)
-    loaded: Any = cls.from_pretrained(  # a pair, with output_loading_info
+    loaded: Any = cls.from_pretrained(  # returns a pair, because of output_loading_info
         directory, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code, local_files_only=True,
-        generation_config=GenerationConfig(),  # the model's own may ask for what cannot be run, or loaded, here
+        generation_config=GenerationConfig(),  # the model's own may ask for modes that cannot run, or load, here
     )  # fmt: skip
     model, info = loaded
     if carried:
@@ -123,7 +123,7 @@ def load_model(directory: Path, trust_remote_code: bool, carried: Sequence[str] 
 
 
 def _check_adapter(directory: Path, base: Path, trust_remote_code: bool) -> dict[str, CheckResult]:
-    """Put the adapter on the base model: every tensor must find its place and arrive unchanged.
+    """Puts the adapter on the base model: every tensor must find its place and arrive unchanged.
 
     The base's own weights are not needed, so its memory is allocated and never touched.
     """
@@ -141,7 +141,7 @@ def _check_adapter(directory: Path, base: Path, trust_remote_code: bool) -> dict
         found = get_peft_model_state_dict(model, save_embedding_layers=False)
         written = load_file(directory / "adapter_model.safetensors")
         if differ := sorted(found.keys() ^ written.keys()):
-            raise ValueError(f"PEFT expects other tensors than the file holds: {differ[:8]}")
+            raise ValueError(f"PEFT expects other tensors than those in the file: {differ[:8]}")
         if differ := [k for k, v in written.items() if not found[k].to(v.dtype).equal(v)]:
             raise ValueError(f"PEFT did not load {differ[:8]}")
     except Exception as e:  # noqa: BLE001 - see _check_model
@@ -175,7 +175,7 @@ def generate(model: Any) -> CheckResult:
             if not model.can_generate():
                 return passed(f"{type(model).__name__} does not generate; forward pass finite")
             out = model.generate(ids, generation_config=_neutral(model.config), max_new_tokens=NEW_TOKENS)
-    except CannotRun as e:  # says nothing of the weights: those are compared with the shards
+    except CannotRun as e:  # no statement about the weights: those are compared with the shards
         return skipped(f"{type(model).__name__} does not run on token ids alone here: {e}")
     except Exception as e:  # noqa: BLE001 - see _check_model
         return failed(e)
@@ -183,7 +183,7 @@ def generate(model: Any) -> CheckResult:
 
 
 def _neutral(config: Any) -> Any:
-    """Greedy, whatever the model's own settings ask for: some need a tokenizer, a library or several beams."""
+    """A greedy configuration instead of the model's own: some need a tokenizer, a library or several beams."""
     from transformers import GenerationConfig
 
     text = config.get_text_config(decoder=True)

@@ -1,4 +1,4 @@
-"""One check of a directory: what came of it."""
+"""The result of one check of a directory."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class CheckResult:
-    """`status` is `passed`, `failed` or `skipped`; `detail` says what was found, or why it was skipped."""
+    """The result of one check: `status` is `passed`, `failed` or `skipped`; `detail` is the finding or reason."""
 
     status: str
     detail: str
 
     def to_json(self) -> dict[str, str]:
-        """As `export.json` has it under `verification`."""
+        """The result as it is in `export.json` under `verification`."""
         return asdict(self)
 
 
@@ -22,7 +22,7 @@ def passed(detail: str) -> CheckResult:
 
 
 def failed(error: object) -> CheckResult:
-    """`error` is a text, or an exception, which is shown with its type."""
+    """A failed check; `error` is a text, or an exception, which is shown with its type."""
     detail = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)
     return CheckResult("failed", detail)
 

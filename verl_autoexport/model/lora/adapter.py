@@ -1,10 +1,10 @@
-"""LoRA: a PEFT checkpoint told apart into base and adapter, fused as PEFT fuses it, or written as PEFT writes it.
+"""LoRA: a PEFT checkpoint split into base and adapter, fused as PEFT fuses it, or written as PEFT writes it.
 
 Names in the shards are those of `PeftModel.state_dict()`: `base_model.model.` before the
 base model's own name, `X.base_layer.weight` for a target's own weight, `X.lora_A.default.weight`,
 `X.modules_to_save.default.weight`. With verl's `save_lora_only` only those with `lora_` are there.
-What the names and shapes do not tell (alpha, rsLoRA, patterns) is in verl's `lora_train_meta.json`
-or in PEFT's own `adapter_config.json`.
+The settings that names and shapes do not show (alpha, rsLoRA, patterns) are in verl's
+`lora_train_meta.json` or in PEFT's own `adapter_config.json`.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _OPTIONAL = {"lora_magnitude_vector.weight", "lora_B.bias"}
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a PEFT checkpoint holds.
+    """The content of a PEFT checkpoint.
 
-    `base`: the base model's in-memory names → names in the shards, empty when only the adapter
+    `base`: the base model's in-memory names → names in the shards, empty if only the adapter
     was saved. `tensors`: names in `adapter_model.safetensors` → names in the shards. `fusions`
     are by the base's in-memory name. `config` is `adapter_config.json`, `dtype` that of lora_B.
     """
@@ -67,9 +67,9 @@ class _Names:
 def read_adapter(
     manifest: ShardManifest, skeleton: PreTrainedModel, checkpoint: Path, config: Path | None = None
 ) -> Adapter | None:
-    """The adapter in the shards, None where they hold none; `config` is an `adapter_config.json` or its directory.
+    """The adapter in the shards, None if there is none; `config` is an `adapter_config.json` or its directory.
 
-    Raises PlanError for whatever is not known how to fuse, naming what is missing.
+    Raises PlanError, naming the missing part, for an adapter that cannot be fused.
     """
     if not is_lora(manifest):
         return None
@@ -102,7 +102,7 @@ def read_adapter(
 
 
 def plain_shapes(manifest: ShardManifest) -> dict[str, tuple[int, ...]]:
-    """Shapes by the names that the tensors have in the model without LoRA; the adapter's own are left out."""
+    """The shapes, by the tensors' names in the model without LoRA; the adapter's own tensors are left out."""
     if not is_lora(manifest):
         return {fqn: t.shape for fqn, t in manifest.tensors.items()}
     names = _read_names(manifest)
@@ -110,12 +110,12 @@ def plain_shapes(manifest: ShardManifest) -> dict[str, tuple[int, ...]]:
 
 
 def is_lora(manifest: ShardManifest) -> bool:
-    """Whether the shards are those of a PEFT model."""
+    """Whether the shards are from a PEFT model."""
     return any(k.startswith(_PREFIX) or ".lora_" in k for k in manifest.tensors)
 
 
 def plain_name(fqn: str) -> str:
-    """The name of a base model's tensor without what PEFT adds to it."""
+    """The name of a base model's tensor without PEFT's additions."""
     return fqn.removeprefix(_PREFIX).replace(".base_layer.", ".")
 
 
@@ -128,7 +128,7 @@ def _read_names(manifest: ShardManifest) -> _Names:
             lora = next(k for k in manifest.tensors if k.startswith(_PREFIX) or ".lora_" in k)
             raise PlanError(
                 f"the shards hold LoRA weights ({lora}), but {fqn} has no {_PREFIX!r} before it: not the names of a "
-                "PeftModel; nothing is known of how they belong together."
+                "PeftModel; it is unknown how they belong together."
             )
         if match := _LORA.fullmatch(name):
             module, part, adapter, leaf = match.groups()
@@ -140,7 +140,7 @@ def _read_names(manifest: ShardManifest) -> _Names:
             names.saved[f"{module}.{leaf}"] = fqn
             names.tensors[f"{_PREFIX}{module}.{leaf}"] = fqn
         elif ".original_module." in name:
-            continue  # what modules_to_save has replaced
+            continue  # replaced by modules_to_save
         else:
             names.base[plain_name(fqn)] = fqn
             continue
@@ -153,10 +153,10 @@ def _read_names(manifest: ShardManifest) -> _Names:
 
 
 def _check_whole(names: _Names, skeleton: PreTrainedModel) -> None:
-    """A target whose LoRA is lost would come out as the base has it, and nothing later could tell."""
+    """Raises for a target whose LoRA is lost; it would come out as in the base, and no later check could notice."""
     wrapped = {name.rpartition(".")[0] for name, fqn in names.base.items() if ".base_layer." in fqn}
     if lost := sorted(wrapped - names.lora.keys()):
-        raise PlanError(f"{_PREFIX}{lost[0]}: wrapped for LoRA, but the shards hold no lora_A and lora_B of it.")
+        raise PlanError(f"{_PREFIX}{lost[0]}: wrapped for LoRA, but the shards hold no lora_A and lora_B for it.")
     plain = sorted(m for m, parts in names.lora.items() if "lora_magnitude_vector.weight" not in parts)
     if plain and len(plain) < len(names.lora):
         raise PlanError(f"{_PREFIX}{plain[0]}: no lora_magnitude_vector, though other modules have one (DoRA).")
@@ -176,7 +176,7 @@ def _fusions(
     settings: Mapping[str, Any],
     where: str,
 ) -> dict[str, Fusion]:
-    """How the weight of `module`, and with `lora_bias` its bias, is made of the base's and the LoRA `parts`."""
+    """The fusions of `module`: its weight, and with `lora_bias` its bias, from the base's and the LoRA `parts`."""
     needed = next((p for p in _PARTS if p <= parts.keys()), None)
     weight = _parameter(skeleton, f"{module}.weight")
     if needed is None or parts.keys() - needed - _OPTIONAL:
@@ -184,7 +184,7 @@ def _fusions(
     if weight is None or weight.ndim != 2:
         found = "a parameter without a module" if weight is None else f"a weight of shape {list(weight.shape)}"
         raise PlanError(
-            f"{parts[min(parts)]}: LoRA on {found} ({module}) is not supported; on linear layers and embeddings it is."
+            f"{parts[min(parts)]}: LoRA on {found} ({module}) is not supported; only on linear layers and embeddings."
         )
     first, second = sorted(needed)
     a, b = manifest.tensors[parts[first]], manifest.tensors[parts[second]]
@@ -217,9 +217,9 @@ def _parameter(skeleton: PreTrainedModel, name: str) -> torch.nn.Parameter | Non
 
 
 def _module_names(modules: Sequence[str], skeleton: PreTrainedModel, loose: bool = False) -> list[str]:
-    """The last parts of `modules`, as people write them, where those mean exactly these modules; else whole names.
+    """The last parts of `modules`, as people write them, if those mean exactly these modules; otherwise whole names.
 
-    PEFT is `loose` with modules_to_save: `norm` means `input_layernorm` too.
+    PEFT matches modules_to_save loosely (`loose`): `norm` means `input_layernorm` too.
     """
     leaves = sorted({m.rpartition(".")[2] for m in modules})
     names = [name for name, _ in skeleton.named_modules()]
@@ -230,7 +230,7 @@ def _module_names(modules: Sequence[str], skeleton: PreTrainedModel, loose: bool
 def model_outputs(
     adapter: Adapter, manifest: ShardManifest, skeleton: PreTrainedModel, dtype: str, base_model: str | None
 ) -> tuple[ShardManifest, list[Output]]:
-    """The fused model: where all its tensors are, and what is made of them."""
+    """The fused model: the manifest of all its tensors, and its outputs."""
     if adapter.base:
         tensors = {name: replace(manifest.tensors[fqn], fqn=name) for name, fqn in adapter.base.items()}
         held = replace(manifest, tensors=tensors)
@@ -253,7 +253,7 @@ def model_outputs(
 
 
 def with_adapter(held: ShardManifest, manifest: ShardManifest, adapter: Adapter) -> ShardManifest:
-    """`held`, and the adapter's tensors under their names in the shards."""
+    """The manifest `held`, with the adapter's tensors under their names in the shards."""
     return replace(held, tensors={**held.tensors, **{fqn: manifest.tensors[fqn] for fqn in adapter.tensors.values()}})
 
 
@@ -265,7 +265,7 @@ def _tied_with(skeleton: PreTrainedModel, name: str) -> list[str]:
 def _from_base(
     adapter: Adapter, manifest: ShardManifest, skeleton: PreTrainedModel, dtype: str, base_model: str | None
 ) -> tuple[ShardManifest, list[Output]]:
-    """The same where the base is in safetensors files, under names on disk, and was trained in the adapter's dtype."""
+    """The fused model with a base from safetensors files, with names on disk, trained in the adapter's dtype."""
     directory = base_directory(base_model)
     if directory is None:
         raise PlanError(
@@ -288,7 +288,7 @@ def _from_base(
         entry = _of_base(disk, output, directory)
         straight = output.pieces == whole(output.pieces[0].fqn, output.shape)
         if not straight and sources & adapter.fusions.keys():
-            raise PlanError(f"{output.name}: LoRA on what {directory} holds in another layout is not supported.")
+            raise PlanError(f"{output.name}: LoRA on a tensor with another layout in {directory} is not supported.")
         name = output.pieces[0].fqn if straight else output.name
         cast = wanted[output.pieces[0].fqn].dtype if entry.dtype in FLOATING else None
         tensors[name] = replace(entry, fqn=name, loaded=cast)
@@ -313,7 +313,7 @@ def _of_base(disk: ShardManifest, output: Output, directory: Path) -> TensorEntr
 
 
 def plan_adapter(adapter: Adapter, manifest: ShardManifest, dtype: str, folder: str = "") -> PlannedFile:
-    """`adapter_model.safetensors`, in `folder` of the version, with its floating tensors in `dtype`."""
+    """The file `adapter_model.safetensors`, in `folder` of the version, with its floating tensors in `dtype`."""
     if adapter.config["bias"] != "none":
         raise PlanError(f"bias={adapter.config['bias']}: an adapter with trained biases is not supported; use fused.")
     outputs = []
@@ -325,16 +325,16 @@ def plan_adapter(adapter: Adapter, manifest: ShardManifest, dtype: str, folder: 
 
 
 def check_written(adapter: Adapter, written: Sequence[WrittenFile], mode: str, dtype: str) -> list[str]:
-    """Notes on the adapter; raises MergeError where fusing it left every tensor as the base has it."""
+    """Notes on the adapter; raises MergeError if fusing it changed no tensor."""
     r, alpha = adapter.config["r"], adapter.config["lora_alpha"]
     size = f"r {r}, lora_alpha {alpha}"
     if mode == "adapter":
-        return [f"LoRA adapter of {len(adapter.tensors)} tensors, {size}; the base model is not in here"]
+        return [f"LoRA adapter of {len(adapter.tensors)} tensors, {size}; the base model is not included"]
     trained = frozenset().union(*(w.affected for w in written))
     changed = frozenset().union(*(w.changed for w in written))
     if not trained:
         return [
-            f"LoRA fused into {len(adapter.fusions)} tensors, {size}; every lora_B is zero: nothing was learned yet"
+            f"LoRA fused into {len(adapter.fusions)} tensors, {size}; every lora_B is zero, so nothing was learned yet"
         ]
     if not changed:
         raise MergeError(

@@ -1,4 +1,4 @@
-"""What a LoRA's names and shapes do not tell: verl's `lora_train_meta.json`, or PEFT's own `adapter_config.json`."""
+"""The settings of a LoRA beyond names and shapes: verl's `lora_train_meta.json`, or PEFT's `adapter_config.json`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CONFIG: Mapping[str, Any] = {
     "modules_to_save": None, "bias": "none", "lora_bias": False, "lora_dropout": 0.0, "fan_in_fan_out": False,
     "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True,
 }  # fmt: skip
-"""What an adapter's configuration says here, with PEFT's defaults."""
+"""The keys of an adapter's configuration that matter here, with PEFT's defaults."""
 _HARMLESS = {
     "peft_version", "megatron_core", "layers_to_transform", "layers_pattern", "loftq_config", "eva_config",
     "qalora_group_size", "ensure_weight_tying",
@@ -29,7 +29,7 @@ _INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the
 
 
 def read_settings(checkpoint: Path, given: Path | None) -> tuple[dict[str, Any], str]:
-    """PEFT's configuration from `given`, else from beside the shards, else from verl's few numbers; and where from."""
+    """PEFT's configuration from `given`, else from beside the shards, else from verl's few numbers; and its place."""
     meta_path = checkpoint / META_NAME
     meta = _json(meta_path) if meta_path.is_file() else None
     places = [checkpoint / CONFIG_NAME, checkpoint / "huggingface" / CONFIG_NAME]
@@ -41,7 +41,7 @@ def read_settings(checkpoint: Path, given: Path | None) -> tuple[dict[str, Any],
     said = meta if path is None else _check_config(_json(path), path)
     if said is None:
         raise PlanError(
-            f"{meta_path}: not found, so nothing tells lora_alpha, and without it LoRA cannot be scaled. Give the "
+            f"{meta_path}: not found, so lora_alpha is unknown, and without it LoRA cannot be scaled. Give the "
             f"adapter's {CONFIG_NAME} (`--lora-config`)."
         )
     settings = {**_CONFIG, **said}
@@ -87,7 +87,7 @@ def scaling(module: str, settings: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def write_config(config: Mapping[str, Any], base_model: str | None, directory: Path) -> None:
-    """`adapter_config.json`, as PEFT reads it."""
+    """Writes `adapter_config.json` in PEFT's form."""
     path = Path(base_model).expanduser() if base_model else None
     name = str(path.absolute()) if path is not None and path.is_dir() else base_model
     config = {**config, "base_model_name_or_path": name or config["base_model_name_or_path"]}

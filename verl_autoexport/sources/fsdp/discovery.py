@@ -1,4 +1,4 @@
-"""Finding verl's FSDP checkpoints on disk: which rank files are there, which content they have. No torch."""
+"""Finds verl's FSDP checkpoints on disk: the rank files that are there, and their fingerprint. No torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROLES = ("actor", "policy", "critic")
 """Directories of a step that hold shards; `policy` is what SkyRL calls the actor."""
 _TRACKERS = ("latest_checkpointed_iteration.txt", "latest_ckpt_global_step.txt")
 BLOCK = 1 << 20
-"""Bytes read at a time where whole files or tensors are compared."""
+"""Bytes per read when whole files or tensors are compared."""
 
 
 def find_checkpoint(path: Path, role: str = "actor") -> Path:
@@ -36,7 +36,7 @@ def find_checkpoint(path: Path, role: str = "actor") -> Path:
             return path
         found = [path / name for name in names if has_shards(path / name)]
         if len(found) > 1:
-            raise SourceError(f"{path}: {names[0]}/ and {names[1]}/ both hold shards; name the one that is meant.")
+            raise SourceError(f"{path}: {names[0]}/ and {names[1]}/ both hold shards; name one of them.")
         if found:
             return found[0]
         hint = _elsewhere(path)
@@ -53,7 +53,7 @@ def find_checkpoint(path: Path, role: str = "actor") -> Path:
 
 
 def candidates(path: Path, role: str) -> list[Path]:
-    """Where the shards of a step's `role` may lie."""
+    """The places where the shards of a step's `role` may be."""
     return [path, *(path / name for name in _names(role))]
 
 
@@ -67,14 +67,14 @@ def has_shards(path: Path) -> bool:
 
 
 def absence(path: Path) -> str:
-    """Why there is no directory at `path`."""
+    """The reason why there is no directory at `path`."""
     if not os.path.lexists(path):
         return "no such directory"
     return "not a directory" if path.exists() else f"a link to {os.readlink(path)}, which is not there"
 
 
 def _elsewhere(path: Path) -> str:
-    """A sentence that names the directory which is probably meant; empty where none is known."""
+    """A sentence that names the directory probably meant; empty if none is known."""
     if steps := sorted((int(match[1]), p) for p in path.iterdir() if (match := STEP.fullmatch(p.name)) and p.is_dir()):
         tracked = _tracked(path)
         latest = next((p for n, p in reversed(steps) if n == tracked), steps[-1][1])
@@ -96,7 +96,7 @@ def _tracked(path: Path) -> int | None:
 
 
 def rank_files(directory: Path) -> list[Path]:
-    """The model files of all ranks, in order of rank; raises SourceError unless each is there exactly once."""
+    """The model files of all ranks, in order of rank; raises SourceError unless each exists exactly once."""
     world_size, files = present_ranks(directory)
     if not files:
         raise SourceError(f"{directory}: no model_world_size_W_rank_R.pt found; expected the shards of an FSDP model.")
@@ -113,10 +113,10 @@ def rank_files(directory: Path) -> list[Path]:
 
 
 def present_ranks(directory: Path) -> tuple[int, dict[int, Path]]:
-    """World size, and the model files of those ranks that are here; 0 and none where there are none.
+    """World size, and the model files of the ranks that are here; 0 and an empty dict if there are none.
 
-    A run that was resumed with other ranks leaves the older files where it saves the same step again: those that
-    `fsdp_config.json` names, which is written with the newer, are taken. Where it does not tell, SourceError.
+    A run that resumed with another world size and saves the same step again leaves the older files there.
+    `fsdp_config.json`, written with the newer files, decides between them; without its answer, SourceError.
     """
     found = by_world_size(directory)
     if len(found) > 1:
@@ -128,7 +128,7 @@ def present_ranks(directory: Path) -> tuple[int, dict[int, Path]]:
 
 
 def notes(directory: Path) -> list[str]:
-    """What is to be said of shards that are left out."""
+    """Notes about shards that are left out."""
     sizes = sorted(by_world_size(directory))
     if len(sizes) < 2:
         return []
@@ -147,7 +147,7 @@ def by_world_size(directory: Path) -> dict[int, dict[int, Path]]:
 
 
 def saved_world_size(directory: Path) -> int | None:
-    """The one that `fsdp_config.json` names, None where it names none."""
+    """The world size in `fsdp_config.json`, None if it has none."""
     with suppress(OSError, ValueError):
         size = read_json(directory / "fsdp_config.json").get("world_size")
         return size if is_count(size) else None
@@ -162,10 +162,10 @@ def _mixed(directory: Path, found: Mapping[int, object]) -> SourceError:
 
 
 def digest(marks: Sequence[Mark]) -> str:
-    """A fingerprint of files, by what identifies their content."""
+    """A fingerprint of files, from the marks that identify their content."""
     return f"crc32-{hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:32]}"
 
 
 def brief(ranks: Sequence[int]) -> str:
-    """The numbers in a message."""
+    """The numbers, shortened for a message."""
     return ", ".join(map(str, ranks[:16])) + (f", … ({len(ranks)} in all)" if len(ranks) > 16 else "")

@@ -1,4 +1,4 @@
-"""FSDP's checkpoints, as one of the formats."""
+"""FSDP's checkpoints as one of the formats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from verl_autoexport.sources.protocol import SecondReading, ShardSource
 
 
 class FsdpFormat:
-    """`model_world_size_W_rank_R.pt`; torch is imported where it is needed."""
+    """The format `model_world_size_W_rank_R.pt`; torch is imported only when needed."""
 
     def find(self, path: Path, role: str) -> Path | None:
         with suppress(SourceError):  # whoever finds no format at all says why

@@ -62,9 +62,9 @@ _DAMAGED = "The file is truncated or damaged, or holds more than plain tensors a
 
 @dataclass(frozen=True)
 class Piece:
-    """What one rank file says of one tensor; `offsets` is None for a plain tensor.
+    """The entry of one tensor in one rank file; `offsets` is None for a plain tensor.
 
-    `crc` is that of its bytes, 0 where it is not known.
+    `crc` is the CRC-32 of its bytes, 0 if unknown.
     """
 
     dtype: str
@@ -78,7 +78,7 @@ class Piece:
 class FsdpFiles:
     """The shards of one role in one checkpoint, e.g. `global_step_10/actor`.
 
-    Raises SourceError from every method where the files are missing, damaged or disagree.
+    Every method raises SourceError if the files are missing, damaged or contradictory.
     """
 
     kind = "checkpoint"
@@ -93,7 +93,7 @@ class FsdpFiles:
         return digest(self.marks)
 
     def check_unchanged(self) -> None:
-        """verl rewrites a step's files in place when it saves that step again; links keep no old content."""
+        """Raises if a file changed: verl rewrites files when it saves a step again, and links keep no old content."""
         if changed := [seen.name for path, seen in zip(self.paths, self.marks, strict=True) if mark(path) != seen]:
             raise SourceError(f"{self.directory}: {', '.join(changed)} {CHANGED}")
 
@@ -117,7 +117,7 @@ class FsdpFiles:
     def manifest(self) -> ShardManifest:
         records = [read_records(path) for path in self.paths]
         ranks = [read_rank_file(path, rank, records[rank]) for rank, path in enumerate(self.paths)]
-        self.check_unchanged()  # both are of one save
+        self.check_unchanged()  # both come from one save
         notes = [*check_one_save(self.paths), *left_out(self.directory)]
         return make_manifest(self.directory, ranks, self.paths, self.fingerprint, records, notes)
 
@@ -125,7 +125,7 @@ class FsdpFiles:
 def compare(
     path: Path, rank: int, seen: Mark, records: Sequence[Record], runs: Sequence[Run], ended: Event | None = None
 ) -> int:
-    """Raises SourceError unless the file is what `records` and `seen` were read of, and `runs`; else its bytes."""
+    """Raises SourceError unless the file still has the content of `records`, `seen` and `runs`; returns its bytes."""
     found = difference(path, records, runs, lambda: ended is None or not ended.is_set())
     if found is None:
         return sum(record.nbytes for record in records)
@@ -133,15 +133,15 @@ def compare(
     why = "the file " + CHANGED
     if mark(path) == seen:
         why = (
-            "its bytes are not those that training wrote. A disk or a copy damaged the file, or it is written over at "
-            "this moment; copy or save it again."
+            "its bytes are not those that training wrote. A disk or a copy damaged the file, or a save overwrites "
+            "it now; copy or save it again."
         )
     where = f"{path} (rank {rank}): {_tensor_in(path, rank, record)}"
     raise SourceError(f"{where}: CRC-32 {record.crc:08x} expected, {crc:08x} found: {why}")
 
 
 def _tensor_in(path: Path, rank: int, record: Record) -> str:
-    """The tensor whose bytes a record holds, and the record's name."""
+    """The tensor whose bytes are in a record, and the record's name."""
     with suppress(SourceError):
         for fqn, piece in read_rank_file(path, rank).items():
             if record.begin <= piece.byte_offset < record.begin + record.nbytes:
@@ -150,7 +150,7 @@ def _tensor_in(path: Path, rank: int, record: Record) -> str:
 
 
 def runs_by_file(runs: Iterable[Run]) -> dict[int, list[Run]]:
-    """The same, in their order."""
+    """The runs by number of their file, in their order."""
     found: dict[int, list[Run]] = {}
     for run in runs:
         found.setdefault(run.file, []).append(run)
@@ -165,7 +165,7 @@ def make_manifest(
     records: Sequence[tuple[Record, ...]],
     notes: Sequence[str] = (),
 ) -> ShardManifest:
-    """All ranks' pieces, those of rank i in `files[i]`; `directory` holds `fsdp_config.json`. Raises SourceError."""
+    """The pieces of all ranks, rank i's in `files[i]`; `directory` holds `fsdp_config.json`. Raises SourceError."""
     _check_same_keys(directory, ranks)
     tensors = {fqn: _assemble(fqn, [r[fqn] for r in ranks], files) for fqn in ranks[0]}
     checked = {number: found for number, found in enumerate(records) if found}
@@ -179,10 +179,10 @@ def make_manifest(
 
 
 def read_rank_file(path: Path, rank: int, records: Sequence[Record] = ()) -> dict[str, Piece]:
-    """Metadata of one rank file, without reading any weight.
+    """Reads the metadata of one rank file, but no weight.
 
     Only the few numbers of the device meshes are read from storages. `records` are those of the
-    save that it must be of, as far as they are known.
+    expected save, as far as they are known.
     """
     size = path.stat().st_size
     if size == 0:
@@ -196,16 +196,16 @@ def read_rank_file(path: Path, rank: int, records: Sequence[Record] = ()) -> dic
             pieces[fqn] = file.piece(fqn, record)
     except SourceError:
         raise
-    except Exception as e:  # Refused, or, in what no torch wrote, whatever else comes of it
+    except Exception as e:  # Refused, or whatever else foreign data cause
         fqn = e.key if isinstance(e, Refused) and e.key is not None else fqn
         what = f"{fqn} in {path} (rank {rank}, {size} bytes)" if fqn else f"{path} (rank {rank}, {size} bytes)"
-        detail = str(e) if isinstance(e, Refused) else f"what it says of its tensors cannot be read: {e!r:.300}"
+        detail = str(e) if isinstance(e, Refused) else f"its description of its tensors cannot be read: {e!r:.300}"
         raise SourceError(f"{what}: not a whole torch file of plain tensors: {detail}. {_DAMAGED}") from e
     return pieces
 
 
 class RankFile:
-    """One rank file: `storages` are those of its archive, `meshes` its device meshes by record, each read once."""
+    """One rank file: `storages` come from its archive, `meshes` are its device meshes by record, each read once."""
 
     def __init__(self, path: Path, rank: int) -> None:
         archive = read_archive(path, rank)
@@ -213,7 +213,7 @@ class RankFile:
         self.meshes: dict[int, Mesh] = {}
 
     def is_of(self, records: Sequence[Record]) -> bool:
-        """Whether names, shapes and storages are those that the records of a save say."""
+        """Whether names, shapes and storages match the records of a save."""
         known, crc = {(record.begin, record.nbytes, record.crc) for record in records}, zlib.crc32(self.pickled)
         named = any(nbytes == len(self.pickled) and written in (0, crc) for _, nbytes, written in known)
         return named and {(s.begin, s.nbytes, s.crc) for s in self.storages.values()} <= known
@@ -244,7 +244,7 @@ class RankFile:
         return Piece(local.dtype, shape, local.shape, offsets, begin, crc)
 
     def find(self, where: str, tensor: Strided) -> tuple[int, int, Storage]:
-        """First byte and length in bytes of a tensor, and the storage that it lies in."""
+        """The first byte of a tensor, its length in bytes, and its storage."""
         if tensor.dtype not in ITEMSIZE:
             raise SourceError(f"{where}: dtype {tensor.dtype} cannot be stored in safetensors.")
         if not tensor.contiguous:
@@ -261,7 +261,7 @@ class RankFile:
         return storage.begin + skipped, nbytes, storage
 
     def storage(self, where: str, tensor: Strided, size: int) -> Storage:
-        """The place of a tensor's storage; raises unless it is as long as the pickle says."""
+        """The place of a tensor's storage; raises unless its length is the one in the pickle."""
         told = tensor.storage.numel * (1 if tensor.storage.kind == "UntypedStorage" else size)
         storage = self.storages.get(tensor.storage.key)
         if storage is None or not storage.nbytes - size < told <= storage.nbytes:
@@ -273,7 +273,7 @@ class RankFile:
         return storage
 
     def mesh(self, where: str, record: Call) -> Mesh:
-        """Shards of equal size do not tell whose they are, but the mesh does: a renamed or copied file is found."""
+        """The device mesh of a tensor; it exposes renamed or copied files, which shards of equal size do not."""
         if (mesh := self.meshes.get(id(record))) is None:
 
             def values(name: str, tensor: Strided) -> list[int]:
@@ -288,7 +288,7 @@ class RankFile:
         return mesh
 
     def integers(self, where: str, tensor: Strided) -> list[int]:
-        """The values of a small tensor, of any strides."""
+        """The values of a small tensor with any strides."""
         code, size = _INTEGERS.get(tensor.dtype), ITEMSIZE.get(tensor.dtype, 8)
         count, storage = math.prod(tensor.shape), self.storage(where, tensor, size)
         if code is None or max(storage.nbytes, count * size) > BLOCK:
@@ -310,9 +310,9 @@ def local_box(
 
 
 def _box(fqn: str, shape: Index, mesh: Mesh, placements: Sequence[Placement], rank: int) -> tuple[Index, Index]:
-    """`Shard(d)` splits like `torch.chunk`: ceil(size / n) rows each, the last ranks fewer or none.
+    """`Shard(d)` splits like `torch.chunk`: each rank has ceil(size / n) rows, the last ranks fewer or none.
 
-    A mesh dimension is applied on top of the ones before it.
+    Each mesh dimension splits the result of the ones before it.
     """
     where = mesh.coordinate(rank)
     if where is None:
@@ -359,9 +359,9 @@ def _assemble(fqn: str, pieces: Sequence[Piece], files: Sequence[Path | Memory])
         _check_replicas(fqn, pieces, files)
         shards = [Shard(0, (0,) * len(first.shape), first.shape, 0, first.byte_offset)]
     else:
-        unique: dict[Any, Shard] = {}  # replica groups (HSDP) hold the same boxes: the lowest rank's copy is taken
+        unique: dict[Any, Shard] = {}  # replica groups (HSDP) have the same boxes: the lowest rank's copy is taken
         for rank, p in enumerate(pieces):
-            assert p.offsets is not None  # as the first one's
+            assert p.offsets is not None  # like the first one's
             shard = Shard(rank, p.offsets, p.local_shape, rank, p.byte_offset)
             known = unique.setdefault((p.offsets, p.local_shape), shard)
             if pieces[known.rank].crc and p.crc and pieces[known.rank].crc != p.crc:
@@ -376,9 +376,9 @@ def _assemble(fqn: str, pieces: Sequence[Piece], files: Sequence[Path | Memory])
 
 
 def _check_replicas(fqn: str, pieces: Sequence[Piece], files: Sequence[Path | Memory]) -> None:
-    """A plain tensor must be the same on every rank; if not, the ranks hold parts that nothing describes."""
+    """A plain tensor must be the same on every rank; otherwise the ranks hold parts of an unrecorded layout."""
     if len({piece.crc for piece in pieces}) == 1 and pieces[0].crc:
-        return  # what is read later is compared with it
+        return  # the later reading compares it
     nbytes = math.prod(pieces[0].shape) * ITEMSIZE[pieces[0].dtype]
     everywhere = [_blocks(file, piece.byte_offset, nbytes) for file, piece in zip(files, pieces, strict=True)]
     for first, *others in zip(*everywhere, strict=True):
@@ -390,7 +390,7 @@ def _check_replicas(fqn: str, pieces: Sequence[Piece], files: Sequence[Path | Me
 
 
 def _blocks(file: Path | Memory, offset: int, nbytes: int) -> Iterator[bytes]:
-    """`nbytes` from `offset` on, BLOCK at a time."""
+    """`nbytes` from `offset` on, in blocks of BLOCK bytes."""
     with file.open("rb") if isinstance(file, Path) else nullcontext(file) as opened:
         for start in range(offset, offset + nbytes, BLOCK):
             block = bytearray(min(BLOCK, offset + nbytes - start))

@@ -1,8 +1,8 @@
 """The pickle in a rank file, read as data: nothing is imported, constructed or called.
 
-An interpreter of just the opcodes that `torch.save` writes (pickle protocols 2 to 5). What the
-pickle would call becomes an inert record. Time and memory grow with the pickle's bytes alone;
-`pickle` and `torch.load` give no such bound. Standard library only.
+An interpreter of only the opcodes that `torch.save` writes (pickle protocols 2 to 5). Each call in
+the pickle becomes an inert record. Time and memory grow with the pickle's bytes alone; `pickle` and
+`torch.load` guarantee no such bound. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-_MAX_NESTING = 128  # marks that are open at once; a mesh inside a mesh inside a spec has a dozen
-_MAX_STACK = 1 << 20  # values that wait for their container; `save` hands over a thousand pairs at a time
+_MAX_NESTING = 128  # marks open at once; a mesh inside a mesh inside a spec has a dozen
+_MAX_STACK = 1 << 20  # values that wait for their container; torch writes batches of a thousand pairs
 _MAX_LONG = 16  # bytes; hashes have nine
 _MAX_NAME = 200  # characters of a global's module and name
 _BYTES_PER_RECORD = 4  # at least; torch writes more than ten for each container
@@ -30,7 +30,7 @@ _KNOWN = re.compile(
     r"|torch\.nn\.(parameter|modules\.module|modules) (Parameter|Buffer)"
     r"|torch\.distributed\.(_?tensor|device_mesh|_mesh_layout|_pycute)(\.\w+)* \w+"
 )
-"""Module and name of all that shards consist of; they are only compared with, so a wide pattern does no harm."""
+"""Module and name of every global in shards; they are only compared, so a wide pattern does no harm."""
 _FUNCTIONS = {
     "OrderedDict", "Size", "device", "_get_layout", "_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3",
     "_rebuild_parameter", "_rebuild_parameter_with_state", "_rebuild_wrapper_subclass", "_rebuild_from_type_v2",
@@ -39,7 +39,7 @@ _OLD = re.compile(r"torch\.distributed\._shard\w*(\.\w+)* ")
 
 
 class Refused(ValueError):
-    """The pickle holds something else than FSDP's shards do. `key`: the tensor at which that was found."""
+    """The pickle contains something that FSDP's shards do not. `key`: the tensor where this was found."""
 
     def __init__(self, text: str, key: str | None = None) -> None:
         super().__init__(text)
@@ -59,7 +59,7 @@ class Name:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """What `name(*args)` would have made, and the `state` that it would have been given."""
+    """The record of a call `name(*args)`, and the `state` for its result."""
 
     name: Name
     args: tuple[Any, ...]
@@ -76,10 +76,10 @@ class Stored:
 
 
 def unpickle(data: bytes) -> Any:
-    """What the pickle describes: dict, list, tuple, str, int, bool, None, float, Name, Call and Stored.
+    """The data in the pickle: dict, list, tuple, str, int, bool, None, float, Name, Call and Stored.
 
-    Nothing tells how deep tuples are nested or how often they are shared, so nothing may walk
-    through the whole, compare or print it. Raises Refused.
+    Tuples may be nested to any depth and shared any number of times, so no caller may walk
+    through the whole value, compare or print it. Raises Refused.
     """
     machine = _Machine(data)
     try:
@@ -100,7 +100,7 @@ class _Machine:
         self.room = len(data) // _BYTES_PER_RECORD + 64
 
     def run(self) -> Any:
-        """The most frequent opcodes are here, which makes it twice as fast; the others are in `_STEPS`."""
+        """Runs the opcodes. The most frequent ones are here, which doubles the speed; the others are in `_STEPS`."""
         data, steps, memo, stack, at = self.data, _STEPS, self.memo, self.stack, 0
         number = struct.Struct("<I").unpack_from
         while True:
@@ -152,7 +152,7 @@ class _Machine:
             raise Refused("it has too many values at once")
 
     def build(self, value: Any) -> None:
-        """Push a new container or record, of which there can be but few in these bytes."""
+        """Pushes a new container or record; the number of bytes limits how many there can be."""
         self.room -= 1
         if self.room < 0:
             raise Refused("it has more containers than shards need")
@@ -202,12 +202,12 @@ def _stack_global(machine: _Machine) -> None:
 
 
 def _call(functions: bool) -> Callable[[_Machine], None]:
-    """REDUCE, which torch writes for functions only, and NEWOBJ, for classes only."""
+    """REDUCE, which torch writes only for functions, or NEWOBJ, which it writes only for classes."""
 
     def step(machine: _Machine) -> None:
         args, name = machine.stack.pop(), machine.stack.pop()
         if type(args) is not tuple or type(name) is not Name:
-            raise Refused("it calls what is no global")
+            raise Refused("it calls something that is no global")
         if (name.leaf in _FUNCTIONS) != functions or (name.leaf == "OrderedDict" and args):
             raise Refused(f"it calls {name} in a way that torch does not write")
         machine.build({} if name.leaf == "OrderedDict" else Call(name, args))
@@ -219,7 +219,7 @@ def _build(machine: _Machine) -> None:
     state, target = machine.stack.pop(), machine.stack[-1]
     if type(target) is Call:
         target.state = state
-    elif type(target) is not dict:  # for one it is an OrderedDict's `_metadata`
+    elif type(target) is not dict:  # a dict's state is an OrderedDict's `_metadata`
         raise Refused(f"it gives a {type(target).__name__} a state")
 
 
@@ -227,14 +227,14 @@ def _persistent(machine: _Machine) -> None:
     pid = machine.stack.pop()
     kinds = (str, Name, str, str, int)
     if type(pid) is not tuple or tuple(map(type, pid)) != kinds or pid[0] != "storage" or pid[4] < 0:
-        raise Refused("it refers to something else than a storage")
+        raise Refused("it refers to something other than a storage")
     machine.build(Stored(pid[1].leaf, pid[2], pid[4]))
 
 
 def _set(machine: _Machine, items: list[Any]) -> None:
     target = machine.stack[-1]
     if type(target) is not dict or len(items) % 2:
-        raise Refused("it sets items of what is no dictionary")
+        raise Refused("it sets items of something that is no dictionary")
     keys = items[::2]
     for key in keys:
         if type(key) is not str and (type(key) is not int or abs(key) > _MAX_KEY):
@@ -252,7 +252,7 @@ def _setitem(machine: _Machine) -> None:
 
 def _extend(machine: _Machine, items: list[Any]) -> None:
     if type(machine.stack[-1]) is not list:
-        raise Refused("it appends to what is no list")
+        raise Refused("it appends to something that is no list")
     machine.stack[-1].extend(items)
 
 

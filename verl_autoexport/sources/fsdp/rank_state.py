@@ -1,6 +1,6 @@
-"""What the records of a rank file's pickle say of its tensors: FSDP's state dict as torch 2.4 to 2.13 write it.
+"""The tensors in the records of a rank file's pickle: FSDP's state dict as torch 2.4 to 2.13 write it.
 
-Standard library only: so any torch's file is read, whichever torch is installed.
+Standard library only, so that every torch's file can be read, whichever torch is installed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _KINDS = {
 _MAX_DIMS = 64  # torch's own limit
 _MAX_SIZE = 1 << 62
 Placement = int | str | None
-"""The dimension of a `Shard`, None for `Replicate`, and of anything else its text."""
+"""The dimension of a `Shard`, None for `Replicate`, and the text of any other placement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +49,14 @@ class Strided:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """The ranks of a device mesh, row-major; `writers` are those that say that they saved it."""
+    """The ranks of a device mesh, row-major; `writers` are the ranks that, by its own record, saved it."""
 
     shape: Index
     ranks: tuple[int, ...]
     writers: tuple[int, ...]
 
     def coordinate(self, rank: int) -> Index | None:
-        """Where `rank` is; None where it is not, or more than once."""
+        """The coordinates of `rank`; None if it is missing, or there more than once."""
         if self.ranks.count(rank) != 1:
             return None
         return unravel(self.ranks.index(rank), self.shape)
@@ -64,7 +64,7 @@ class Mesh:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """This rank's part `local` of a DTensor of `shape`; `mesh` is to be read with `read_mesh`."""
+    """This rank's part `local` of a DTensor of `shape`; `read_mesh` reads `mesh`."""
 
     local: Strided
     shape: Index
@@ -82,7 +82,7 @@ def unravel(index: int, shape: Index) -> Index:
 
 
 def read_tensor(record: Any, whole: bool = True) -> Strided | Parts:
-    """The tensor that a record stands for, a DTensor only if it is a `whole` one; raises Refused."""
+    """The tensor of a record, a DTensor only if `whole`; raises Refused."""
     function, args = _called(record)
     if function in ("_rebuild_parameter", "_rebuild_parameter_with_state") and args:
         function, args = _called(record := args[0])
@@ -101,7 +101,7 @@ def read_tensor(record: Any, whole: bool = True) -> Strided | Parts:
 
 
 def name_of(record: Any) -> str:
-    """What a record is, for a message; never all that it holds."""
+    """The kind of a record, for a message; never its whole content."""
     return str(record.name) if isinstance(record, Call) else str(record) if isinstance(record, Name) else (
         "None" if record is None else type(record).__name__
     )  # fmt: skip
@@ -123,7 +123,7 @@ def _strided(args: tuple[Any, ...], typed: bool) -> Strided:
     """Arguments of torch's `_rebuild_tensor` and its later versions; the third one gives the dtype."""
     storage, offset, size, stride, *more = args
     if not isinstance(storage, Stored) or type(offset) is not int or not 0 <= offset < _MAX_SIZE:
-        raise Refused("its storage or offset is not as torch writes it")
+        raise Refused("its storage or offset is not what torch writes")
     if (typed and len(more) < 3) or any(more[3 if typed else 2 :]):
         raise Refused("it has a sign or conjugate bit set, which its bytes do not show")
     dtype = dtype_of(more[2]) if typed else _KINDS.get(storage.kind.removesuffix("Storage"), storage.kind)
@@ -147,7 +147,7 @@ def _parts(args: tuple[Any, ...], state: Any) -> Parts:
     if meta is not None:
         described = (*meta.args, *_state(meta.state or {}).values()) if _is_a(meta, "TensorMeta") else ()
         if len(described) < 3:
-            raise Refused("its tensor_meta is not as torch writes it")
+            raise Refused("its tensor_meta is not what torch writes")
         told.append((sizes(described[0]), dtype_of(described[2])))
     if told.count((shape, local.dtype)) != len(told):
         raise Refused(f"it is {local.dtype} here, and described as {' and '.join(f'{d} {list(s)}' for s, d in told)}")
@@ -156,7 +156,7 @@ def _parts(args: tuple[Any, ...], state: Any) -> Parts:
 
 
 def _check_order(order: Any) -> None:
-    """Mesh dimensions that split the same dimension do so one after the other, unless this says otherwise."""
+    """Refuses a shard order other than the default, in which mesh dimensions split a dimension one after the other."""
     for entry in order or ():
         _, dims = entry.args if isinstance(entry, Call) else entry
         if list(sizes(dims)) != sorted(dims):
@@ -175,10 +175,10 @@ def _placement(record: Any) -> Placement:
 
 
 def read_mesh(record: Call, values: Callable[[str, Strided], Sequence[int]], rank: int) -> Mesh:
-    """The device mesh that a record stands for; `values` reads a tensor's integers, given its name.
+    """The device mesh of a record; `values` reads a tensor's integers, given its name.
 
-    torch up to 2.9 stores the `mesh` itself; later ones a layout in a map of all ranks, in
-    which the meshes of all replicas lie and are told apart by `rank`. Raises Refused.
+    torch up to 2.9 stores the `mesh` itself; later versions store a layout in a map of all
+    ranks, which contains the meshes of all replicas; `rank` selects one. Raises Refused.
     """
     state = _state(record.state)
     if state.get("mesh") is not None:
@@ -207,7 +207,7 @@ def _writers(state: dict[str, Any], shape: Index, ranks: tuple[int, ...]) -> lis
 
 
 def _axes(layout: Any) -> list[list[tuple[int, int]]]:
-    """Of each mesh dimension the (size, stride) of what it was flattened from, itself where it was not."""
+    """For each mesh dimension the (size, stride) pairs of the dimensions it was flattened from, or its own pair."""
     state = _state(layout.state) if isinstance(layout, Call) else {}
     if "axes" in state:
         axes = [_state(axis.state) for axis in state["axes"]]
@@ -224,7 +224,7 @@ def _axes(layout: Any) -> list[list[tuple[int, int]]]:
 
 
 def _flat(value: Any, depth: int = 4) -> Index:
-    """Nested tuples of integers as one."""
+    """Nested tuples of integers, flattened."""
     if not isinstance(value, tuple) or not depth:
         return sizes((value,))
     if len(value) > _MAX_DIMS:
@@ -252,7 +252,7 @@ def _plain(record: Any) -> Strided:
 
 
 def _state(state: Any) -> dict[str, Any]:
-    """An object's attributes; with slots they are a tuple of two."""
+    """An object's attributes; an object with slots has a tuple of two."""
     if isinstance(state, tuple) and len(state) == 2:
         state = (state[0] or {}) | (state[1] or {})
     if not isinstance(state, dict):

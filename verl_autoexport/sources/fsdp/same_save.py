@@ -1,6 +1,6 @@
-"""Whether rank files are of one save, as far as what lies beside them tells; standard library only.
+"""A check that rank files are from one save, from the files beside them; standard library only.
 
-Nothing is unpickled: of the scheduler's state that verl saves with each rank only two numbers are looked for.
+Nothing is unpickled: only two numbers are looked up in the scheduler's state that verl saves with each rank.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from verl_autoexport.errors import SourceError
 
 _APART_S = 3600.0
-"""Ranks save at the same time: what was written so much earlier or later is likely of another save."""
+"""Ranks save at the same time: a file written so much earlier or later is probably from another save."""
 _MAX_PICKLE = 16 << 20  # bytes; a scheduler and the states of random generators take some kB
 _COUNTERS = ("last_epoch", "_step_count")
 _STORES = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
@@ -24,13 +24,13 @@ _STEP = re.compile(r"global_step_([0-9]{1,18})")
 
 
 def check_one_save(paths: Sequence[Path]) -> list[str]:
-    """Raises SourceError where the rank files (in order of rank) are of different saves; notes where that is likely."""
+    """Raises SourceError if the rank files (in order of rank) are from different saves; notes if that is probable."""
     check_schedulers(paths, list(map(scheduler_at, paths)))
     return list(_likely(paths))
 
 
 def check_schedulers(paths: Sequence[Path], found: Sequence[tuple[tuple[str, int], ...]]) -> None:
-    """Raises SourceError unless all that `scheduler_at` has found is the same."""
+    """Raises SourceError unless all results of `scheduler_at` are the same."""
     known = {rank: counters for rank, counters in enumerate(found) if counters}
     first = min(known, default=0)
     for rank, counters in known.items():
@@ -46,7 +46,7 @@ def _likely(paths: Sequence[Path]) -> Iterator[str]:
     try:
         times = [path.stat().st_mtime for path in paths]
     except OSError:
-        return  # whoever reads it says so
+        return  # its reader reports the problem
     old, new = times.index(min(times)), times.index(max(times))
     if times[new] - times[old] > _APART_S:
         yield (
@@ -85,7 +85,7 @@ def _companion(path: Path) -> Path:
 
 
 def scheduler_at(path: Path) -> tuple[tuple[str, int], ...]:
-    """How far the scheduler was when verl saved a rank's file; nothing where that cannot be told."""
+    """The progress of the scheduler when verl saved a rank's file; empty if it is unknown."""
     found: dict[str, int] = {}
     try:
         fd = os.open(_companion(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -100,6 +100,6 @@ def scheduler_at(path: Path) -> tuple[tuple[str, int], ...]:
                 key = key if op.name in _STORES else value
                 if len(found) == len(_COUNTERS):
                     break
-    except Exception:  # noqa: BLE001 - a damaged file, or none: it is not what is exported
+    except Exception:  # noqa: BLE001 - damaged or missing; it is not exported anyway
         return ()
     return tuple(sorted(found.items()))

@@ -1,6 +1,6 @@
-"""Rank files read for verification: torch itself unpickles them, and `torch.chunk` says where each shard belongs.
+"""Rank files read for verification: torch itself unpickles them, and `torch.chunk` gives each shard's place.
 
-Files that another torch wrote and this one cannot read are mapped, and read as the merge does.
+Files of another torch version that this one cannot load are mapped, and read as the merge reads them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Part:
 
 
 def read_again(directory: Path) -> SecondReading:
-    """Raises SourceError where rank files are missing, Refused where one holds more than tensors."""
+    """Reads a checkpoint; raises SourceError for missing rank files, Refused for one that holds more than tensors."""
     ranks, mapped = _rank_files(directory)
     return SecondReading(
         {name: partial(_place, [rank[name] for rank in ranks]) for name in ranks[0]},
@@ -42,15 +42,15 @@ def read_again(directory: Path) -> SecondReading:
 
 
 def _rank_files(shards: Path) -> tuple[list[dict[str, Part]], bool]:
-    """The parts in each rank's file; and whether torch, which may be another than wrote them, could not load one."""
+    """The parts in each rank's file; and whether torch, perhaps not the version that wrote them, failed to load one."""
     ranks, mapped = [], False
     for rank, path in enumerate(rank_files(shards)):
         file = RankFile(path, rank)
-        records = file.state()  # before torch sees it: raises for what is more than tensors
+        records = file.state()  # before torch loads it: raises for anything but tensors
         try:
             state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
             ranks.append({name: _loaded(tensor) for name, tensor in state.items()})
-        except Exception:  # noqa: BLE001 - an object's attributes are not as this torch has them, whichever way
+        except Exception:  # noqa: BLE001 - this torch's objects have other attributes, in whatever way
             content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
             ranks.append({name: _mapped(file, content, name, record) for name, record in records.items()})
             mapped = True
@@ -80,7 +80,7 @@ def _mapped(file: RankFile, content: torch.Tensor, name: str, record: Any) -> Pa
 
 
 def _place(parts: Sequence[Part], target: torch.Tensor, leaf: Leaf) -> None:
-    """Call `leaf` for the place of each rank's part in `target`; mesh dimensions split one after the other."""
+    """Calls `leaf` for the place of each rank's part in `target`; mesh dimensions split one after the other."""
     placements, whole = parts[0].placements, parts[0].mesh
     if whole is None:
         leaf(target, parts[0].values)

@@ -1,4 +1,4 @@
-"""The zip archive that `torch.save` writes: what it says of itself."""
+"""The zip archive that `torch.save` writes, read without torch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from verl_autoexport.errors import SourceError
 
 _MAX_PICKLE = 256 << 20  # bytes; names and shapes of half a million tensors
 _SMALL = {"byteorder": b"little", ".format_version": b"1"}
-"""What torch writes beside pickle and storages, and how here."""
+"""The entries that torch writes beside pickle and storages, with the values readable here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """One storage's bytes in the file: where, how many, and the CRC-32 that torch wrote of them (0: none)."""
+    """One storage's bytes in the file: their place, number, and the CRC-32 that torch wrote for them (0: none)."""
 
     begin: int
     nbytes: int
@@ -29,17 +29,17 @@ class Storage:
 
 @dataclass(frozen=True)
 class Archive:
-    """The pickle in a file, and its storages by the key that the pickle has for them."""
+    """The pickle in a file, and its storages by the key that the pickle uses for them."""
 
     pickled: bytes
     storages: Mapping[str, Storage]
 
 
 def read_archive(path: Path, rank: int) -> Archive:
-    """What is in a file; reads no weight.
+    """Reads the directory and the pickle of an archive, but no weight.
 
-    Refuses what is no whole archive as torch writes it: each record once, unpacked, apart from the others,
-    and the pickle what it was by its checksum. Raises SourceError.
+    Raises SourceError unless the archive is whole and as torch writes it: each record occurs once, uncompressed
+    and without overlap, and the pickle matches its checksum.
     """
     where = f"{path} (rank {rank})"
     try:
@@ -76,7 +76,7 @@ def _read(fd: int, records: Sequence[zipfile.ZipInfo], end: int, where: str) -> 
     begins = [_begin(fd, r) for r in records]
     spans = sorted((r.header_offset, begin + r.file_size) for r, begin in zip(records, begins, strict=True))
     if any(b > a for (_, b), (a, _) in zip(spans, [*spans[1:], (end, end)], strict=True)):
-        raise SourceError(f"{where}: what is in it overlaps or goes beyond its end; the file is truncated or damaged.")
+        raise SourceError(f"{where}: its records overlap or go beyond its end; the file is truncated or damaged.")
     if spans[0][0]:
         raise SourceError(f"{where}: not a whole torch file: {spans[0][0]} bytes of something else are in front.")
     places = {r.filename: Storage(begin, r.file_size, r.CRC) for r, begin in zip(records, begins, strict=True)}
@@ -91,7 +91,7 @@ def _read(fd: int, records: Sequence[zipfile.ZipInfo], end: int, where: str) -> 
     if place.nbytes > _MAX_PICKLE:
         raise SourceError(f"{where}: more than {_MAX_PICKLE} bytes of names and shapes.")
     pickled = os.pread(fd, place.nbytes, place.begin)
-    if place.crc not in (0, zlib.crc32(pickled)):  # 0: training has switched them off
+    if place.crc not in (0, zlib.crc32(pickled)):  # 0: training has switched checksums off
         raise SourceError(
             f"{where}: its names and shapes are not those that training wrote: the checksum of "
             f"{name!r:.100} differs. A disk or a copy damaged it; copy or save it again."
@@ -101,7 +101,7 @@ def _read(fd: int, records: Sequence[zipfile.ZipInfo], end: int, where: str) -> 
 
 
 def _begin(fd: int, record: zipfile.ZipInfo) -> int:
-    """Where a record's bytes begin: behind its name and an extra field, which here pads to an alignment."""
+    """The first byte of a record's data, after its name and an extra field, which pads it to an alignment."""
     head = os.pread(fd, 30, record.header_offset)
     if len(head) != 30 or not head.startswith(b"PK\3\4"):
         raise zipfile.BadZipFile(f"no {record.filename[:100]!r} at byte {record.header_offset}")

@@ -1,4 +1,4 @@
-"""The live source, the driver's side: copies made in the workers, and how much memory they may take."""
+"""The driver's side of the live source: it has workers copy their shards, and limits the memory for that."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _SHARE = 0.3  # of the object store, for snapshots in flight
 
 
 class LiveSource:
-    """The driver's side. Raises SourceError where a worker fails, SourceBusy where one is not ready.
+    """The live source in the driver. Raises SourceError if a worker fails, SourceBusy if one is not ready.
 
-    `read_files`, called in a worker with its module and verl's tokenizer or processor, returns by name what
-    verl saves beside the shards.
+    `read_files`, called in a worker with its module and verl's tokenizer or processor, returns by name the
+    files that verl saves beside the shards.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class LiveSource:
         self._write(self._call(in_worker.read_files, role, read_files, timeout_s=_START_S)[0])
 
     def manifest(self) -> ShardManifest:
-        """What a snapshot will hold; its bytes are nowhere yet. Raises SourceError unless it is the whole model."""
+        """The manifest of a future snapshot, without bytes. Raises SourceError unless it covers the whole model."""
         files = [[_Nothing()] * len(layout.chunks) for layout in self.layouts]
         return make_manifest(self.layouts, files, self.backend, "")
 
@@ -64,9 +64,9 @@ class LiveSource:
         clone: bool = False,
         tied: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Every worker begins to take the memory of its copy; see `Copier` for the arguments.
+        """Starts the allocation of each worker's memory for copies; see `Copier` for the arguments.
 
-        Raises SourceError where a snapshot is too large for the object store or for a node.
+        Raises SourceError if a snapshot is too large for the object store or for a node.
         """
         found = self._call(
             in_worker.prepare, self.role, dict(dtypes), dict(groups), clone, dict(tied), timeout_s=_START_S
@@ -85,17 +85,17 @@ class LiveSource:
         self.known = ray.put(self.layouts)
 
     def capture(self, actor: Any, wait_s: float, needed: Collection[str] = ()) -> SnapshotHandle:
-        """Copy this step's weights in every worker; returns when training may go on, with what the actor needs.
+        """Copies this step's weights in every worker; returns when training may continue.
 
-        Waits at most `wait_s` for workers that still hand over the snapshot before. Of earlier
-        snapshots the workers hold only those in `needed` any longer.
+        Waits at most `wait_s` seconds for workers that still hand over the previous snapshot. The workers
+        then keep no earlier snapshots but those in `needed`. Returns the handle for the actor.
         """
         self._call(in_worker.ready, wait_s, set(needed), timeout_s=wait_s + _CAPTURE_S)
         ident = uuid.uuid4().hex
         try:
             self._call(in_worker.capture, ident, actor, timeout_s=_CAPTURE_S)
         except SourceError:
-            actor.forget.remote(ident)  # what the other workers hand over
+            actor.forget.remote(ident)  # the blocks of the other workers
             raise
         return SnapshotHandle(ident, self.directory, self.known, self.backend, time.time(), self.workers, self.nodes)
 
@@ -109,7 +109,7 @@ class LiveSource:
             raise SourceError(f"a worker of the {self.role} is lost or stuck: {str(e).splitlines()[0]}") from e
 
     def _write(self, files: Mapping[str, bytes]) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)  # what an earlier run of another model left
+        shutil.rmtree(self.directory, ignore_errors=True)  # files that an earlier run of another model left
         for name, content in files.items():
             path = self.directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ class LiveSource:
 
 
 def split_otherwise(layouts: Iterable[Layout], tied: Mapping[str, str]) -> set[str]:
-    """The aliases of which not every rank holds the same elements as of the tensor that they are tied to."""
+    """The aliases whose elements on some rank differ from those of the tensor that they are tied to."""
     found = set()
     for layout in layouts:
         boxes: dict[str, list[Box]] = {}
@@ -130,8 +130,8 @@ def split_otherwise(layouts: Iterable[Layout], tied: Mapping[str, str]) -> set[s
 def page_locked_ranks(nodes: Sequence[str], layouts: Sequence[Layout], left: Sequence[int]) -> set[int]:
     """The ranks whose copies may be page-locked: those of nodes where all copies fit. All arguments are by rank.
 
-    Beside the copies, as many bytes of a snapshot come to lie in the object store. Raises
-    SourceError for a node that has not even pageable memory for both.
+    The object store takes as many bytes of a snapshot again. Raises SourceError for a node
+    that has too little memory for both, even pageable.
     """
     ranks, page_locked = defaultdict(list), set()
     for rank, node in enumerate(nodes):
@@ -152,7 +152,7 @@ def page_locked_ranks(nodes: Sequence[str], layouts: Sequence[Layout], left: Seq
 
 
 def _stores(nodes: set[str]) -> float:
-    """Bytes of the object stores of these nodes: a worker's blocks lie in that of its own."""
+    """The bytes of the object stores of these nodes; a worker's blocks are in its own node's store."""
     found = (n["Resources"].get("object_store_memory", 0) for n in ray.nodes() if n["NodeID"] in nodes)
     return sum(found)
 

@@ -1,4 +1,4 @@
-"""Shards in running workers: what each rank holds, and a copy of it in host memory. torch only, no collective.
+"""The shards in running workers: each rank's parts, and their copy in host memory. torch only, no collective.
 
 FSDP2 parameters are DTensors whose local part is a box of the tensor. FSDP1 keeps a slice
 of a flattened group of parameters (torch 2.13: `FlatParameter._shard_param_infos`), so a
@@ -32,7 +32,7 @@ from verl_autoexport.shards.manifest import (
 from verl_autoexport.sources.fsdp.rank_files import local_box
 
 logger = logging.getLogger(__name__)
-ALIGNMENT = 64  # bytes; every tensor begins at a multiple, so that views of any dtype are possible
+ALIGNMENT = 64  # bytes; every tensor starts at a multiple, so that views of any dtype are possible
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and shape, in elements."""
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -40,10 +40,10 @@ _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.
 
 @dataclass(frozen=True)
 class Part:
-    """Values of the tensor `fqn` of `shape` that one rank holds: `boxes` of (offsets, shape), one after the other.
+    """Values of the tensor `fqn` of `shape` on one rank: `boxes` of (offsets, shape), one after the other.
 
-    They begin at number `start` of the rank's values of the tensor. `dtype` is that of the
-    copy, `offset` its first byte in chunk number `chunk` of it.
+    They start at number `start` of the rank's values of the tensor. `dtype` is the copy's dtype,
+    `offset` the first byte in the copy's chunk number `chunk`.
     """
 
     fqn: str
@@ -77,25 +77,25 @@ class Layout:
 
     @property
     def page_locked_bytes(self) -> int:
-        """The same in page-locked memory, which torch takes in powers of two."""
+        """The bytes of the copy in page-locked memory, which torch takes in powers of two."""
         return sum(1 << (n - 1).bit_length() for n in self.chunks if n)
 
 
 Values = Callable[[], torch.Tensor]
-"""Gives the values that a rank holds of a tensor at this moment, flattened."""
+"""Returns a rank's present values of a tensor, flattened."""
 
 
 def held_parts(module: torch.nn.Module, rank: int) -> list[tuple[Part, Values]]:
-    """Every tensor of the state dict that this rank is to copy.
+    """Every tensor of the state dict that this rank has to copy.
 
-    Of replicas (HSDP, plain tensors) the first rank's is taken. Raises SourceError for a
-    layout that is not known. What is returned is good as long as `identity` stays the same.
+    Of replicas (HSDP, plain tensors) only the first rank copies. Raises SourceError for an
+    unknown layout. The result is valid as long as `identity` stays the same.
     """
     if torch.distributed.is_initialized() and rank != (found := torch.distributed.get_rank()):
-        raise SourceError(f"the worker at place {rank} is rank {found}; the order of the workers is not that of ranks.")
+        raise SourceError(f"the worker at place {rank} is rank {found}; the workers are not in the order of ranks.")
     if is_flat(module):
         return [*_flat_parts(module), *(_buffers(module) if rank == 0 else ())]
-    module.state_dict()  # FSDP2 registers the sharded parameters again for it, where it left gathered ones
+    module.state_dict()  # makes FSDP2 register the sharded parameters again, if it left gathered ones
     named = [*module.named_parameters(remove_duplicate=False), *_persistent(module)]
     found, seen = [], set()
     for fqn, tensor in named:
@@ -106,29 +106,29 @@ def held_parts(module: torch.nn.Module, rank: int) -> list[tuple[Part, Values]]:
 
 
 def frozen_names(module: torch.nn.Module) -> list[str]:
-    """The parameters that training does not change, by the names that a checkpoint has for them."""
+    """The parameters that training does not change, by their names in a checkpoint."""
     found = []
     for prefix, unit in module.named_modules():
         for name, parameter in unit._parameters.items():
             if parameter is not None and not parameter.requires_grad:
-                # FSDP1's flattened parameter stands for those of its unit
+                # FSDP1's flattened parameter stands for the parameters of its unit
                 names = getattr(parameter, "_fqns", (name,))
                 found += [clean(f"{prefix}.{n}" if prefix else n) for n in names]
     return sorted(set(found))
 
 
 def identity(module: torch.nn.Module) -> list[int]:
-    """Changes when a parameter or buffer is replaced by another object."""
+    """A value that changes when a parameter or buffer is replaced by another object."""
     return [id(t) for t in (*module.parameters(), *module.buffers())]
 
 
 def is_flat(module: torch.nn.Module) -> bool:
-    """Whether it is sharded as flattened parameters: FSDP1."""
+    """Whether a module is sharded as flattened parameters, that is, by FSDP1."""
     return any(isinstance(m, FullyShardedDataParallel) for m in module.modules())
 
 
 def clean(fqn: str) -> str:
-    """The name without those of wrapping modules."""
+    """The name without the parts that wrapping modules add."""
     for wrapper in _WRAPPERS:
         fqn = fqn.replace(wrapper, "")
     return fqn
@@ -179,12 +179,12 @@ def _flat_parts(module: torch.nn.Module) -> Iterator[tuple[Part, Values]]:
 
 def _slice(flat: FlatParameter, fqn: str, offset: int, numel: int) -> torch.Tensor:
     if flat.data.numel() != flat._sharded_size.numel():
-        raise SourceError(f"{fqn}: FSDP1 holds it unsharded at this moment; it cannot be copied.")
+        raise SourceError(f"{fqn}: at this moment FSDP1 has it unsharded, so it cannot be copied.")
     return flat.data[offset : offset + numel]
 
 
 def _is_replica(unit: FullyShardedDataParallel) -> bool:
-    """Of the groups of a hybrid-sharded unit, the first one's ranks are no replicas."""
+    """Whether a hybrid-sharded unit is a replica on this rank; the first group's ranks are not."""
     between = getattr(unit, "_inter_node_pg", None)
     return between is not None and torch.distributed.get_rank(between) != 0
 
@@ -195,7 +195,7 @@ def _buffers(module: torch.nn.Module) -> Iterator[tuple[Part, Values]]:
 
 
 def _persistent(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The buffers that a state dict holds."""
+    """The buffers that are in a state dict."""
     for prefix, owner in module.named_modules():
         for name, buffer in owner._buffers.items():
             if buffer is not None and name not in owner._non_persistent_buffers_set:
@@ -211,7 +211,7 @@ def flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
         return
     inner = math.prod(shape[1:])
     first, last = start // inner, stop // inner
-    if first * inner != start:  # the rest of a row that begins before
+    if first * inner != start:  # the rest of a row that starts earlier
         end = min(stop, (first + 1) * inner)
         for offsets, extent in flat_boxes(shape[1:], start - first * inner, end - first * inner):
             yield (first, *offsets), (1, *extent)
@@ -227,10 +227,10 @@ def flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 class Copier:
     """Copies a rank's values into host memory, cast to `dtypes` by fqn.
 
-    Only those of the tensors in `groups`, in the order of their numbers there, if it is given:
-    no chunk has tensors of two numbers. The memory is taken once, by `allocate`, and reused.
-    With `clone` values on a device are first copied there, and `copy` returns at once. `tied`: {alias: name}
-    of tensors that must be the same.
+    `groups`, if given, selects the tensors and gives each a number: they are copied in that order,
+    and no chunk has tensors of two numbers. `allocate` takes the memory once, for all copies.
+    With `clone`, values on a device are first copied there, and `copy` returns at once. `tied`: {alias: name}
+    of tensors that must be equal.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class Copier:
         self.chunks: list[torch.Tensor] = []
 
     def allocate(self, page_locked: bool = True) -> None:
-        """Takes seconds for gigabytes of page-locked memory; where that cannot be had, it is pageable."""
+        """Takes the memory: seconds for gigabytes of page-locked memory, or pageable memory if there is none."""
         sizes = self.layout.chunks
         page_locked = page_locked and torch.accelerator.is_available()
         try:
@@ -259,15 +259,15 @@ class Copier:
             self.chunks = [torch.empty(n, dtype=torch.uint8) for n in sizes]
 
     def copy(self) -> Callable[[], None]:
-        """Returns when training may change the weights; what it returns makes the copy complete, in any thread.
+        """Returns when training may change the weights; the returned function completes the copy, in any thread.
 
-        Raises SourceError if the shards are laid out otherwise than when this was built, or tied ones have diverged.
+        Raises SourceError if the layout of the shards has changed since the start, or tied tensors have diverged.
         """
         if identity(self.module) != self.identity:
             known = self.parts
             self._look()
             if self.parts != known:
-                raise SourceError(f"rank {self.rank}: its shards are laid out otherwise than at the start of training.")
+                raise SourceError(f"rank {self.rank}: the layout of its shards changed after the start of training.")
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()  # verl offloads parameters to the CPU without waiting for it
         values = {fqn: get() for fqn, get in self.values.items()}
@@ -292,13 +292,13 @@ class Copier:
         self.values = {part.fqn: get for part, get in held}
 
     def _pairs(self, held: Mapping[str, tuple[Part, Values]]) -> list[tuple[tuple[str, Values], tuple[str, Values]]]:
-        """Of those that are two parameters what can be compared here; where it cannot, both are copied."""
+        """The tied pairs to compare here: two parameters of which not both are copied."""
         pairs, copied = [], self.groups or {}
         for alias, name in self.tied.items():
             if alias not in held or (alias in copied and name in copied):
                 continue  # one parameter, or compared when the copy is exported
             if name not in held or held[alias][0].boxes != held[name][0].boxes:
-                raise SourceError(f"rank {self.rank}: {alias} and {name} are tied, and no longer sharded alike.")
+                raise SourceError(f"rank {self.rank}: {alias} and {name} are tied, but no longer sharded alike.")
             pairs.append(((alias, held[alias][1]), (name, held[name][1])))
         return pairs
 
@@ -307,13 +307,13 @@ class Copier:
             with torch.no_grad(), torch.Stream(device):
                 self._fill(clones)
         finally:
-            clones.clear()  # the device's memory; whoever called still holds this closure
+            clones.clear()  # frees the device's memory, since the caller still has this closure
 
     def _fill(self, values: Mapping[str, torch.Tensor]) -> None:
         for part in self.layout.parts:
             dtype, source = getattr(torch, part.dtype), values[part.fqn][part.start : part.start + part.numel]
             into = self.chunks[part.chunk][part.offset : part.offset + part.nbytes].view(dtype)
-            # On its way from a device it is cast there; on the CPU on the way into the chunk, without another copy.
+            # From a device, the cast comes before the transfer; on the CPU it fills the chunk, without another copy.
             into.copy_(source if source.device.type == "cpu" else source.to(dtype), non_blocking=True)
         if (device := _device(values)) is not None:
             torch.accelerator.current_stream(device).synchronize()
@@ -324,7 +324,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _device(values: Mapping[str, torch.Tensor]) -> torch.device | None:
-    """The device that they are on, None for the CPU (offloaded parameters come and go)."""
+    """The device of the values, None for the CPU (offloaded parameters come and go)."""
     return next((v.device for v in values.values() if v.device.type != "cpu"), None)
 
 
@@ -335,9 +335,9 @@ def lay_out(
     chunk_bytes: int,
     groups: Mapping[str, int] = MappingProxyType({}),
 ) -> Layout:
-    """Where everything goes: one after the other, in chunks of at most `chunk_bytes`; larger tensors are cut.
+    """The layout of a copy: tensors one after the other in chunks of at most `chunk_bytes`; larger ones are cut.
 
-    By the numbers that `groups` gives to tensors: a new one begins a new chunk.
+    Tensors are ordered by their numbers in `groups`; a new number starts a new chunk.
     """
     placed, chunks, used, last = [], [], 0, None
     for whole in sorted(parts, key=lambda p: groups.get(p.fqn, 0)):
@@ -372,7 +372,7 @@ def _cut(part: Part, limit: int) -> Iterator[Part]:
 def make_manifest(
     layouts: Sequence[Layout], files: Sequence[Sequence[Any]], backend: str, fingerprint: str
 ) -> ShardManifest:
-    """All ranks' parts; `files[i]` are the chunks of `layouts[i]`. Raises SourceError where parts are missing."""
+    """The manifest of all ranks' parts; `files[i]` are the chunks of `layouts[i]`. SourceError if parts are missing."""
     numbers, tensors = {}, {}
     for layout, chunks in zip(layouts, files, strict=True):
         for number in range(len(chunks)):

@@ -1,6 +1,6 @@
-"""What runs inside verl's workers (`__ray_call__`): copy the shards, put them into the object store, hand them over.
+"""The code that runs inside verl's workers (`__ray_call__`): it copies shards and hands them over as Ray objects.
 
-Synchronous and without any collective: verl's own methods may be suspended at an await meanwhile.
+Synchronous and without collectives: one of verl's own methods may be suspended at an await during a call.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from verl_autoexport.system.host_memory import headroom
 
 logger = logging.getLogger(__name__)
 CHUNK = 64 << 20  # bytes of a block in the object store; a power of two, as page-locked memory is taken
-_AGAIN_S = 2.0  # between two words with the export actor
+_AGAIN_S = 2.0  # between two calls to the export actor
 
 _copier: Copier | None = None
-_free = threading.Event()  # the copier has its memory, and no snapshot in it that is still to be handed over
+_free = threading.Event()  # set while the copier has its memory, and no snapshot in it waits for its hand-over
 _held: dict[str, tuple[list[Any] | None, str | None]] = {}
-"""By snapshot: its blocks, lost with this process, or why there are none; until the merge needs them no more."""
+"""By snapshot: its blocks, which die with this process, or the reason for none; kept until the merge is done."""
 
 
 @dataclass(frozen=True)
 class Worker:
-    """What the driver asks at the start: the rank's shards, its kind of sharding, and its node."""
+    """A worker's answers at the start: the rank's shards, its kind of sharding, and its node."""
 
     layout: Layout
     backend: str
@@ -39,7 +39,7 @@ class Worker:
 
 
 def find_engine(worker: Any, role: str) -> Any:
-    """The training engine in one of verl's workers; raises SourceError where it is not the one that is known."""
+    """The training engine in one of verl's workers; raises SourceError if it is not a known one."""
     for key, inner in (getattr(worker, "worker_dict", None) or {role: worker}).items():
         part = getattr(inner, "actor", None) if role == "actor" else inner
         engine = getattr(part, "engine", None)
@@ -56,7 +56,7 @@ def describe(worker: Any, rank: int, role: str) -> Worker:
 
 
 def frozen(worker: Any, role: str) -> tuple[str, ...] | None:
-    """The parameters that are not trained; None where the engine is another than the known ones."""
+    """The parameters that are not trained; None if the engine is not a known one."""
     try:
         return tuple(frozen_names(find_engine(worker, role).module))
     except SourceError:
@@ -72,7 +72,7 @@ def prepare(
     clone: bool,
     tied: Mapping[str, str],
 ) -> tuple[Layout, int]:
-    """What will be copied, and the bytes of host memory that are left here; none is taken yet."""
+    """The future copy's layout, and the free bytes of host memory here; takes no memory yet."""
     global _copier
     _copier = Copier(find_engine(worker, role).module, rank, dtypes, CHUNK, clone, groups, tied)
     _held.clear()
@@ -86,7 +86,7 @@ def _prepared() -> Copier:
 
 
 def allocate(worker: Any, rank: int, page_locked: Collection[int]) -> None:
-    """Begin to take the memory, page-locked for the ranks in `page_locked`, behind training."""
+    """Starts the allocation in the background, page-locked for the ranks in `page_locked`."""
     copier = _prepared()
     _free.clear()
 
@@ -100,15 +100,15 @@ def allocate(worker: Any, rank: int, page_locked: Collection[int]) -> None:
 
 
 def ready(worker: Any, rank: int, wait_s: float, needed: Collection[str]) -> None:
-    """Let go of all snapshots but `needed`; raises SourceBusy where the memory is not free within `wait_s` seconds."""
+    """Frees all snapshots but `needed`; raises SourceBusy if the memory is still in use after `wait_s` seconds."""
     for ident in _held.keys() - needed:
         _held.pop(ident, None)
     if not _free.wait(wait_s):
-        raise SourceBusy(f"rank {rank} still takes memory, or hands over the snapshot before")
+        raise SourceBusy(f"rank {rank} still takes memory, or hands over the previous snapshot")
 
 
 def capture(worker: Any, rank: int, ident: str, actor: Any) -> None:
-    """Returns when training may change the weights."""
+    """Copies the shards; returns when training may change the weights."""
     copier = _prepared()
     finish = copier.copy()
     _free.clear()
@@ -129,7 +129,7 @@ def _hand_over(rank: int, ident: str, actor: Any, copier: Copier, finish: Callab
     while (held := _held.get(ident)) is not None:
         blocks, reason = held
         del held
-        # Nested, so that Ray passes refs. Said again and again: an actor that was restarted knows nothing.
+        # Nested, so that Ray passes refs. Repeated, since a restarted actor knows nothing.
         if not _delivered(actor, ident, rank, [blocks] if blocks is not None else None, reason):
             break
         del blocks
@@ -138,11 +138,11 @@ def _hand_over(rank: int, ident: str, actor: Any, copier: Copier, finish: Callab
 
 
 def _delivered(actor: Any, ident: str, rank: int, blocks: list[list[Any]] | None, reason: str | None) -> bool:
-    """False once the actor needs them no more, or is gone for good."""
+    """Whether the actor may still need the blocks; False once it does not, or is gone for good."""
     try:
-        # A future, for verl's workers are async actors, where Ray warns of ray.get in any thread.
+        # A future, since verl's workers are async actors, where Ray warns of ray.get in any thread.
         return actor.deliver.remote(ident, rank, blocks, reason).future().result()
-    except ActorUnavailableError:  # it is being restarted
+    except ActorUnavailableError:  # the actor is being restarted
         return True
     except RayError as e:
         logger.info("verl_autoexport: rank %s: the export actor is gone: %s", rank, str(e).strip().splitlines()[0])
@@ -150,7 +150,7 @@ def _delivered(actor: Any, ident: str, rank: int, blocks: list[list[Any]] | None
 
 
 def read_files(worker: Any, rank: int, role: str, read: Callable[[Any, Any], dict[str, bytes]]) -> dict[str, bytes]:
-    """What verl saves beside the shards, by path, as `read` finds it; that of rank 0 is enough."""
+    """The files that verl saves beside the shards, by path, as `read` returns them; rank 0's are enough."""
     if rank:
         return {}
     engine = find_engine(worker, role)

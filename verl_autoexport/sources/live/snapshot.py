@@ -1,4 +1,4 @@
-"""Snapshots on their way from the workers to the merge: blocks in Ray's object store, and who holds them."""
+"""Snapshots on their way from the workers to the merge: blocks in Ray's object store, and their holders."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from verl_autoexport.shards.manifest import ShardManifest
 from verl_autoexport.sources.live.copier import Layout, make_manifest
 
 _FETCH_S = 300.0
-_HAND_OVER_S = 600.0  # from the copy in a worker to its blocks being here
-_PROBE_S = 5.0  # after which the workers are asked whether they live
-_UNASKED_S = 60.0  # a snapshot whose export nobody asks for is not kept longer; the driver asks at once
+_HAND_OVER_S = 600.0  # from the copy in a worker to the arrival of its blocks
+_PROBE_S = 5.0  # between the probes that show whether workers live
+_UNASKED_S = 60.0  # for snapshots without a request; the driver sends its request at once
 
 
 class RayBlock:
-    """A block in the object store of `node`, kept as long as someone holds it. Once read it stays mapped."""
+    """A block in the object store of `node`, kept while a process has a ref. Once read, it stays mapped."""
 
     def __init__(self, ref: Any, node: str | None = None) -> None:
-        self.ref: Any = ref  # of Ray; None once it was let go
+        self.ref: Any = ref  # Ray's ref; None once released
         self.node = node
         self.seen: memoryview | None = None
 
@@ -40,7 +40,7 @@ class RayBlock:
                 self.seen = memoryview(ray.get(self.ref, timeout=_FETCH_S))
             except RayError as e:
                 reason = str(e).strip().splitlines()[0]
-                raise SourceError(f"a part of the snapshot is lost, with the worker that held it: {reason}") from e
+                raise SourceError(f"a part of the snapshot was lost with its worker: {reason}") from e
         into[:] = self.seen[offset : offset + len(into)]
 
     def let_go(self) -> None:
@@ -49,7 +49,7 @@ class RayBlock:
 
 @dataclass(frozen=True)
 class SnapshotHandle:
-    """All that an exporter needs to fetch a snapshot.
+    """Everything that an exporter needs to fetch a snapshot.
 
     `fingerprint` is its id, `layouts` a Ray ref of the ranks' layouts; `workers` are verl's and `nodes` theirs, by
     rank; `captured` is the unix time of the copy.
@@ -65,7 +65,7 @@ class SnapshotHandle:
 
 
 class Snapshot:
-    """What the actor exports: the ranks' layouts and their blocks. `hand_over_s`: from the copy until all were here."""
+    """The source that the actor exports: ranks' layouts and blocks. `hand_over_s`: from the copy to the last block."""
 
     kind = "live"
 
@@ -74,27 +74,27 @@ class Snapshot:
     ) -> None:
         self.directory, self.fingerprint, self.backend = handle.directory, handle.fingerprint, handle.backend
         self.layouts, self.refs, self.hand_over_s = layouts, refs, hand_over_s
-        self.nodes = handle.nodes  # by rank: a worker's blocks are in the store of its own node
+        self.nodes = handle.nodes  # by rank: a worker's blocks are in its own node's store
 
     def manifest(self) -> ShardManifest:
         files = [[RayBlock(ref, self.nodes[at.rank]) for ref in self.refs[at.rank]] for at in self.layouts]
         return make_manifest(self.layouts, files, self.backend, self.fingerprint)
 
     def verify_checksums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
-        pass  # objects in the store have none
+        pass  # objects in the store have no checksums
 
     def check_unchanged(self) -> None:
         pass  # objects in the store never change
 
     def drop_cache(self) -> None:
-        pass  # it is in no file
+        pass  # not in a file, so not in the page cache
 
 
 class Deliveries:
-    """The export actor's side: what the workers have handed over, by snapshot. Of any thread.
+    """The blocks that workers have handed over to the export actor, by snapshot. Thread-safe.
 
-    Workers hand over again and again until they are told that a snapshot is no longer
-    needed. So a new instance of the actor, which knows nothing, gets all that is alive.
+    Workers repeat their hand-over until the actor answers that it no longer needs the snapshot.
+    So a new instance of the actor, which knows nothing, gets all existing blocks.
     """
 
     def __init__(self) -> None:
@@ -105,12 +105,12 @@ class Deliveries:
         self.forgotten: set[str] = set()
 
     def ask(self, ident: str) -> None:
-        """The snapshot is going to be exported: it is kept until `forget`."""
+        """The snapshot will be exported, so it is kept until `forget`."""
         with self.changed:
             self.asked.add(ident)
 
     def take(self, ident: str, rank: int, blocks: list[Any] | str) -> bool:
-        """A rank's blocks, or why there are none; False: not needed, let go of them."""
+        """Takes a rank's blocks, or the reason for none; False: nobody needs them, so the worker may free them."""
         now = time.monotonic()
         with self.changed:
             if ident not in self.asked and now - self.first.setdefault(ident, now) > _UNASKED_S:
@@ -122,7 +122,7 @@ class Deliveries:
             return True
 
     def whole(self, handle: SnapshotHandle) -> Snapshot:
-        """Wait, bounded, for all ranks; raises SourceError naming those that cannot or do not come."""
+        """Waits, with a limit, for the blocks of all ranks; raises SourceError naming ranks that fail or stay away."""
         ident, layouts = handle.fingerprint, ray.get(handle.layouts)
         ranks, deadline, probes = {layout.rank for layout in layouts}, time.monotonic() + _HAND_OVER_S, {}
         while True:
@@ -141,7 +141,7 @@ class Deliveries:
                 raise SourceError(f"the snapshot lacks ranks {missing[:8]}: {why}.")
 
     def forget(self, ident: str) -> None:
-        """Let go of a snapshot's blocks; what comes later is not taken."""
+        """Frees a snapshot's blocks; later ones are not taken."""
         with self.changed:
             self._drop(ident)
             self.changed.notify_all()
@@ -158,7 +158,7 @@ class Deliveries:
 
 
 def _dead(probes: dict[int, Any], workers: Sequence[Any], missing: Sequence[int]) -> str | None:
-    """Which of `missing` is no more. A live worker answers a probe when it is free; until then it is taken to live."""
+    """The reason if one of `missing` died. A live worker answers a probe when free, and counts as alive until then."""
     for rank in missing:
         if rank not in probes:
             probes[rank] = workers[rank].__ray_ready__.remote()

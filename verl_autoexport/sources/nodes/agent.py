@@ -1,6 +1,6 @@
-"""What is on one node's disks, for the others: an actor there, and a rank file as they see it.
+"""One node's disks, opened to the other nodes: an actor there, and a rank file as the others see it.
 
-Bytes go through Ray's object store in blocks, each as it is asked for.
+Bytes go through Ray's object store in blocks, on demand.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from verl_autoexport.sources.saved_files import settings_files
 from verl_autoexport.system.installed import versions
 from verl_autoexport.system.page_cache import drop_cache
 
-_READ_S = 120.0  # a block
+_READ_S = 120.0  # for a block
 _MAX_CONFIG = 256 << 20  # bytes of a file beside the shards
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one node holds of a checkpoint: path and identity of each rank that is there, by world size.
+    """One node's part of a checkpoint: path and identity of each rank's file that is there, by world size.
 
-    `named` is the world size that an `fsdp_config.json` beside them names.
+    `named` is the world size in the `fsdp_config.json` beside them.
     """
 
     host: str
@@ -51,9 +51,9 @@ class Part:
 
 
 class NodeFiles:
-    """An actor on one node, for what is on its disks. What reads or links raises SourceError.
+    """An actor on one node, for its disks. Methods that read or link raise SourceError.
 
-    Ray may run any call again whose answer was lost, after it or beside it.
+    Ray may repeat any call whose answer was lost, after the first call or at the same time.
     """
 
     def about(self) -> tuple[str, dict[str, str | None]]:
@@ -71,7 +71,7 @@ class NodeFiles:
         return Part(host, source, sets, saved_world_size(source))
 
     def pieces(self, files: Mapping[int, Path]) -> dict[int, tuple[dict[str, Piece], tuple[Record, ...], Any]]:
-        """What is in each file, and beside it."""
+        """The pieces in each file, its records, and the scheduler's state beside it."""
         found = {}
         for rank, path in files.items():
             records = read_records(path)
@@ -81,10 +81,10 @@ class NodeFiles:
     def read(self, path: Path, offset: int, nbytes: int) -> np.ndarray:
         block, done = np.empty(nbytes, dtype=np.uint8), 0
         try:
-            with path.open("rb", buffering=0) as file:  # not kept open: that would keep the space of a removed file
+            with path.open("rb", buffering=0) as file:  # not kept open, which would keep the space of a removed file
                 while done < nbytes:
                     if not (n := os.preadv(file.fileno(), [block[done:].data], offset + done)):
-                        raise SourceError(f"{path}: ends at byte {offset + done}; it was truncated meanwhile.")
+                        raise SourceError(f"{path}: ends at byte {offset + done}; it was truncated during the read.")
                     done += n
         except OSError as e:
             raise SourceError(f"{path}: cannot be read: {e.strerror}.") from e
@@ -98,7 +98,7 @@ class NodeFiles:
             drop_cache(path)
 
     def compare(self, path: Path, rank: int, seen: Mark, records: Sequence[Record], runs: Sequence[Run]) -> int:
-        """See `fsdp_files.compare`."""
+        """Does what `fsdp_files.compare` does."""
         return compare(path, rank, seen, records, runs)
 
     def config_files(self, directory: Path) -> dict[str, bytes]:
@@ -112,21 +112,21 @@ class NodeFiles:
         return {p.relative_to(directory).as_posix(): p.read_bytes() for p in files}
 
     def hold(self, directory: Path, paths: Sequence[Path], hold: Path) -> bool:
-        """Link these rank files, and what lies beside them; whether that was possible."""
+        """Links these rank files and the files beside them; whether that was possible."""
         return holds.link_files(directory, paths, hold)
 
     def release(self, hold: Path) -> None:
         holds.release(hold)
 
     def release_others(self, checkpoints: str, names: Sequence[str]) -> None:
-        """Drop what no run knows of any more: it was killed while it made the hold, or while it released it."""
+        """Deletes holds that no run knows: the run was killed while it made or released them."""
         for path in (Path(checkpoints) / holds.FOLDER).glob("step_*"):
             if path.name not in names:
                 holds.release(path)
 
 
 class RemoteFile:
-    """A rank file on the disk of `node`; the block of a tensor after the one that is read is asked for with it."""
+    """A rank file on the disk of `node`; while one block of a tensor is read, the next is already requested."""
 
     block = 16 << 20
     """Bytes to read at a time: each costs a round trip."""
@@ -139,7 +139,7 @@ class RemoteFile:
         nbytes, ref = len(into), None
         if self.ahead is not None and self.ahead[:2] == (offset, nbytes):
             ref = self.ahead[2]
-        self.ahead = None  # it, too, lies in the object store
+        self.ahead = None  # the buffer is in the object store too
         ref = ref or self.server.read.remote(self.path, offset, nbytes)
         following = offset + nbytes
         if (more := min(nbytes, end - following)) > 0:
@@ -154,7 +154,7 @@ class RemoteFile:
 
 
 def answer(ref: Any, timeout_s: float, who: str) -> Any:
-    """What a node's actor answered, its own SourceError as it is; SourceError too where it is gone or silent."""
+    """The answer of a node's actor, or its own SourceError; SourceError also if it is gone or silent."""
     try:
         return ray.get(ref, timeout=timeout_s)
     except RayTaskError as e:

@@ -1,6 +1,6 @@
-"""Checkpoints without a shared file system: each node holds its own ranks' shards, and an actor there reads them.
+"""Checkpoints without a shared file system: each node has its own ranks' shards, and an actor there reads them.
 
-Nothing is copied beforehand: metadata is read where the shards lie, and their bytes go through
+Nothing is copied in advance: metadata is read on the shards' nodes, and the bytes go through
 Ray's object store to the merge.
 """
 
@@ -30,11 +30,11 @@ from verl_autoexport.sources.nodes.agent import NodeFiles, Part, RemoteFile, ans
 from verl_autoexport.system.installed import versions
 
 logger = logging.getLogger(__name__)
-_START_S = 60.0  # until an actor answers first: its process starts, torch is imported
-_ASK_S = 60.0  # what is there, links
-_METADATA_S = 600.0  # of all ranks of a node
+_START_S = 60.0  # until an actor's first answer: its process starts and imports torch
+_ASK_S = 60.0  # for listings and links
+_METADATA_S = 600.0  # for the metadata of all ranks of a node
 _POLL_S = 1.0
-_SUMS_S = 24 * 3600.0  # reading all shards of a node; a node that dies meanwhile, or finds damage, is told at once
+_SUMS_S = 24 * 3600.0  # for reading all shards of a node; a node that dies or finds damage reports at once
 
 
 _T = TypeVar("_T")
@@ -45,8 +45,8 @@ _Held = tuple[str, Path, Mark]
 class Nodes:
     """Nodes of the cluster, with a `NodeFiles` on each: those of `homes`, by rank, or all that are alive.
 
-    Raises SourceError where a node does not answer, ConfigError where it has other versions installed; where all are
-    asked, some of which may be there for other things, those are in `silent`, with the reason.
+    Raises SourceError if a node does not answer, ConfigError if it has other versions installed. If all nodes
+    are asked, some may serve other purposes; these are in `silent` instead, with the reason.
     """
 
     def __init__(self, homes: Mapping[int, str] = MappingProxyType({})) -> None:
@@ -57,7 +57,7 @@ class Nodes:
         self.refresh()
 
     def refresh(self) -> None:
-        """Ask those that are alive now."""
+        """Looks up the nodes that are alive now."""
         alive = {n["NodeID"]: n["NodeManagerHostname"] for n in ray.nodes() if n["Alive"]}
         homes = set(self.homes.values()) or alive.keys()
         wanted = {node: host for node, host in alive.items() if node in homes}
@@ -106,7 +106,7 @@ class Nodes:
         return {node: getattr(self.servers[node], method.__name__).remote(*given) for node, given in args.items()}
 
     def collect(self, refs: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The answers to what was begun."""
+        """The answers to the calls of `begin_each`."""
         if refs:
             ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
         return {node: answer(ref, 0, f"node {self.names[node]} ({node[:8]})") for node, ref in refs.items()}
@@ -129,7 +129,7 @@ class Nodes:
         return hold
 
     def release(self, hold: Path) -> None:
-        """Drop the links on every node; nothing waits for it."""
+        """Deletes the links on every node; nothing waits for this."""
         for server in self.servers.values():
             server.release.remote(hold)
 
@@ -139,13 +139,13 @@ class Nodes:
         self.ask(NodeFiles.release_others, str(checkpoints), known)
 
     def close(self) -> None:
-        """End the actors."""
+        """Ends the actors."""
         for server in self.servers.values():
             ray.kill(server)
 
 
 def find_nodes(workers: Sequence[Any], checkpoints: Path) -> Nodes | None:
-    """The nodes of verl's workers, where they do not see this node's checkpoint directory; else None."""
+    """The nodes of verl's workers, if they do not see this node's checkpoint directory; else None."""
     probe = checkpoints / holds.FOLDER / f".probe-{uuid.uuid4().hex}"
     probe.parent.mkdir(parents=True, exist_ok=True)
     probe.touch()
@@ -170,12 +170,12 @@ def _look_around(worker: Any, path: str) -> tuple[str, bool]:
 
 
 class SpreadFiles:
-    """A checkpoint whose rank files lie on several nodes; `directory` is a copy of what rank 0 has beside them."""
+    """A checkpoint whose rank files are on several nodes; `directory` is a copy of rank 0's files beside them."""
 
     kind = "checkpoint"
 
     def __init__(self, nodes: Nodes, directory: Path, role: str, homes: Sequence[str] = ()) -> None:
-        """`homes`: the nodes of the ranks, of which those count that are still there."""
+        """`homes` are the nodes of the ranks; only those still alive count."""
         self.nodes = nodes
         nodes.refresh()
         parts = nodes.ask(NodeFiles.look, str(directory), role)
@@ -183,7 +183,7 @@ class SpreadFiles:
         self.ranks = _one_of_each(directory, parts, nodes, there)
         self.origin = parts[self.ranks[0][0]].directory
         self.fingerprint = digest([seen for _, _, seen in self.ranks])
-        self.folder = tempfile.TemporaryDirectory(prefix="verl-autoexport-")  # goes with this object
+        self.folder = tempfile.TemporaryDirectory(prefix="verl-autoexport-")  # deleted with this object
         self.directory = Path(self.folder.name)
         self._fetch_config()
 
@@ -194,13 +194,13 @@ class SpreadFiles:
             RemoteFile(self.nodes.servers[node], node, path, f"{path} (rank {rank}) on {self.nodes.names[node]}")
             for rank, (node, path, _) in enumerate(self.ranks)
         ]
-        self.check_unchanged()  # all of it is of one save
+        self.check_unchanged()  # everything comes from one save
         ranks, records, schedulers = zip(*(pieces[r] for r in range(len(files))), strict=True)
         check_schedulers([path for _, path, _ in self.ranks], schedulers)
         return make_manifest(self.directory, ranks, files, self.fingerprint, records)
 
     def verify_checksums(self, manifest: ShardManifest, runs: Sequence[Run], progress: Callable[[int], None]) -> None:
-        """Each node reads what nobody has read of its files, and compares."""
+        """Each node reads the bytes of its files that were not read yet, and compares them."""
         by_file, left = runs_by_file(runs), {}
         for rank, records in manifest.records.items():
             node, path, seen = self.ranks[rank]
@@ -210,7 +210,7 @@ class SpreadFiles:
             done, _ = ray.wait(list(left), timeout=_POLL_S)
             for ref in done if time.monotonic() < deadline else list(left):
                 progress(next(iter(self.nodes.collect({left.pop(ref): ref}, 0).values())))
-            progress(0)  # raises where nobody waits any more
+            progress(0)  # raises if nobody waits any more
 
     def check_unchanged(self) -> None:
         by_node = _by_node(self.ranks)
@@ -233,9 +233,9 @@ class SpreadFiles:
 
 
 def _one_of_each(directory: Path, parts: Mapping[str, Part], nodes: Nodes, homes: Mapping[int, str]) -> list[_Held]:
-    """Every rank's file; raises SourceError naming ranks and hosts that lack theirs, or have different ones.
+    """Every rank's file; raises SourceError naming ranks and hosts whose file is missing or differs.
 
-    What another node than a rank's own has of it, an earlier run left there.
+    A rank's file on another node than its own is from an earlier run.
     """
     world_size = _world_size(directory, parts, homes)
     held: dict[int, dict[str, tuple[Path, Mark]]] = {}
@@ -252,9 +252,9 @@ def _one_of_each(directory: Path, parts: Mapping[str, Part], nodes: Nodes, homes
 
 
 def _world_size(directory: Path, parts: Mapping[str, Part], homes: Mapping[int, str]) -> int:
-    """That of the newest save, 0 where there are no shards: rank 0 writes it into `fsdp_config.json` on its node.
+    """The world size of the newest save, which rank 0 writes into its node's `fsdp_config.json`; 0 without shards.
 
-    Raises SourceError where there are shards of several and no node says which are meant, or nodes say different ones.
+    Raises SourceError if there are shards of several sizes, and the nodes name none of them or contradict each other.
     """
     sizes = {size for part in parts.values() for size in part.sets}
     if len(sizes) < 2:
@@ -271,7 +271,7 @@ def _world_size(directory: Path, parts: Mapping[str, Part], homes: Mapping[int, 
 
 
 def _the_one(directory: Path, rank: int, files: Mapping[str, tuple[Path, Mark]], nodes: Nodes) -> _Held:
-    """Of the files of one rank any, if they have the same content."""
+    """One of the files of a rank, which must all have the same content."""
     if len({seen for _, seen in files.values()}) > 1:
         where = " and ".join(f"{nodes.names[node]} ({node[:8]})" for node in files)
         raise SourceError(
