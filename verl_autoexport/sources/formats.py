@@ -40,4 +40,4 @@ def _look(path: Path, role: str) -> tuple[Path, CheckpointFormat]:
     for format_ in known_formats():
         if (found := format_.find(path, role)) is not None:
             return found, format_
-    return find_checkpoint(path, role), known_formats()[0]  # its error says what is there instead
+    return find_checkpoint(path, role), known_formats()[0]  # its error names the files that are there
