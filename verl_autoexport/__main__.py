@@ -7,9 +7,9 @@ from verl_autoexport.cli import signals
 
 
 def main() -> int:
-    """What `verl-autoexport` runs: signals are handled before anything else is imported, and until the very end."""
+    """The entry point of `verl-autoexport`: it handles signals before any other import, and until the very end."""
     signals.install(raises=False)
-    if sys.getfilesystemencoding() != "utf-8":  # libraries fail at names and files that are not ASCII then
+    if sys.getfilesystemencoding() != "utf-8":  # otherwise libraries fail on names and files that are not ASCII
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     from verl_autoexport.cli.main import main
 

@@ -1,7 +1,7 @@
 """Every error this package raises on purpose.
 
-A message names the thing (path, step, rank, tensor, key), what was expected, what was
-found and what to do about it.
+A message names the thing (path, step, rank, tensor, key), the expected value, the one
+found and the remedy.
 
     AutoExportError
     ├── ConfigError      the `autoexport` node, or the run around it, cannot work

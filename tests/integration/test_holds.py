@@ -111,7 +111,7 @@ def test_content_that_is_another_fails_and_is_kept(run, own_checkpoint):
     for file in (own_checkpoint("even") / "actor").glob("*.pt"):
         (hold.path / file.name).write_bytes(file.read_bytes())
     outcome = start(run)
-    assert "no longer those of step 2 as it was chosen" in outcome["reason"]
+    assert "the shards of step 2 have changed since it was chosen" in outcome["reason"]
     assert attempts(run) == 1
 
 

@@ -167,8 +167,8 @@ def _open_source(spec: ExportSpec) -> ShardSource:
     if spec.fingerprint in (None, source.fingerprint):
         return source
     raise SourceError(
-        f"{spec.checkpoint}: the shards are no longer those of step {spec.step} as it was chosen: fingerprint "
-        f"{spec.fingerprint} expected, {source.fingerprint} found. The step was saved again meanwhile."
+        f"{spec.checkpoint}: the shards of step {spec.step} have changed since it was chosen: fingerprint "
+        f"{spec.fingerprint} expected, {source.fingerprint} found. The step was saved again in between."
     )
 
 

@@ -46,8 +46,8 @@ def name_outputs(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str)
     outputs = trace(partial(reverse, skeleton), metas)
     if lost := sorted(metas.keys() - {piece.fqn for output in outputs for piece in output.pieces}):
         raise PlanError(
-            f"{type(skeleton).__name__}: transformers writes nothing of {_brief(lost)} on the way to disk; "
-            "an export would lack what was trained."
+            f"{type(skeleton).__name__}: transformers does not write {_brief(lost)} to disk; "
+            "an export would lack these trained tensors."
         )
     return outputs
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OWN_DTYPES = ("source", "base")
-"""Export dtypes with which each tensor has its own dtype."""
+"""The export dtypes with which each tensor has its own dtype."""
 
 
 def model_dtype(skeleton: PreTrainedModel, manifest: ShardManifest, dtype: str) -> str:

@@ -207,7 +207,7 @@ def _cut(versions: Sequence[Version], limit: int | None, value: Mapping[str, int
         return cut, []
     held = sum(value.get(v.name) == ALWAYS for v in versions)
     left = f"{held} versions that are never removed hold {show_size(stock.total)}"
-    return cut, [f"max_bytes={limit} cannot be met: the {left}; unpin what need not stay, or raise the limit"]
+    return cut, [f"max_bytes={limit} cannot be met: the {left}; unpin some of them, or raise the limit"]
 
 
 def from_dict(data: Mapping[str, Any]) -> Keep:

@@ -76,7 +76,7 @@ class DecidesBest:
             others = [v for v, t in claims if pointers.measure(t) != pointers.measure(newest[1])]
             target = next(v for v, _ in claims if v.name == chosen[pointer])
             if any(v.number > target.number for v in others):
-                yield Kept(newest[0].name, ALWAYS, f"its metric decides what {pointer} means")
+                yield Kept(newest[0].name, ALWAYS, f"its metric decides the target of {pointer}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     ROOT/v0001-step2/        a published version: a model directory plus its export.json
     ROOT/latest, best…       relative links to versions
-    ROOT/registry.json       what may change: pointers, pins, superseded versions
+    ROOT/registry.json       the changeable facts: pointers, pins, superseded versions
     ROOT/.staging/<id>/      being written, while <id>.lock beside it is held
     ROOT/.trash/<id>/        removed, being deleted
     ROOT/.journal.jsonl      the requested exports and their outcomes, append-only
@@ -321,7 +321,7 @@ class Registry(Reader):
         with self._locked():
             state = self._state()
             if found.name in state.removed or not found.path.is_dir():
-                raise RegistryError(f"{found.path}: removed meanwhile")
+                raise RegistryError(f"{found.path}: it was removed just now")
             if (found.name in state.pins) != pinned:
                 self._notes.append("pinned" if pinned else "unpinned", {"version": found.name})
                 (state.pins.append if pinned else state.pins.remove)(found.name)

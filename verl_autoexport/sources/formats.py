@@ -41,4 +41,4 @@ def locate(path: Path, role: str = "actor") -> tuple[Path, CheckpointFormat]:
     for format_ in known_formats():
         if (found := format_.find(path, role)) is not None:
             return found, format_
-    return find_checkpoint(path, role), known_formats()[0]  # its error says what is there instead
+    return find_checkpoint(path, role), known_formats()[0]  # its error names the files that are there

@@ -148,7 +148,7 @@ class RunSession:
             raise ExportFailed(f"step {failed[0].step}: {failed[0].reason}")
 
     def _guarded(self, step: int, call: Callable[..., Any], *args: Any) -> None:
-        """Calls `call`; training goes on after any failure in it, unless `on_error=raise`.
+        """Makes a call; training continues after any failure in it, unless `on_error=raise`.
 
         Only a configuration error up to the first validation (an unknown metric) always stops training.
         """

@@ -26,7 +26,7 @@ BLOCK = 1 << 20
 def find_checkpoint(path: Path, role: str = "actor") -> Path:
     """The directory with the rank files: `path` itself, or `path/<role>` for a `global_step_N`.
 
-    Raises SourceError naming what was looked for, and where it may be instead.
+    Raises SourceError naming the missing files, and the place where they may be.
     """
     names = _names(role)
     try:

@@ -2,7 +2,7 @@
 
 Written by `torch.save` in `verl/utils/checkpoint/fsdp_checkpoint_manager.py` (verl 0.9.1):
 `{fqn: DTensor | Tensor}`. Its pickle is read as data, which runs nothing; the bytes are
-read later by position, so a file truncated meanwhile is an error and not a SIGBUS.
+read later by position, so a file truncated in between is an error and not a SIGBUS.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ class RankFile:
         skipped, nbytes = tensor.offset * size, math.prod(tensor.shape) * size
         if skipped + nbytes > storage.nbytes:
             raise SourceError(
-                f"{where}: {nbytes} bytes from byte {storage.begin + skipped} on, but what is stored from "
+                f"{where}: {nbytes} bytes from byte {storage.begin + skipped} on, but its storage from byte "
                 f"{storage.begin} on has {storage.nbytes} and the file {self.path.stat().st_size}; the file is "
                 "truncated or damaged."
             )

@@ -292,7 +292,7 @@ def _text(form: str) -> Callable[[_Machine], None]:
 
 def _unknown(machine: _Machine) -> None:
     op = machine.data[machine.at - 1]
-    raise Refused(f"opcode {bytes([op])!r} at byte {machine.at - 1} is none that torch writes")
+    raise Refused(f"opcode {bytes([op])!r} at byte {machine.at - 1} is not one that torch writes")
 
 
 _STEPS: list[Callable[[_Machine], None]] = [_unknown] * 256

@@ -46,7 +46,7 @@ def read_archive(path: Path, rank: int) -> Archive:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO of this name must not hang the reader
         with open(fd, "rb") as file:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise SourceError(f"{where}: not a regular file; expected what training saved.")
+                raise SourceError(f"{where}: not a regular file; expected a file that training saved.")
             with zipfile.ZipFile(file) as archive:
                 records = archive.infolist()
                 _check_records(records, archive.start_dir, where)
