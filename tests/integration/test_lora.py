@@ -383,7 +383,8 @@ def test_lora_only_without_its_base(base, made, tmp_path):
 
 
 def test_lora_only_with_another_base(made, tmp_path):
-    assert_refused(made["only"], tmp_path, "expected", "found nothing", base_model=str(made["conv1d"] / "base"))
+    said = "lm_head.weight: expected [131, 48], found [131, 32]: not the base of this run"
+    assert_refused(made["only"], tmp_path, said, base_model=str(made["conv1d"] / "base"))
 
 
 def test_lora_only_with_a_quantized_base(own, tmp_path):
