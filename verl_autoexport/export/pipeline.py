@@ -268,7 +268,8 @@ def _verify(spec: ExportSpec, saved: Path, target: Path, planned: Planned, refer
             adapter = None
         checks |= check(target, nbytes, source=source, assets=beside)
         checks |= {} if adapter is None else {"adapter": adapter}
-    return {"contract": planned.compatibility.to_check()} | {name: found.to_json() for name, found in checks.items()}
+    structure, *others = ((name, found.to_json()) for name, found in checks.items())
+    return dict([structure, ("contract", planned.compatibility.to_check()), *others])
 
 
 def _source(spec: ExportSpec, saved: Path, planned: Planned) -> verify.Source | None:
