@@ -147,20 +147,6 @@ def _load(auto: Any, directory: Path, trust_remote_code: bool) -> Any:
         raise Unreadable(f"{directory}: {auto.__name__} cannot load it: {_brief(e)}") from e
 
 
-def _said(directory: Path) -> dict[str, Any]:
-    """The content of a processor's files, by part, wherever each part is written."""
-    files = {
-        path.name: json.loads(path.read_bytes()) for pattern in PROCESSOR_FILES for path in directory.glob(pattern)
-    }
-    whole = files.get("processor_config.json", {})
-    parts = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
-    found = {part: whole.get(part) or files.get(name) for part, name in parts.items()}
-    rest = {k: v for k, v in whole.items() if k not in (*parts, "processor_class", "chat_template")}
-    return {
-        part: {k: v for k, v in (said or {}).items() if k != "processor_class"} for part, said in found.items()
-    } | rest
-
-
 def _encoded(tokenizer: Any, text: str, special: bool) -> list[Any]:
     """The ids of a text, or the error if it has none, for example a word that is not in the vocabulary."""
     try:

@@ -100,11 +100,6 @@ class Facts:
         return State(self.next_version, superseded, list(self.pins), removed=list(self.removed))
 
 
-def from_journal(entries: Iterable[dict[str, Any]]) -> State:
-    """Everything but the pointers, which follow from the versions."""
-    return Facts(entries).state()
-
-
 def supersede(state: State, entry: dict[str, Any]) -> None:
     """Applies a `superseded` journal entry; versions superseded earlier stay unchanged."""
     _supersede(state.superseded, entry)
