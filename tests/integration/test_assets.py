@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 from transformers.processing_utils import ProcessorMixin
 
-from tests.support.assets import IMAGE, PROCESSOR, STYLES, put
+from tests.support.assets import IMAGE, STYLES, make_processor, put
 from tests.support.published import (
     END,
     SMALL,
@@ -23,7 +23,7 @@ from tests.support.published import (
     read_json,
     saved,
     write_json,
-)  # fmt: skip
+)
 from verl_autoexport import export_checkpoint
 from verl_autoexport.errors import VerifyError
 from verl_autoexport.export.assets import Reference
@@ -186,15 +186,13 @@ TEMPLATES: dict[str, Any] = {
 @pytest.mark.parametrize("spelled", ["tokenizer_config.json", "chat_template.jinja", "chat_template.json", "nowhere"])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_templates_are_the_runs_for_tokenizer_and_processor(template, spelled, tmp_path):
-    base = with_config(make_tokenizer(tmp_path / "base", template=None), {"model_type": "llava"})
+    base = make_processor(tmp_path / "base", own_template=None, template=None)
     if spelled == "tokenizer_config.json":
         write_json(base / spelled, read_json(base / spelled) | {"chat_template": TEMPLATE})
     elif spelled == "chat_template.jinja":
         (base / spelled).write_text(TEMPLATE)
     elif spelled == "chat_template.json":
         write_json(base / spelled, {"chat_template": "the base's"})
-    write_json(base / "preprocessor_config.json", IMAGE)
-    write_json(base / "processor_config.json", PROCESSOR)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = TEMPLATES[template]
     files = with_config(save(tokenizer, tmp_path / "run"), {"model_type": "llava"})
@@ -210,16 +208,8 @@ def test_templates_are_the_runs_for_tokenizer_and_processor(template, spelled, t
 # -- processors -------------------------------------------------------------------------------
 
 
-def processor_base(directory: Path) -> Path:
-    with_config(make_tokenizer(directory), {"model_type": "llava"})
-    write_json(directory / "preprocessor_config.json", IMAGE)
-    write_json(directory / "processor_config.json", PROCESSOR)
-    write_json(directory / "chat_template.json", {"chat_template": TEMPLATE})
-    return directory
-
-
 def test_an_unchanged_processor_is_in_the_bases_own_files(tmp_path):
-    base = processor_base(tmp_path / "base")
+    base = make_processor(tmp_path / "base")
     processor = AutoProcessor.from_pretrained(base)
     files = with_config(save(processor, tmp_path / "run"), {"model_type": "llava"})
     assert names(files).isdisjoint({"preprocessor_config.json", "chat_template.json"})
@@ -230,7 +220,7 @@ def test_an_unchanged_processor_is_in_the_bases_own_files(tmp_path):
 
 
 def test_a_changed_processor_is_the_runs_in_both_spellings(tmp_path):
-    base = processor_base(tmp_path / "base")
+    base = make_processor(tmp_path / "base")
     processor = AutoProcessor.from_pretrained(base)
     processor.image_processor.size = {"shortest_edge": 14}
     processor.chat_template = "of the run"
@@ -304,17 +294,13 @@ def test_settings_of_generation_never_block_a_publication(tmp_path):
 
 def test_a_template_inside_the_tokenizers_settings_alone(tmp_path):
     """As many models of images have it; transformers 5 saves the processor's in a file of its own."""
-    base = processor_base(tmp_path / "base")
-    (base / "chat_template.json").unlink()
+    base = make_processor(tmp_path / "base", own_template=None)
     processor = AutoProcessor.from_pretrained(base)
     files = with_config(save(processor, tmp_path / "run"), {"model_type": "llava"})
     _, reference = put(files, tmp_path / "out", base)
     assert check(tmp_path / "out", reference).status == "passed"
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATE
-    old = with_config(make_tokenizer(tmp_path / "old"), {"model_type": "llava"})
-    write_json(old / "preprocessor_config.json", IMAGE)
-    write_json(old / "processor_config.json", PROCESSOR)
-    _, reference = put(old, tmp_path / "alone")
+    _, reference = put(make_processor(tmp_path / "old", own_template=None), tmp_path / "alone")
     assert check(tmp_path / "alone", reference).status == "passed"
 
 

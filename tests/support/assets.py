@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
-from tests.support.published import SMALL, START, write_json
+from tests.support.published import SMALL, START, TEMPLATE, make_tokenizer, write_json
 from verl_autoexport.export.assets import Reference, write_assets
 
 IMAGE = {
@@ -18,6 +19,17 @@ STYLES = {
     "llama": {"kind": "PreTrainedTokenizerFast", "bos": START},
     "llama 2": {"kind": "LlamaTokenizer", "bos": START, "add_bos_token": True, "add_eos_token": False},
 }
+
+
+def make_processor(directory: Path, own_template: str | None = TEMPLATE, **settings: Any) -> Path:
+    """A processor as the hub has it: a tokenizer with `settings`, an image processor, and `own_template` of the two."""
+    make_tokenizer(directory, **settings)
+    write_json(directory / "config.json", {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]})
+    write_json(directory / "preprocessor_config.json", IMAGE)
+    write_json(directory / "processor_config.json", PROCESSOR)
+    if own_template is not None:
+        write_json(directory / "chat_template.json", {"chat_template": own_template})
+    return directory
 
 
 def put(files: Path, target: Path, base: Path | None = None) -> tuple[list[str], Reference]:

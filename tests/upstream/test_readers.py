@@ -12,13 +12,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from tests.support.assets import IMAGE, PROCESSOR, STYLES, put
+from tests.support.assets import STYLES, make_processor, put
 from tests.support.published import (
     LLAMA,
     SMALL,
     START,
     STOP,
-    TEMPLATE,
     make_base,
     make_run,
     make_tokenizer,
@@ -127,11 +126,7 @@ def test_models(rope, architecture, tmp_path):
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_processors(changed, tmp_path):
-    base = make_tokenizer(tmp_path / "base")
-    write_json(base / "config.json", {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]})
-    write_json(base / "preprocessor_config.json", IMAGE)
-    write_json(base / "processor_config.json", PROCESSOR)
-    write_json(base / "chat_template.json", {"chat_template": TEMPLATE})
+    base = make_processor(tmp_path / "base")
     processor = AutoProcessor.from_pretrained(base)
     if changed:
         processor.image_processor.size = {"shortest_edge": 14}
