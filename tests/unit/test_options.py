@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from verl_autoexport import export_checkpoint
 from verl_autoexport.cli.arguments import export_options
+from verl_autoexport.config.reading import read_options
 from verl_autoexport.config.schema import ExportOptions
 from verl_autoexport.system import cpus, page_cache
 
@@ -22,6 +23,13 @@ def test_the_api_takes_the_options_of_the_schema_with_their_defaults():
         if name in expected and name != "verify":  # which is a flag there
             default = plain.get(parameter.default, parameter.default)
             assert default == expected[name].default, f"{name}: another default than in the schema"
+
+
+def test_a_text_given_by_hand_is_taken_as_it_is(monkeypatch):
+    """OmegaConf would put the value of a variable in its place, or refuse what is no interpolation."""
+    monkeypatch.setenv("HOME", "/nobody")
+    for text in ("${oc.env:HOME}", "/a/${b", "a\\${b}"):
+        assert read_options(base_model=text).base_model == text
 
 
 def test_the_command_line_has_all_of_them_but_those_of_a_run():

@@ -111,6 +111,8 @@ def _is_mapping(hint: Any) -> TypeGuard[type]:
 def _typed(cls: type, name: str, hint: Any, value: Any, key: str) -> Any:
     """The `value` in the field's type; OmegaConf converts it, except for two liberties that it takes."""
     kind = next((e for t, e in _EXPECTED if hint == t or t in get_args(hint)), str(hint))
+    if isinstance(value, str) and value and str in (hint, *get_args(hint)) and bool not in get_args(hint):
+        return value  # OmegaConf would take `${` in it for an interpolation; a run's own are resolved already
     schema = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, False)  # frozen dataclasses become read-only nodes
     try:
