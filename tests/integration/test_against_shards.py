@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.exports import export
 from verl_autoexport.errors import VerifyError
+from verl_autoexport.model.model_class import load_config
 from verl_autoexport.verify.against_shards import compare
 from verl_autoexport.verify.checks import Source, check_loading
 
@@ -25,7 +26,7 @@ def load(directory: Path) -> torch.nn.Module:
 
 def against(model: Any, shards: Path) -> str:
     """`compare` with the configuration that lies beside the shards."""
-    return compare(model, shards, shards / "huggingface")
+    return compare(model, shards, load_config(shards / "huggingface"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

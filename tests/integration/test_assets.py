@@ -27,10 +27,12 @@ from tests.support.published import (
 from verl_autoexport import export_checkpoint
 from verl_autoexport.errors import VerifyError
 from verl_autoexport.export.assets import Reference
-from verl_autoexport.model.asset_facts import processor_facts, processor_template, tokenizer_facts
-from verl_autoexport.verify.checks import check_loading
+from verl_autoexport.model.asset_facts import AssetLoader, processor_template
+from verl_autoexport.verify.checks import LoadRequest, check_loading
 from verl_autoexport.verify.load_in_child import check_assets, generate, load_model
 from verl_autoexport.verify.result import CheckResult
+
+tokenizer_facts, processor_facts = AssetLoader().tokenizer_facts, AssetLoader().processor_facts
 
 
 def save(tokenizer: Any, directory: Path) -> Path:
@@ -44,7 +46,7 @@ def names(directory: Path) -> set[str]:
 
 def check(directory: Path, reference: Reference) -> CheckResult:
     """As the load check compares the assets, here in this process."""
-    return check_assets(directory, reference.to_json(), False)
+    return check_assets(directory, reference.to_json(), AssetLoader())
 
 
 def with_config(directory: Path, config: dict[str, Any] = SMALL) -> Path:
@@ -289,7 +291,7 @@ def test_settings_of_generation_never_block_a_publication(tmp_path):
     assert any("transformers refuses it: Greedy methods" in note for note in record.notes)
     for settings in SETTINGS:
         write_json(tmp_path / "out/generation_config.json", settings)
-        assert generate(load_model(tmp_path / "out", False)).status == "passed", settings
+        assert generate(load_model(LoadRequest(str(tmp_path / "out")))).status == "passed", settings
 
 
 def test_a_template_inside_the_tokenizers_settings_alone(tmp_path):

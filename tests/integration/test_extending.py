@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shutil
 import sys
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from tests.support.exports import assert_same_model, export, tensors
 from tests.support.repository import ROOT
-from verl_autoexport.errors import ConfigError
+from verl_autoexport.errors import ConfigError, PlanError
 from verl_autoexport.merge.job import MergeJob
 from verl_autoexport.merge.plan import Output, make_plan, whole
 from verl_autoexport.registry.store import Registry
@@ -49,7 +50,7 @@ def blocks(language: str) -> list[str]:
 
 def test_examples_are_short():
     sizes = [len(block.splitlines()) for block in blocks("python")]
-    assert len(sizes) == 5
+    assert len(sizes) == 6
     assert max(sizes) <= MAX_LINES
 
 
@@ -67,6 +68,77 @@ def test_a_format(mine, checkpoint, tmp_path):
     assert "all" in record.verification["logits"]["detail"], "verification reads it a second time"
     export(checkpoint("even"), tmp_path / "same")
     assert_same_model(tmp_path / "out", tmp_path / "same")
+
+
+def packed(checkpoint: Path, target: Path) -> Path:
+    """The same weights as the example's model has them in memory."""
+    one_file(checkpoint, target)
+    weights = tensors(checkpoint / "reference")
+    for name in [name for name in weights if ".gate_proj." in name]:
+        parts = weights.pop(name), weights.pop(name.replace(".gate_", ".up_"))
+        weights[name.replace(".gate_", ".gate_up_")] = torch.cat(parts)
+    save_file(weights, target / "actor/weights.safetensors")
+    path = target / "actor/huggingface/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "packed_qwen2"}))
+    return target
+
+
+def test_a_skeleton(mine, checkpoint, tmp_path):
+    made = packed(checkpoint("even"), tmp_path / "global_step_3")
+    export(checkpoint("even"), tmp_path / "same")
+    for base in (None, str(tmp_path / "same")):
+        record = export(made, tmp_path / f"out{base is None}", verify=True, base_model=base)
+        assert_same_model(tmp_path / f"out{base is None}", tmp_path / "same")
+        assert record.architectures == ("Qwen2ForCausalLM",)
+        found = {name: record.verification[name]["status"] for name in ("contract", "load", "generate", "logits")}
+        compared = "skipped" if base is None else "passed"
+        assert found == {"contract": compared, "load": "passed", "generate": "passed", "logits": "skipped"}
+
+
+UNKNOWN = """
+import mine
+from transformers import AutoConfig, Qwen2Config
+
+class Config(Qwen2Config):
+    model_type = "packed_qwen2"
+
+AutoConfig.register("packed_qwen2", Config)
+
+class Unknown(mine.PackedQwen2):
+    name = "PackedForCausalLM"
+
+    def __init__(self, directory, dtype, trust_remote_code):
+        super().__init__(directory, dtype, trust_remote_code)
+        self.config = Config.from_pretrained(directory)
+"""
+
+
+def test_a_model_that_transformers_does_not_know_is_exported_but_not_loaded(mine, checkpoint, tmp_path):
+    (tmp_path / "site/other.py").write_text(UNKNOWN)
+    register(tmp_path, "mine:PackedQwen2", "other:Unknown")
+    record = export(packed(checkpoint("even"), tmp_path / "global_step_3"), tmp_path / "out", verify=True)
+    export(checkpoint("even"), tmp_path / "same")
+    assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "same").keys()
+    found = json.loads((tmp_path / "out/config.json").read_text())
+    assert (found["model_type"], found["architectures"]) == ("packed_qwen2", ["PackedForCausalLM"])
+    assert {record.verification[name]["status"] for name in ("load", "generate", "logits")} == {"skipped"}
+    assert "architecture PackedForCausalLM is unknown to transformers" in record.verification["load"]["detail"]
+
+
+def test_a_skeleton_that_does_not_fit_is_refused(mine, checkpoint, tmp_path):
+    made = packed(checkpoint("even"), tmp_path / "global_step_3")
+    path = made / "actor/huggingface/config.json"
+    path.write_text(path.read_text().replace('"intermediate_size": ', '"intermediate_size": 1'))
+    with pytest.raises(PlanError, match=r"not a complete Qwen2ForCausalLM: .* wrong shape or kind .*gate_up_proj"):
+        export(made, tmp_path / "out")
+    path.write_text(path.read_text().replace('"hidden_size": ', '"hidden_size": "x", "y": '))
+    with pytest.raises(PlanError, match=r"mine.PackedQwen2, an entry point of verl_autoexport.skeletons, cannot"):
+        export(made, tmp_path / "out")
+
+
+def register(tmp_path: Path, before: str, after: str) -> None:
+    points = tmp_path / "site/mine-1.0.dist-info/entry_points.txt"
+    points.write_text(points.read_text().replace(before, after))
 
 
 def test_a_transform(mine, tmp_path):
@@ -107,7 +179,6 @@ def test_a_publisher_that_fails_is_noted_and_stops_nothing(mine, checkpoint, tmp
 
 
 def test_a_package_that_cannot_be_used_is_named(mine, tmp_path):
-    points = tmp_path / "site/mine-1.0.dist-info/entry_points.txt"
-    points.write_text(points.read_text().replace("mine:OneFile", "mine:NoSuchThing"))
+    register(tmp_path, "mine:OneFile", "mine:NoSuchThing")
     with pytest.raises(ConfigError, match=r"entry point one_file = mine:NoSuchThing .* cannot be used: AttributeError"):
         formats.known_formats()

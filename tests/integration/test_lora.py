@@ -19,6 +19,7 @@ from tests.support.sharding import QWEN2, QWEN3_MOE, make_checkpoints
 from verl_autoexport.cli.main import main
 from verl_autoexport.errors import AutoExportError, MergeError, PlanError
 from verl_autoexport.export.spec import checkpoint_spec
+from verl_autoexport.model.model_class import load_config
 from verl_autoexport.model.planner import plan_model
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
 from verl_autoexport.verify.against_shards import compare
@@ -109,12 +110,13 @@ def test_fused_equals_pefts_merge_of_the_shards(name, made, tmp_path):
     adapter = plan_model(spec.options, spec.checkpoint, spec.saved, FsdpFiles(spec.checkpoint).manifest()).adapter
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     base = path / "base" if name in ONLY else None
-    found = compare(model, path / "actor", path / "actor/huggingface", adapter.config, base)
+    trained = load_config(path / "actor/huggingface")
+    found = compare(model, path / "actor", trained, adapter.config, base)
     assert "equal those of the shards merged by PEFT, and so do the logits" in found
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1
     with pytest.raises(ValueError, match="1 tensors differ"):
-        compare(model, path / "actor", path / "actor/huggingface", adapter.config, base)
+        compare(model, path / "actor", trained, adapter.config, base)
 
 
 def test_several_files_in_several_processes(made, tmp_path):

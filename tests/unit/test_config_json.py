@@ -9,8 +9,10 @@ import pytest
 import transformers
 
 from tests.support.bases import config_of
+from verl_autoexport.model import transformers_api
 from verl_autoexport.model.base_model import BaseModel
 from verl_autoexport.model.config_json import overlay, set_dtype, write_base_config
+from verl_autoexport.model.transformers_skeleton import TransformersSkeleton
 from verl_autoexport.shards.manifest import ShardManifest
 
 
@@ -97,7 +99,8 @@ def test_a_change_of_rope_is_said_by_every_name_that_the_file_has(tmp_path):
         (folder / "config.json").write_text(json.dumps(old))
     config = transformers.AutoConfig.from_pretrained(base.directory)
     config.rope_parameters["rope_theta"] = 5e5
-    assert write_base_config(config, "GPTNeoXForCausalLM", None, base, target) is None
+    skeleton = TransformersSkeleton(transformers_api.build(transformers.GPTNeoXForCausalLM, config))
+    assert write_base_config(skeleton, None, base, target) is None
     assert config_of(target) == old | {
         "architectures": ["GPTNeoXForCausalLM"], "rotary_emb_base": 5e5, "rope_theta": 5e5
     }  # fmt: skip

@@ -462,11 +462,11 @@ def test_transformers_are_those_that_verl_allows() -> None:
 PRIVATE = {  # name → where it must be, and the module here that uses it
     "_auto_class": ("transformers:PreTrainedModel", "model/custom_code.py"),
     "_exit": ("os", "signals.py"),  # documented, in spite of its name
-    "_from_config": ("transformers:PreTrainedModel", "model/skeleton.py"),
-    "_get_dtype_plan": ("transformers:PreTrainedModel", "model/dtypes.py"),
-    "_keys_to_ignore_on_save": ("transformers:PreTrainedModel", "model/conversion.py"),
-    "_keys_to_ignore_on_load_unexpected": ("transformers:PreTrainedModel", "model/base_compatibility.py"),
-    "_keys_to_ignore_on_load_missing": ("transformers:PreTrainedModel", "model/base_compatibility.py"),
+    "_from_config": ("transformers:PreTrainedModel", "model/transformers_api.py"),
+    "_get_dtype_plan": ("transformers:PreTrainedModel", "model/transformers_api.py"),
+    "_keys_to_ignore_on_save": ("transformers:PreTrainedModel", "model/transformers_skeleton.py"),
+    "_keys_to_ignore_on_load_unexpected": ("transformers:PreTrainedModel", "model/transformers_skeleton.py"),
+    "_keys_to_ignore_on_load_missing": ("transformers:PreTrainedModel", "model/transformers_skeleton.py"),
     "_model_mapping": ("transformers:AutoModelForTokenClassification", "model/value_head.py"),
     "_local_tensor": ("torch.distributed.tensor:DTensor", "verify/against_shards.py"),
     "_cdata": ("torch:UntypedStorage", "model/trace.py"),
@@ -522,8 +522,8 @@ def test_undocumented_modules_have_what_is_imported(module: str) -> None:
     try:
         gone = {name for name in IMPORTED[module] if not hasattr(importlib.import_module(module), name)}
     except ImportError as e:
-        pytest.fail(f"{module} cannot be imported: {e}; model/conversion.py needs it")
-    assert not gone, f"{module}: {sorted(gone)} gone; model/conversion.py imports it"
+        pytest.fail(f"{module} cannot be imported: {e}; model/transformers_api.py needs it")
+    assert not gone, f"{module}: {sorted(gone)} gone; model/transformers_api.py imports it"
 
 
 def _skeleton(**changes: Any) -> Any:
@@ -567,11 +567,11 @@ def test_conversion_to_disk_names_takes_a_model_and_tensors() -> None:
     from transformers.core_model_loading import revert_weight_conversion
 
     found = list(inspect.signature(revert_weight_conversion).parameters)
-    assert found == ["model", "state_dict"], f"revert_weight_conversion takes {found}; conversion.py gives it two"
+    assert found == ["model", "state_dict"], f"revert_weight_conversion takes {found}; transformers_api.py gives it two"
     model = _skeleton()
     state = model.state_dict()
     made = revert_weight_conversion(model, dict(state))
-    assert isinstance(made, dict), f"revert_weight_conversion returns {type(made)}; conversion.py expects a dict"
+    assert isinstance(made, dict), f"revert_weight_conversion returns {type(made)}; transformers_api.py expects a dict"
     assert "model.layers.0.mlp.experts.3.down_proj.weight" in made, "packed experts are not unpacked"
     kept = {id(t) for t in made.values()}
     assert id(state["model.norm.weight"]) in kept, "a tensor that is only renamed is no longer passed through as it is"
@@ -604,7 +604,7 @@ def test_every_conversion_of_transformers_is_known() -> None:
     used = {type(op).__name__ for t in transforms for op in getattr(t, "operations", ())}
     assert len(used) > 3
     new = sorted(used - OPERATIONS.keys())
-    assert not new, f"transformers converts with {new} now: see if conversion.py follows, add examples to OPERATIONS"
+    assert not new, f"transformers converts with {new} now: see if model/trace.py follows, add examples to OPERATIONS"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -612,8 +612,8 @@ def test_conversions_are_followed_on_meta_tensors(operation: str) -> None:
     """What `trace` says that the results are made of is what transformers makes of real values."""
     from transformers import core_model_loading as loading
 
-    from verl_autoexport.model.conversion import reverse
     from verl_autoexport.model.trace import trace
+    from verl_autoexport.model.transformers_api import to_disk
 
     on_disk, in_memory, operations, shapes = OPERATIONS[operation]
     if not all(hasattr(loading, name) for name, _ in operations):
@@ -623,9 +623,9 @@ def test_conversions_are_followed_on_meta_tensors(operation: str) -> None:
     model._weight_conversions = [loading.WeightConverter(on_disk, in_memory, operations=converters)]
     names = [f"model.{name}" for name in ([in_memory] if isinstance(in_memory, str) else in_memory)]
     values = {n: torch.randn(shape) for n, shape in zip(names, shapes, strict=True)}
-    expected = reverse(model, values)
+    expected = to_disk(model, values)
     assert expected.keys() != values.keys(), f"{operation} is not applied on the way back"
-    outputs = trace(partial(reverse, model), {k: v.to("meta") for k, v in values.items()})
+    outputs = trace(partial(to_disk, model), {k: v.to("meta") for k, v in values.items()})
     assert [o.name for o in outputs] == list(expected), f"{operation}: other names on meta tensors"
     for output in outputs:
         found = put_together(output, values)

@@ -17,19 +17,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from verl_autoexport.errors import PlanError
 from verl_autoexport.model import asset_facts, custom_code, transformers4_form
-from verl_autoexport.model.asset_facts import WEIGHTS, Facts, Unreadable
+from verl_autoexport.model.asset_facts import WEIGHTS, AssetLoader, Facts, Unreadable
 from verl_autoexport.model.base_model import BaseModel
 from verl_autoexport.model.config_json import set_values, write_base_config
 from verl_autoexport.model.lora.peft_config import CONFIG_NAME
-from verl_autoexport.model.skeleton import architecture
+from verl_autoexport.model.skeleton import Skeleton
+from verl_autoexport.model.transformers_api import set_dtype
 from verl_autoexport.system.untrusted import read_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _TEMPLATE = ("chat_template*", "additional_chat_templates/*")
 _CODE = ("*.py",)
@@ -43,6 +41,7 @@ _KINDS = (_CODE, _TEMPLATE, _PROCESSOR, (_GENERATION,), _TOKENIZER)  # the first
 _TOKENS = ("bos", "eos", "pad")
 _SAYS_NOTHING = ("transformers_version", "_from_model_config")
 """Keys of a generation config that change nothing."""
+_WITHOUT_CODE = AssetLoader()
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,10 @@ class Reference:
 
 
 def write_config(
-    skeleton: PreTrainedModel,
+    skeleton: Skeleton,
     dtype: str | None,
     target: Path,
     base: BaseModel | None = None,
-    trust_remote_code: bool = False,
     values: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[str]:
     """`config.json` for the model in `dtype` (torch's name without `torch.`); returns notes.
@@ -79,12 +77,12 @@ def write_config(
     if named is None:
         raise PlanError(f"{target}: config.json would name the dtype of the base model, but no base model is given.")
     set_values(config, values)
-    config.dtype = named  # nested configs were set when the skeleton was built
-    config.architectures = [architecture(config)]
+    set_dtype(config, named)  # nested configs were set when the skeleton was built
+    config.architectures = [skeleton.name]
     config.save_pretrained(target)
     if base is None:
         return []
-    key = write_base_config(config, architecture(config), dtype, base, target, trust_remote_code)
+    key = write_base_config(skeleton, dtype, base, target)
     style = "config.json is written as this transformers writes it, not as the base model's file"
     return [f"{style}: the base's file cannot express {key} as trained"] if key else []
 
@@ -118,13 +116,13 @@ def model_files(module: Any, tokenizer: Any) -> dict[str, bytes]:
 
 
 def write_assets(
-    run: Path, base: Path | None, target: Path, *, generates: bool = True, trust_remote_code: bool = False
+    run: Path, base: Path | None, target: Path, loader: AssetLoader = _WITHOUT_CODE, *, generates: bool = True
 ) -> tuple[list[str], Reference]:
     """Writes everything but weights and `config.json` into `target`, from the run's saved files and the base's.
 
     `config.json` must already be there. Returns notes, and the reference that the result must equal.
     """
-    work = _Work(run, base, target, trust_remote_code)
+    work = _Work(run, base, target, loader)
     _copy(run, target, work.own(None))
     notes = [*work.write_code(), *work.write_tokenizer(), *work.write_processor(), *work.add_code()]
     work.write_templates()
@@ -137,8 +135,8 @@ def write_assets(
 class _Work:
     """The files of one export. `run` may be untrusted, so symbolic links in it are left out."""
 
-    def __init__(self, run: Path, base: Path | None, target: Path, trust: bool) -> None:
-        self.run, self.base, self.target, self.trust = run, base, target, trust
+    def __init__(self, run: Path, base: Path | None, target: Path, loader: AssetLoader) -> None:
+        self.run, self.base, self.target, self.loader = run, base, target, loader
         self.tokenizer: Path | None = None
         self.processor: Path | None = None
         self.processor_template: Path | None = None
@@ -165,7 +163,7 @@ class _Work:
         if directory is None or not asset_facts.has_tokenizer(directory):
             return None
         with suppress(Unreadable):
-            return asset_facts.tokenizer_facts(directory, self.trust)
+            return self.loader.tokenizer_facts(directory)
         return None
 
     def write_code(self) -> list[str]:
@@ -227,8 +225,8 @@ class _Work:
             return ["processor: the base model's; the run saved none"]
         self.processor = self.run
         with suppress(Unreadable):
-            facts = asset_facts.processor_facts(self.run, self.trust)
-            if base is not None and facts == asset_facts.processor_facts(base, self.trust):
+            facts = self.loader.processor_facts(self.run)
+            if base is not None and facts == self.loader.processor_facts(base):
                 _copy(base, self.target, self.theirs(_PROCESSOR))
                 return []
         _copy(self.run, self.target, self.own(_PROCESSOR))

@@ -24,13 +24,13 @@ from verl_autoexport.merge.job import MergeJob, WrittenFile
 from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.merge.plan import MergePlan
 from verl_autoexport.merge.protocol import MergeRunner
+from verl_autoexport.model.asset_facts import AssetLoader
 from verl_autoexport.model.base_model import base_directory
 from verl_autoexport.model.dtypes import model_dtype
 from verl_autoexport.model.lora import adapter as lora
 from verl_autoexport.model.lora import peft_config
 from verl_autoexport.model.planner import ADAPTER_FOLDER, Planned, plan_model
 from verl_autoexport.model.saved_config import settled
-from verl_autoexport.model.skeleton import architecture
 from verl_autoexport.registry.record import ExportRecord
 from verl_autoexport.registry.shared_files import SharedFiles, find_shared, link_shared
 from verl_autoexport.registry.store import Registry, Version
@@ -155,10 +155,8 @@ def _run(
             progress.stage(VERIFYING)
             checks = _verify(spec, saved, target, planned, reference)
             source.check_unchanged()
-    architectures = (architecture(planned.skeleton.config),)
-    return make_record(
-        spec, source.kind, target, manifest, planned.plan, written, checks, timings, architectures, notes
-    )
+    names = (planned.skeleton.name,)
+    return make_record(spec, source.kind, target, manifest, planned.plan, written, checks, timings, names, notes)
 
 
 def _open_source(spec: ExportSpec) -> ShardSource:
@@ -213,13 +211,11 @@ def _write_beside(
     if options.lora != "adapter":
         dtype = None if options.dtype == "base" else model_dtype(skeleton, planned.manifest, options.dtype)
         values = planned.compatibility.config_values
-        notes += assets.write_config(skeleton, dtype, target, base, options.trust_remote_code, values)
+        notes += assets.write_config(skeleton, dtype, target, base, values)
         if base is None:
             notes.append(f"not compared with the base model: {planned.compatibility.reason}")
-    more, reference = assets.write_assets(
-        saved, base_directory(options.base_model), target,
-        generates=skeleton.can_generate(), trust_remote_code=options.trust_remote_code,
-    )  # fmt: skip
+    base_files, loader = base_directory(options.base_model), AssetLoader(skeleton.trust_remote_code)
+    more, reference = assets.write_assets(saved, base_files, target, loader, generates=skeleton.generates)
     notes += more
     if adapter is None:
         return notes, reference

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf")
 _LARGE = 128 << 20  # bytes; weights in some other format, which no tokenizer reads
 _REMEMBERED = 8
 Facts = Mapping[str, Any]
-_known: dict[tuple[str, bool], Facts] = {}
+_known: dict[tuple[str, AssetLoader], Facts] = {}
 
 
 class Unreadable(Exception):
@@ -47,22 +48,49 @@ def has_processor(directory: Path) -> bool:
     return any(path.is_file() for pattern in PROCESSOR_FILES for path in directory.glob(pattern))
 
 
-def tokenizer_facts(directory: Path, trust_remote_code: bool = False) -> Facts:
-    """The facts that `AutoTokenizer` gives; `chat template` is one of them. Raises Unreadable.
+@dataclass(frozen=True)
+class AssetLoader:
+    """Tokenizers and processors as transformers loads them, with or without the code beside them."""
 
-    Large vocabularies take a second; a run's tokenizer stays the same, so the last facts are cached.
-    """
-    key = _content(directory), trust_remote_code
-    if key not in _known:
-        while len(_known) >= _REMEMBERED:
-            _known.pop(next(iter(_known)), None)
+    trust_remote_code: bool = False
+
+    def tokenizer_facts(self, directory: Path) -> Facts:
+        """The facts that `AutoTokenizer` gives; `chat template` is one of them. Raises Unreadable.
+
+        Large vocabularies take a second; a run's tokenizer stays the same, so the last facts are cached.
+        """
+        from transformers import AutoTokenizer
+
+        key = _content(directory), self
+        if key not in _known:
+            while len(_known) >= _REMEMBERED:
+                _known.pop(next(iter(_known)), None)
+            try:
+                _known[key] = _tokenizer_facts(self._load(AutoTokenizer, directory))
+            except (Unreadable, KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as e:  # custom code, or a panic of the tokenizers library
+                raise Unreadable(f"{directory}: its tokenizer cannot be used: {_brief(e)}") from e
+        return _known[key]
+
+    def processor_facts(self, directory: Path) -> Facts:
+        """The settings of `AutoProcessor`, without its chat template (see `processor_template`). Raises Unreadable."""
+        from transformers import AutoProcessor
+
+        found = self._load(AutoProcessor, directory)
         try:
-            _known[key] = _tokenizer_facts(directory, trust_remote_code)
-        except (Unreadable, KeyboardInterrupt, SystemExit):
+            settings = json.loads(json.dumps(found.to_dict(), default=str)) if hasattr(found, "to_dict") else {}
+        except Exception as e:  # custom code
+            raise Unreadable(f"{directory}: its processor cannot be used: {_brief(e)}") from e
+        return {"class": type(found).__name__, "settings": {k: v for k, v in settings.items() if k != "chat_template"}}
+
+    def _load(self, auto: Any, directory: Path) -> Any:
+        try:
+            return auto.from_pretrained(directory, trust_remote_code=self.trust_remote_code, local_files_only=True)
+        except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as e:  # custom code, or a panic of the tokenizers library
-            raise Unreadable(f"{directory}: its tokenizer cannot be used: {_brief(e)}") from e
-    return _known[key]
+        except BaseException as e:  # a panic of the tokenizers library is no Exception
+            raise Unreadable(f"{directory}: {auto.__name__} cannot load it: {_brief(e)}") from e
 
 
 def _content(directory: Path) -> str:
@@ -76,10 +104,7 @@ def _content(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _tokenizer_facts(directory: Path, trust_remote_code: bool) -> Facts:
-    from transformers import AutoTokenizer
-
-    tokenizer = _load(AutoTokenizer, directory, trust_remote_code)
+def _tokenizer_facts(tokenizer: Any) -> Facts:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     inside = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     special = {key: value for key, value in tokenizer.special_tokens_map.items() if value}
@@ -94,18 +119,6 @@ def _tokenizer_facts(directory: Path, trust_remote_code: bool) -> Facts:
         "ids of a probe": [_encoded(tokenizer, text, special) for special in (True, False)],
         "chat template": _one(tokenizer.chat_template),
     }
-
-
-def processor_facts(directory: Path, trust_remote_code: bool = False) -> Facts:
-    """The settings of `AutoProcessor`, without its chat template (see `processor_template`). Raises Unreadable."""
-    from transformers import AutoProcessor
-
-    found = _load(AutoProcessor, directory, trust_remote_code)
-    try:
-        settings = json.loads(json.dumps(found.to_dict(), default=str)) if hasattr(found, "to_dict") else {}
-    except Exception as e:  # custom code
-        raise Unreadable(f"{directory}: its processor cannot be used: {_brief(e)}") from e
-    return {"class": type(found).__name__, "settings": {k: v for k, v in settings.items() if k != "chat_template"}}
 
 
 def processor_files(directory: Path) -> Facts:
@@ -136,15 +149,6 @@ def differences(found: Facts, wanted: Facts) -> list[str]:
     """The facts that differ, each with both values, shortened."""
     keys = [key for key in (*wanted, *(found.keys() - wanted.keys())) if found.get(key) != wanted.get(key)]
     return [f"{key}: {found.get(key)!r:.200} instead of {wanted.get(key)!r:.200}" for key in keys]
-
-
-def _load(auto: Any, directory: Path, trust_remote_code: bool) -> Any:
-    try:
-        return auto.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # a panic of the tokenizers library is no Exception
-        raise Unreadable(f"{directory}: {auto.__name__} cannot load it: {_brief(e)}") from e
 
 
 def _encoded(tokenizer: Any, text: str, special: bool) -> list[Any]:

@@ -18,15 +18,17 @@ from typing import Any
 from verl_autoexport.errors import ConfigError, PlanError
 from verl_autoexport.merge.plan import SAFETENSORS_DTYPE, Output, whole
 from verl_autoexport.model.base_model import BaseModel, BaseTensor, brief, find_base, with_files
-from verl_autoexport.model.conversion import Loading, Spelling, class_outputs, reverse, spell
+from verl_autoexport.model.conversion import Spelling, class_outputs, read_as, reverse, spell
 from verl_autoexport.model.dtypes import OWN_DTYPES
-from verl_autoexport.model.skeleton import build_skeleton, load_config, tied_names
+from verl_autoexport.model.model_class import load_config
+from verl_autoexport.model.skeleton import Skeleton, build_skeleton, import_external
+from verl_autoexport.model.transformers_skeleton import TransformersSkeleton
 from verl_autoexport.model.value_head import Head
 from verl_autoexport.shards.manifest import FLOATING, ShardManifest
 
 logger = logging.getLogger(__name__)
 AllowedDifference = Callable[[str], str | None]
-_MOVED_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # in old files; no class still reads them
+_MOVED_BUFFERS = re.compile(r"rotary_emb\.inv_freq|(^|\.)position_ids$")  # in old files; no class still reads them
 _SWAPPED = "in the base's layout, last two dimensions swapped"
 _CHECK = "autoexport.weights.base_check (--base-check)"
 _CARRY = "autoexport.weights.carry_unread (--carry-unread)"
@@ -109,11 +111,10 @@ class AllowedDifferences:
 
 
 def check_compatibility(
-    skeleton: Any,
+    skeleton: Skeleton,
     head: Head | None,
     outputs: Sequence[Output],
     base_model: str | None,
-    trust_remote_code: bool = False,
     *,
     base_check: str = "strict",
     carry_unread: bool = False,
@@ -125,7 +126,7 @@ def check_compatibility(
     found = _begin(base_model, base_check, carry_unread)
     if isinstance(found, Compatibility):
         return found
-    allowed = _allowed_differences(skeleton, head, found, trust_remote_code)
+    allowed = _allowed_differences(skeleton, head, found)
     spelling = spell(skeleton, outputs, found.tensors)
     return compare(outputs, found, allowed, spelling, base_check=base_check, carry_unread=carry_unread)
 
@@ -149,9 +150,10 @@ def check_start(
         return found
     if not found.config.get("architectures"):
         return Compatibility(reason=f"{found.directory / 'config.json'} names no architecture; exports are compared")
-    skeleton = build_skeleton(found.directory, "source", trust_remote_code=trust_remote_code, external_lib=external_lib)
+    import_external(external_lib)
+    skeleton = build_skeleton(found.directory, "source", trust_remote_code)
     outputs = class_outputs(skeleton)
-    allowed = _allowed_differences(skeleton, None, found, trust_remote_code, own=skeleton)
+    allowed = _allowed_differences(skeleton, None, found, own=skeleton)
     spelling = spell(skeleton, outputs, found.tensors)
     return compare(outputs, found, allowed, spelling, base_check=base_check, carry_unread=carry_unread)
 
@@ -294,66 +296,51 @@ def _swapped(shape: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def _allowed_differences(
-    skeleton: Any, head: Head | None, base: BaseModel, trust_remote_code: bool, own: Any = None
+    skeleton: Skeleton, head: Head | None, base: BaseModel, own: Skeleton | None = None
 ) -> AllowedDifferences:
     """The differences to allow; `own` is the base's skeleton from its own configuration, if available."""
-    loading, name = Loading(skeleton), type(skeleton).__name__
-    tied = tied_names(skeleton)
-    unsaved = set(skeleton._keys_to_ignore_on_save or ())
-    base_config = load_config(base.directory, trust_remote_code, named=False)
-    own_head = frozenset() if tied or not _ties(base_config) else _output_embeddings(skeleton)
+    name, head_weight = skeleton.name, skeleton.output_embeddings
+    base_config = load_config(base.directory, skeleton.trust_remote_code, named=False)
+    own_head = frozenset[str]()
+    if head_weight is not None and not skeleton.tied and _ties(base_config):
+        own_head = frozenset(reverse(skeleton, {head_weight: skeleton.tensors[head_weight]}))
 
     @cache
-    def theirs() -> Loading:
-        return Loading(own or _own_skeleton(skeleton, base, trust_remote_code))
+    def theirs() -> Skeleton:
+        return own or _own_skeleton(skeleton, base)
 
     def lacking(key: str) -> str | None:
-        if loading.parameter(key) in tied:
+        if read_as(skeleton, key) in skeleton.tied:
             return "tied, written once"
         if head is not None and key in head.removed:
             return f"replaced by the head of {name}"
-        return f"no part of {name}" if key in unsaved or _matches(_MOVED_BUFFERS, key) else None
+        return f"no part of {name}" if key in skeleton.unsaved or _MOVED_BUFFERS.search(key) else None
 
     def unread(key: str) -> str | None:
-        if loading.parameter(key) is not None:
+        if read_as(skeleton, key) is not None:
             return None
-        ignored = any(_matches(skeleton._keys_to_ignore_on_load_unexpected, k) for k in loading.unexpected(key))
-        return f"not read by {name}" if ignored or theirs().parameter(key) is None else None
+        return f"not read by {name}" if skeleton.optional(key) or read_as(theirs(), key) is None else None
 
     def added(key: str) -> str | None:
         if head is not None and key in head.added:
             return f"head of {name}"
         if key in own_head:
             return "untied from the embeddings"
-        may_lack = _matches(skeleton._keys_to_ignore_on_load_missing, loading.place(key)[0])
-        return f"{name} loads without it" if may_lack else None
+        return f"{name} loads without it" if skeleton.optional(key) else None
 
     return AllowedDifferences(lacking, unread, added, (_vocabulary(base_config), _vocabulary(skeleton.config)))
 
 
-def _own_skeleton(skeleton: Any, base: BaseModel, trust_remote_code: bool) -> Any:
+def _own_skeleton(skeleton: Skeleton, base: BaseModel) -> Skeleton:
     """The base's skeleton from its own `config.json`; in the trained class if the one named there is not available."""
     try:
-        return build_skeleton(base.directory, "source", trust_remote_code=trust_remote_code)
+        return build_skeleton(base.directory, "source", skeleton.trust_remote_code)
     except PlanError:
-        return build_skeleton(
-            base.directory, "source", trust_remote_code=trust_remote_code, architecture=type(skeleton).__name__
-        )
-
-
-def _matches(patterns: Iterable[str] | None, key: str) -> bool:
-    return any(re.search(pattern, key) for pattern in patterns or ())
+        return TransformersSkeleton.of(base.directory, "source", skeleton.trust_remote_code, skeleton.name)
 
 
 def _ties(config: Any) -> bool:
     return any(getattr(c, "tie_word_embeddings", False) for c in (config, config.get_text_config()))
-
-
-def _output_embeddings(skeleton: Any) -> frozenset[str]:
-    module = skeleton.get_output_embeddings()
-    names = {f"{path}.weight" for path, m in skeleton.named_modules() if module is not None and m is module}
-    state = skeleton.state_dict()
-    return frozenset(reverse(skeleton, {k: state[k] for k in names & state.keys()}))
 
 
 def _vocabulary(config: Any) -> int | None:

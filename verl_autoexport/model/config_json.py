@@ -15,7 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 from verl_autoexport.model.base_model import BaseModel
-from verl_autoexport.model.skeleton import load_config
+from verl_autoexport.model.model_class import load_config
+from verl_autoexport.model.skeleton import Skeleton
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _NOT_THE_MODEL = frozenset({
@@ -32,24 +33,22 @@ _OLD_ROPE = {
 """Keys of `rope_parameters` that used to be separate keys, by their former names."""
 
 
-def write_base_config(
-    config: Any, architecture: str, dtype: str | None, base: BaseModel, target: Path, trust_remote_code: bool = False
-) -> str | None:
+def write_base_config(skeleton: Skeleton, dtype: str | None, base: BaseModel, target: Path) -> str | None:
     """Writes the base's `config.json` for the trained model over the one in `target`.
 
-    `config` is the trained model's, `dtype` torch's name, or None to keep the base's own.
+    `dtype` is torch's name, or None to keep the base's own.
     If the base's file cannot express the trained model, the one in `target` stays
     unchanged, and the key in question is returned.
     """
-    path = target / _CONFIG_NAME
+    path, config, trusted = target / _CONFIG_NAME, skeleton.config, skeleton.trust_remote_code
     before = path.read_text(encoding="utf-8")
-    wanted = plain(config.to_dict()) | {"architectures": [architecture]}
-    known = plain(load_config(base.directory, trust_remote_code, named=False).to_dict())
+    wanted = plain(config.to_dict()) | {"architectures": [skeleton.name]}
+    known = plain(load_config(base.directory, trusted, named=False).to_dict())
     changed = overlay(base.config, known, wanted, _aliases(config), _is_old(base.config))
     if dtype is not None:
         set_dtype(changed, dtype)
     path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    differ = list(differences(plain(load_config(target, trust_remote_code).to_dict()), wanted))
+    differ = list(differences(plain(load_config(target, trusted).to_dict()), wanted))
     if differ:
         path.write_text(before, encoding="utf-8")
         return differ[0]

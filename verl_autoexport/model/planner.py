@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from verl_autoexport.config.schema import ExportOptions
 from verl_autoexport.errors import PlanError
@@ -13,10 +12,11 @@ from verl_autoexport.merge.plan import MergePlan, Output, make_plan, one_file_pl
 from verl_autoexport.merge.reader import equal_values
 from verl_autoexport.model.base_compatibility import Compatibility, apply_base, carry, check_compatibility
 from verl_autoexport.model.conversion import name_outputs, tied_aliases
-from verl_autoexport.model.dtypes import OWN_DTYPES, DtypeRule
+from verl_autoexport.model.dtypes import OWN_DTYPES, disk_dtype
 from verl_autoexport.model.lora import adapter as lora
 from verl_autoexport.model.lora.fusion import Fusion
-from verl_autoexport.model.skeleton import build_skeleton, tied_names
+from verl_autoexport.model.skeleton import Skeleton, build_skeleton, import_external
+from verl_autoexport.model.transformers_skeleton import TransformersSkeleton
 from verl_autoexport.model.value_head import Head, find_head
 from verl_autoexport.shards.checksums import Run, Sums
 from verl_autoexport.shards.manifest import ShardManifest, diverged
@@ -29,11 +29,11 @@ ADAPTER_FOLDER = "adapter"
 class Planned:
     """A planned export: `manifest` has every tensor that `plan` reads.
 
-    `skeleton` is the model on the meta device, `compatibility` its comparison with the base, `read` describes
+    `skeleton` is the model without weights, `compatibility` its comparison with the base, `read` describes
     everything that was read of files with records.
     """
 
-    skeleton: Any
+    skeleton: Skeleton
     manifest: ShardManifest
     plan: MergePlan
     compatibility: Compatibility
@@ -75,9 +75,8 @@ def plan_model(
     if values:
         _check_tied(skeleton, held, sums)
     compatibility = check_compatibility(
-        skeleton, head, outputs, options.base_model, options.trust_remote_code,
-        base_check=options.base_check, carry_unread=options.carry_unread,
-    )  # fmt: skip
+        skeleton, head, outputs, options.base_model, base_check=options.base_check, carry_unread=options.carry_unread
+    )
     outputs = apply_base(outputs, compatibility, options.dtype)
     if fused := sorted(o.name for o in outputs if any(p.fqn in fusions for p in o.pieces)):
         compatibility = replace(compatibility, explained={**compatibility.explained, "LoRA fused in": tuple(fused)})
@@ -108,32 +107,31 @@ def capture_dtypes(options: ExportOptions, planned: Planned) -> dict[str, str]:
     """{fqn: dtype} that a copy of the source tensors may already have; empty if the merge needs their own dtypes."""
     if planned.adapter is not None or options.dtype in OWN_DTYPES:
         return {}
-    rule = DtypeRule(planned.skeleton, options.dtype)
-    carried = planned.compatibility.carried
-    return {fqn: rule(fqn, t.dtype) for fqn, t in planned.manifest.tensors.items() if fqn not in carried}
+    held, carried = planned.manifest.tensors, planned.compatibility.carried
+    return {k: disk_dtype(planned.skeleton, k, t.dtype, options.dtype) for k, t in held.items() if k not in carried}
 
 
 def tied_shards(planned: Planned) -> dict[str, str]:
     """{alias: name it is tied to} in the model, by the shards' names, if both are in the shards."""
-    tied = tied_names(planned.skeleton)
+    tied = planned.skeleton.tied
     if planned.adapter is None:
         return dict(tied)
     base = planned.adapter.base
     return {base[alias]: base[name] for alias, name in tied.items() if alias in base and name in base}
 
 
-def _skeleton(options: ExportOptions, saved: Path, manifest: ShardManifest) -> tuple[Any, Head | None]:
+def _skeleton(options: ExportOptions, saved: Path, manifest: ShardManifest) -> tuple[Skeleton, Head | None]:
     """The model of the shards: the one in `config.json`, or the value model made from it."""
-    how: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "external_lib": options.external_lib}
-    skeleton = build_skeleton(saved, options.dtype, **how)
-    head = find_head(skeleton, saved, lora.plain_shapes(manifest), options.trust_remote_code)
+    import_external(options.external_lib)
+    skeleton = build_skeleton(saved, options.dtype, options.trust_remote_code)
+    head = find_head(skeleton, saved, lora.plain_shapes(manifest))
     if head is not None:
-        how |= {"architecture": head.architecture, "num_labels": head.num_labels}
-        skeleton = build_skeleton(saved, options.dtype, **how)
+        trusted, name = skeleton.trust_remote_code, head.architecture
+        skeleton = TransformersSkeleton.of(saved, options.dtype, trusted, name, head.num_labels)
     return skeleton, head
 
 
-def _check_tied(skeleton: Any, manifest: ShardManifest, sums: Sums) -> None:
+def _check_tied(skeleton: Skeleton, manifest: ShardManifest, sums: Sums) -> None:
     for alias, name in tied_aliases(skeleton, manifest).items():
         if not equal_values(manifest, alias, name, sums):
             raise PlanError(diverged(alias, name))

@@ -19,7 +19,7 @@ from verl_autoexport.errors import PlanError, SourceError
 from verl_autoexport.model import custom_code
 from verl_autoexport.model.asset_facts import WEIGHTS
 from verl_autoexport.model.base_model import base_directory
-from verl_autoexport.model.skeleton import first_architecture, load_config, model_class
+from verl_autoexport.model.model_class import first_architecture, load_class
 from verl_autoexport.shards.manifest import FLOATING, ShardManifest
 from verl_autoexport.system.untrusted import read_json
 
@@ -120,7 +120,7 @@ def _with_architecture(config: dict[str, Any], saved: Path, notes: list[str]) ->
     if config.get("auto_map") or not _known_to_transformers(config):
         return config
     try:
-        right = model_class(load_config(saved), saved).__name__
+        right = load_class(saved).__name__
     except PlanError:  # the planner reports this
         return config
     said = first_architecture(config["architectures"])

@@ -1,158 +1,99 @@
-"""The skeleton: the model without weights, on the meta device, from its `config.json` and its class."""
+"""The skeleton: the model without weights. It is built once for an export, and everything asks it."""
 
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
-from verl_autoexport.errors import PlanError
-from verl_autoexport.model.dtypes import OWN_DTYPES
+from verl_autoexport.errors import AutoExportError, PlanError
+from verl_autoexport.model.transformers_skeleton import TransformersSkeleton
+from verl_autoexport.system import plugins
 from verl_autoexport.system.untrusted import read_json
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    import torch
 
-_COUNTS = re.compile(r"layers?$|blocks?$|depths?$|experts$|num_labels$|stages$")
-_MOST = 100_000
-"""The limit on layers, experts and the like in a model; each becomes an object."""
-_AUTO_CLASSES = (
-    "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForTokenClassification",
-    "AutoModelForSequenceClassification", "AutoModel",
-)  # fmt: skip
-_KIND = re.compile(r"For[A-Z]\w*$|Model$")
-"""The end of a class's name, which shows its task."""
-_TRUST = " Its code is in the checkpoint: set trust_remote_code (`--trust-remote-code`) if you trust it."
+GROUP = "verl_autoexport.skeletons"
+"""The entry points through which other packages add skeletons; the name of one is a `model_type`."""
 
 
-def load_config(directory: Path, trust_remote_code: bool = False, named: bool = True) -> PretrainedConfig:
-    """The model's config from `directory/config.json`; raises PlanError naming the file."""
-    from transformers import AutoConfig
+class Skeleton(Protocol):
+    """The tensors of a model: their names in memory, as training has them, and those on disk, as readers expect them.
 
-    if not (directory / "config.json").is_file():
-        raise PlanError(f"{directory / 'config.json'}: not found; without it the model of the shards is unknown.")
-    _check_sizes(directory / "config.json")
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except Exception as e:
-        detail = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        hint = _TRUST if "custom code" in detail else ""
-        raise PlanError(f"{directory / 'config.json'}: transformers cannot read it: {detail}{hint}") from e
-    if not isinstance(getattr(config, "auto_map", None) or {}, Mapping):
-        raise PlanError(f"{directory / 'config.json'}: auto_map={config.auto_map!r:.100}: expected an object.")
-    if named and not config.architectures:
-        raise PlanError(f"{directory / 'config.json'}: `architectures` is missing; expected the model class's name.")
-    return config
-
-
-def _check_sizes(path: Path) -> None:
-    """Refuses impossible numbers: on the meta device weights take no memory, but each layer is an object."""
-    try:
-        config = read_json(path)
-    except (OSError, ValueError) as e:
-        raise PlanError(f"{path}: cannot read it: {e}") from e
-    nodes = [config, *(value for value in config.values() if isinstance(value, dict))]
-    for key, value in ((k, v) for node in nodes for k, v in node.items() if _COUNTS.search(k)):
-        if any(isinstance(n, int) and n > _MOST for n in (value if isinstance(value, list) else [value])):
-            raise PlanError(f"{path}: {key}={value!r:.100}: more than {_MOST}; this is no model that was trained.")
-
-
-def model_class(config: PretrainedConfig, directory: Path, trust_remote_code: bool = False) -> type[PreTrainedModel]:
-    """The class that `architectures` names, from transformers or, if trusted, from the directory's own code."""
-    import transformers
-
-    name = architecture(config)
-    auto_map = getattr(config, "auto_map", None) or {}
-    remote = next((ref for ref in auto_map.values() if isinstance(ref, str) and ref.rpartition(".")[2] == name), None)
-    if remote and trust_remote_code:
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        try:
-            return get_class_from_dynamic_module(remote, str(directory))
-        except Exception as e:
-            raise PlanError(f"{directory / 'config.json'}: its code {remote} cannot be loaded: {e}") from e
-    cls = getattr(transformers, name, None)
-    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-        return _of_the_config(cls, config, directory)
-    hint = _TRUST if remote else ""
-    raise PlanError(
-        f"{directory / 'config.json'}: architecture {name} is unknown to transformers {transformers.__version__}.{hint}"
-    )
-
-
-def _of_the_config(cls: type[PreTrainedModel], config: PretrainedConfig, directory: Path) -> type[PreTrainedModel]:
-    """The class of `cls`'s kind that `model_type` means: transformers loads that one, engines `architectures`."""
-    import transformers
-
-    known = cls.config_class
-    if known is None or isinstance(config, known) or known.model_type == config.model_type:
-        return cls
-    for auto in _AUTO_CLASSES:
-        found = getattr(transformers, auto)._model_mapping.get(type(config), None)
-        if isinstance(found, type) and _kind(found) == _kind(cls):
-            return found
-    raise PlanError(
-        f"{directory / 'config.json'}: architectures names {cls.__name__}, whose model_type is {known.model_type!r}, "
-        f"but model_type is {config.model_type!r}: correct the one that is wrong."
-    )
-
-
-def _kind(cls: type) -> str:
-    return match[0] if (match := _KIND.search(cls.__name__)) else ""
-
-
-def architecture(config: PretrainedConfig) -> str:
-    """The name of the model's class; raises PlanError if the configuration has none."""
-    if not config.architectures:
-        raise PlanError("`architectures` is missing in the model's configuration; expected the model class's name.")
-    return first_architecture(config.architectures)
-
-
-def first_architecture(names: Sequence[Any]) -> str:
-    """The first name in `architectures`, without the prefix that FSDP2 puts before a wrapped class's name."""
-    return str(names[0]).removeprefix("FSDP")
-
-
-def tied_names(skeleton: PreTrainedModel) -> dict[str, str]:
-    """{alias: the name it is tied to}, both in memory."""
-    return getattr(skeleton, "all_tied_weights_keys", None) or {}
-
-
-def build_skeleton(
-    directory: Path,
-    dtype: str,
-    *,
-    trust_remote_code: bool = False,
-    external_lib: str | None = None,
-    architecture: str | None = None,
-    num_labels: int | None = None,
-) -> PreTrainedModel:
-    """The model on the meta device: names, shapes and conversion rules without memory for weights.
-
-    `dtype` is the export dtype (`source` and `base` leave the config's own). `architecture`
-    and `num_labels` override those of `config.json`. Raises PlanError if the model cannot
-    be built.
+    A class that inherits from this one may leave out whatever has a value here.
     """
-    if external_lib:
-        for module in external_lib.split(","):
-            importlib.import_module(module.strip())
-    config = load_config(directory, trust_remote_code)
-    if architecture is not None:
-        config.architectures = [architecture]
-    if num_labels is not None:
-        config.num_labels = num_labels
-    cls = model_class(config, directory, trust_remote_code)
-    kwargs: dict[str, Any] = {"attn_implementation": "eager"}
-    if dtype not in OWN_DTYPES:
-        kwargs["dtype"] = config.dtype = getattr(torch, dtype)  # some classes read the config's dtype
+
+    name: str
+    """The model's class, as `architectures` in the published `config.json` names it."""
+    config: Any
+    """The transformers configuration that is published; its class is one that `AutoConfig` knows."""
+    tensors: Mapping[str, torch.Tensor]
+    """Meta tensors by name in memory: all that the shards hold, parameters before buffers."""
+    trust_remote_code: bool = False
+    """Whether code beside the model, its tokenizer and its base model may run."""
+    tied: Mapping[str, str] = MappingProxyType({})
+    """{alias: the name it is tied to}, both in memory. Aliases are not written, and the shards may lack them."""
+    unsaved: frozenset[str] = frozenset()
+    """The names in memory of tensors that are not written."""
+    output_embeddings: str | None = None
+    """The name in memory of the output embeddings' weight, if there are any."""
+    modules: Mapping[str, str] = MappingProxyType({})
+    """{path in memory: class name} of all modules, so that a LoRA adapter can name its targets briefly."""
+    generates: bool = True
+    """Whether the model generates text, and so has a generation config."""
+
+    def to_disk(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """The tensors on disk, by name, of some tensors in memory: views of these, or joins; nothing computed."""
+        ...
+
+    def place(self, name: str) -> tuple[str, str | None]:
+        """The name in memory of a tensor on disk, and the part of it that this one is; None if it is all of it.
+
+        A tensor that the model does not read has a name that is not in `tensors`.
+        """
+        ...
+
+    def dtype_of(self, fqn: str, dtype: str) -> str:
+        """The dtype of a floating tensor, by name in memory, in a model that is loaded in `dtype`."""
+        return dtype
+
+    def optional(self, name: str) -> bool:
+        """Whether readers say nothing if files lack a tensor on disk that they read, or have one that they do not."""
+        return False
+
+
+def build_skeleton(directory: Path, dtype: str, trust_remote_code: bool = False) -> Skeleton:
+    """The skeleton of the model whose `config.json` is in `directory`; raises PlanError if it cannot be built.
+
+    `dtype` is the export dtype, which a configuration may name in several places.
+    """
+    made_by = registered(directory)
+    if made_by is None:
+        return TransformersSkeleton.of(directory, dtype, trust_remote_code)
     try:
-        with torch.device("meta"):
-            return cls._from_config(config, **kwargs)
+        return made_by(directory, dtype, trust_remote_code)
+    except AutoExportError:
+        raise
     except Exception as e:
         raise PlanError(
-            f"{directory / 'config.json'}: {cls.__name__} cannot be built from it: {type(e).__name__}: {e}"
+            f"{directory / 'config.json'}: {made_by.__module__}.{made_by.__qualname__}, an entry point of {GROUP}, "
+            f"cannot be built from it: {type(e).__name__}: {e}"
         ) from e
+
+
+def registered(directory: Path) -> Callable[[Path, str, bool], Skeleton] | None:
+    """The class that another package registers for the `model_type` in `directory`; None if there is none."""
+    model_type = None
+    with suppress(OSError, ValueError):  # whoever reads it next reports the problem
+        model_type = read_json(directory / "config.json").get("model_type")
+    return plugins.find(GROUP, model_type) if isinstance(model_type, str) else None
+
+
+def import_external(external_lib: str | None) -> None:
+    """Imports verl's `external_lib`, modules with commas between them, which may register models."""
+    for module in external_lib.split(",") if external_lib else ():
+        importlib.import_module(module.strip())

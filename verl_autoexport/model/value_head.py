@@ -7,15 +7,17 @@ The tensors show the head; transformers' own mapping gives the class.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from verl_autoexport.errors import PlanError
 from verl_autoexport.model.base_model import brief
 from verl_autoexport.model.conversion import reverse
-from verl_autoexport.model.skeleton import architecture, build_skeleton
+from verl_autoexport.model.model_class import architecture
+from verl_autoexport.model.skeleton import Skeleton
+from verl_autoexport.model.transformers_skeleton import TransformersSkeleton
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,17 +38,15 @@ class Head:
     removed: frozenset[str]
 
 
-def find_head(
-    named: Any, directory: Path, shapes: Mapping[str, tuple[int, ...]], trust_remote_code: bool = False
-) -> Head | None:
+def find_head(named: Skeleton, directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> Head | None:
     """The head that is in the shards but not in `named`, the skeleton of `config.json`; None if there is none.
 
     `shapes` are the shards' by in-memory name. Raises PlanError if several classes, or
     none that transformers can load, would fit.
     """
-    expected = named.state_dict().keys()
+    expected = named.tensors.keys()
     surplus = shapes.keys() - expected
-    if not surplus:
+    if not surplus or not isinstance(named, TransformersSkeleton):
         return None
     if wrapped := sorted(name for name in surplus if name.startswith(("v_head.", "pretrained_model."))):
         raise PlanError(
@@ -56,7 +56,7 @@ def find_head(
         )
     fitting = {}
     for name in _candidates(named.config):
-        skeleton = build_skeleton(directory, "source", trust_remote_code=trust_remote_code, architecture=name)
+        skeleton = TransformersSkeleton.of(directory, "source", named.trust_remote_code, name)
         head = _head(skeleton, expected, shapes)
         if head is not None and head.added == surplus:
             fitting[name] = head
@@ -65,7 +65,7 @@ def find_head(
     if both := sorted({k for head in fitting.values() for k in head.removed} & shapes.keys()):
         raise PlanError(
             f"the shards hold both {brief(sorted(surplus))} of a {next(iter(fitting))} and {brief(both)} "
-            f"of the {type(named).__name__} in config.json: which model it is cannot be told."
+            f"of the {named.name} in config.json: which model it is cannot be told."
         )
     if len(fitting) > 1:
         raise PlanError(
@@ -73,17 +73,15 @@ def find_head(
             f"`architectures` in {directory / 'config.json'} to the right one."
         )
     head = next(iter(fitting.values()))
-    state = named.state_dict()
-    return replace(head, removed=frozenset(reverse(named, {k: state[k] for k in head.removed})))
+    return replace(head, removed=frozenset(reverse(named, {k: named.tensors[k] for k in head.removed})))
 
 
-def _head(skeleton: Any, expected: Any, shapes: Mapping[str, tuple[int, ...]]) -> Head | None:
-    tensors = skeleton.state_dict()
-    added, removed = tensors.keys() - expected, expected - tensors.keys()
+def _head(skeleton: Skeleton, expected: Set[str], shapes: Mapping[str, tuple[int, ...]]) -> Head | None:
+    added, removed = skeleton.tensors.keys() - expected, expected - skeleton.tensors.keys()
     sizes = {shapes[name][0] for name in added if shapes.get(name)}
     if len(sizes) != 1:
         return None
-    return Head(type(skeleton).__name__, sizes.pop(), frozenset(added), frozenset(removed))
+    return Head(skeleton.name, sizes.pop(), frozenset(added), frozenset(removed))
 
 
 def _candidates(config: PretrainedConfig) -> Iterator[str]:

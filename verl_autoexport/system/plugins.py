@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from verl_autoexport.errors import ConfigError
@@ -15,11 +17,34 @@ def load(group: str) -> list[Any]:
     """
     made = []
     for point in sorted(entry_points(group=group), key=lambda point: point.name):
-        try:
+        with _named(point):
             made.append(point.load()())
-        except Exception as e:
-            raise ConfigError(
-                f"entry point {point.name} = {point.value} of {group} cannot be used: {type(e).__name__}: {e}. "
-                "Repair or uninstall the package that adds it."
-            ) from e
     return made
+
+
+def find(group: str, name: str) -> Any | None:
+    """The class that an installed package names `name` in `group`; None if there is none.
+
+    Raises ConfigError if it cannot be imported, or if there are several.
+    """
+    points = entry_points(group=group, name=name)
+    if len(points) > 1:
+        raise ConfigError(
+            f"entry points of {group}: {name} is {' and '.join(sorted(p.value for p in points))}: expected one. "
+            "Uninstall the packages that add the others."
+        )
+    for point in points:
+        with _named(point):
+            return point.load()
+    return None
+
+
+@contextmanager
+def _named(point: EntryPoint) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        raise ConfigError(
+            f"entry point {point.name} = {point.value} of {point.group} cannot be used: {type(e).__name__}: {e}. "
+            "Repair or uninstall the package that adds it."
+        ) from e

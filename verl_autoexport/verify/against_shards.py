@@ -15,7 +15,7 @@ import torch
 
 from verl_autoexport.model.base_model import counts_predicting
 from verl_autoexport.model.config_json import differences, plain
-from verl_autoexport.model.skeleton import load_config
+from verl_autoexport.model.transformers_api import build, load
 from verl_autoexport.sources.formats import format_of
 from verl_autoexport.sources.protocol import Leaf, SecondReading, Visit
 
@@ -23,19 +23,13 @@ _OF_A_HEAD = {"architectures", "num_labels", "id2label", "label2id"}  # a value 
 
 
 def compare(
-    model: Any,
-    shards: Path,
-    saved: Path,
-    lora: Mapping[str, Any] | None = None,
-    base: Path | None = None,
-    trust_remote_code: bool = False,
+    model: Any, shards: Path, trained: Any, lora: Mapping[str, Any] | None = None, base: Path | None = None
 ) -> str:
     """Gives `model` the weights in `shards` and returns a line about the equal parts; ValueError names differences.
 
-    `saved` has the run's `config.json`. `lora` is the configuration of the adapter in the shards, `base` the
+    `trained` is the run's configuration. `lora` is the configuration of the adapter in the shards, `base` the
     directory of its base model if the shards have only the adapter.
     """
-    trained = load_config(saved, trust_remote_code)
     found = set(differences(plain(model.config.to_dict()), plain(trained.to_dict()))) - _OF_A_HEAD
     if keys := {key for key in found if not counts_predicting(key)}:
         raise ValueError(f"config.json differs from the trained model's in {sorted(keys)[:8]}")
@@ -111,11 +105,9 @@ def _merged(
 
     dtype = next(dtype for name, dtype in shards.dtypes.items() if ".lora_" in name)
     if base is None:
-        with torch.device("meta"):
-            trained = type(model)._from_config(deepcopy(model.config), dtype=dtype)
-        trained = trained.to_empty(device="cpu")
+        trained = build(type(model), deepcopy(model.config), dtype).to_empty(device="cpu")
     else:
-        trained = type(model).from_pretrained(base, dtype=dtype, local_files_only=True)
+        trained = load(type(model), base, dtype)
     wrapped = get_peft_model(trained, LoraConfig(**lora), autocast_adapter_dtype=False)
     state = wrapped.state_dict()
     for name, visit in shards.tensors.items():

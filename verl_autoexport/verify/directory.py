@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from verl_autoexport.sources.fsdp.discovery import absence
 from verl_autoexport.verify import checks as verify
 from verl_autoexport.verify.result import CheckResult, failed, passed, skipped
 
+Checks = dict[str, CheckResult]
 
-def check_directory(directory: Path, *, load: bool = True, trust_remote_code: bool = False) -> dict[str, CheckResult]:
+
+def check_directory(directory: Path, *, load: bool = True, trust_remote_code: bool = False) -> Checks:
     """Checks hashes against `export.json`, tensors against the architecture, then loads and generates.
 
     A failed check is reported, not raised; later ones still run if they can.
@@ -34,41 +37,26 @@ def check_directory(directory: Path, *, load: bool = True, trust_remote_code: bo
         raise VerifyError(f"{directory}: {absence(directory)}; expected a version, or another exported directory.")
     record = read_record(directory / "export.json") if (directory / "export.json").exists() else None
     checks = {"hashes": _run(lambda: _hashes(directory, record))}
+    loading = partial(_load, load="auto" if load else False, trust_remote_code=trust_remote_code)
     if (directory / CONFIG_NAME).is_file():
-        return checks | _adapter(directory, None, load, trust_remote_code)
+        return checks | _adapter(directory, None, loading)
     files = sorted(directory.glob("*.safetensors"))
     checks["structure"] = _run(lambda: _structure(directory, files, record, trust_remote_code))
-    checks |= _load(
-        directory, sum(f.stat().st_size for f in files), load, trust_remote_code, carried=_listed(record, "carried")
-    )
+    checks |= loading(directory, sum(f.stat().st_size for f in files), carried=_listed(record, "carried"))
     if (directory / ADAPTER_FOLDER / CONFIG_NAME).is_file():
-        adapter = _adapter(directory / ADAPTER_FOLDER, directory, load, trust_remote_code)
+        adapter = _adapter(directory / ADAPTER_FOLDER, directory, loading)
         checks |= {"adapter": adapter["structure" if adapter["structure"].status == "failed" else "load"]}
     return checks
 
 
-def _load(
-    directory: Path,
-    nbytes: int,
-    load: bool,
-    trust_remote_code: bool,
-    adapter_of: Path | None = None,
-    carried: Sequence[str] = (),
-) -> dict[str, CheckResult]:
+def _load(directory: Path, nbytes: int, **options: Any) -> Checks:
     try:
-        return verify.check_loading(
-            directory,
-            nbytes,
-            load="auto" if load else False,
-            trust_remote_code=trust_remote_code,
-            adapter_of=adapter_of,
-            carried=carried,
-        )
+        return verify.check_loading(directory, nbytes, **options)
     except VerifyError as e:
         return {"load": failed(str(e))}
 
 
-def _adapter(directory: Path, base: Path | None, load: bool, trust_remote_code: bool) -> dict[str, CheckResult]:
+def _adapter(directory: Path, base: Path | None, loading: Callable[..., Checks]) -> Checks:
     """Checks a PEFT adapter; `base` has the config of its model, otherwise the adapter names that model."""
     structure = _run(lambda: _adapter_structure(directory))
     if structure.status == "failed":
@@ -77,7 +65,7 @@ def _adapter(directory: Path, base: Path | None, load: bool, trust_remote_code: 
     if (base := base or base_directory(name)) is None:
         return {"structure": structure, "load": skipped(f"its base {name!r} is not here")}
     nbytes = (directory / WEIGHTS_NAME).stat().st_size
-    return {"structure": structure} | _load(directory, nbytes, load, trust_remote_code, base)
+    return {"structure": structure} | loading(directory, nbytes, adapter_of=base)
 
 
 def _adapter_structure(directory: Path) -> CheckResult:
@@ -134,11 +122,8 @@ def _structure(directory: Path, files: list[Path], record: ExportRecord | None, 
         found |= {name: (entry["dtype"], tuple(entry["shape"]), file.name) for name, entry in header.items()}
     if len(files) > 1:
         _check_index(directory, found)
-    skeleton = build_skeleton(
-        directory,
-        record.dtype if record and record.dtype in ITEMSIZE else "source",
-        trust_remote_code=trust_remote_code,
-    )
+    dtype = record.dtype if record and record.dtype in ITEMSIZE else "source"
+    skeleton = build_skeleton(directory, dtype, trust_remote_code)
     carried = _listed(record, "carried")
     outputs = class_outputs(skeleton)
     spelling = spell(skeleton, outputs, found.keys() - set(carried))
@@ -151,14 +136,14 @@ def _structure(directory: Path, files: list[Path], record: ExportRecord | None, 
     wrong = sorted(k for k in found.keys() | expected.keys() if found.get(k, (0, 0))[1] != expected.get(k))
     if wrong:
         raise VerifyError(
-            f"{directory}: not the tensors of {type(skeleton).__name__}: "
+            f"{directory}: not the tensors of {skeleton.name}: "
             + "; ".join(
                 f"{k}: expected {expected.get(k, 'nothing')}, found {found.get(k, 'nothing')}" for k in wrong[:8]
             )
         )
     if bad := [k for k, v in found.items() if v[0] not in SAFETENSORS_DTYPE.values()]:
         raise VerifyError(f"{directory}: {bad[0]} has the unknown dtype {found[bad[0]][0]}.")
-    return passed(f"{len(found)} tensors of {type(skeleton).__name__}")
+    return passed(f"{len(found)} tensors of {skeleton.name}")
 
 
 def _listed(record: ExportRecord | None, key: str) -> tuple[str, ...]:

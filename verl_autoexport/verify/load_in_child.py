@@ -10,10 +10,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from verl_autoexport.errors import PlanError
+from verl_autoexport.model import asset_facts, transformers_api
+from verl_autoexport.model.asset_facts import AssetLoader
+from verl_autoexport.model.model_class import load_class, load_config
+from verl_autoexport.model.skeleton import import_external, registered
+from verl_autoexport.model.transformers_skeleton import TransformersSkeleton
 from verl_autoexport.verify.checks import LoadRequest
 from verl_autoexport.verify.result import CheckResult, failed, passed, skipped
 
@@ -23,39 +29,47 @@ _NOT_ASKED_FOR = skipped("not asked for")
 
 def main() -> None:
     request = LoadRequest(**json.load(sys.stdin))
-    if request.external_lib:
-        for module in request.external_lib.split(","):
-            importlib.import_module(module.strip())
+    import_external(request.external_lib)
     directory, results = Path(request.directory), {}
     if request.assets:
-        results["assets"] = check_assets(directory, request.assets, request.trust_remote_code)
-    if request.not_loaded:
+        results["assets"] = check_assets(directory, request.assets, AssetLoader(request.trust_remote_code))
+    if reason := request.not_loaded or _unknown(request):
         names = ("load", "generate", *(["logits"] if request.shards else []))
-        results |= dict.fromkeys(names, skipped(request.not_loaded))
+        results |= dict.fromkeys(names, skipped(reason))
     elif request.adapter_of:
-        results |= _check_adapter(directory, Path(request.adapter_of), request.trust_remote_code)
+        results |= _check_adapter(request, Path(request.adapter_of))
     else:
-        results |= _check_model(directory, request)
+        results |= _check_model(request)
     Path(sys.argv[1]).write_text(json.dumps({name: r.to_json() for name, r in results.items()}), encoding="utf-8")
 
 
-def _processors(directory: Path, wanted: Path, trust_remote_code: bool, in_files: bool) -> tuple[Any, Any]:
-    """The two processors to compare; or their files, if the wanted one, or its tokenizer, cannot be loaded here."""
-    from verl_autoexport.model import asset_facts
+def _unknown(request: LoadRequest) -> str:
+    """The reason why transformers cannot load a model whose skeleton is another package's; empty if it can."""
+    directory = Path(request.adapter_of or request.directory)
+    if registered(directory) is None:
+        return ""
+    try:
+        load_class(directory, request.trust_remote_code)
+    except PlanError as e:
+        return str(e)
+    return ""
 
+
+def _processors(directory: Path, wanted: Path, loader: AssetLoader, in_files: bool) -> tuple[Any, Any]:
+    """The two processors to compare; or their files, if the wanted one, or its tokenizer, cannot be loaded here."""
     if in_files:
         return asset_facts.processor_files(directory), asset_facts.processor_files(wanted)
     try:
-        expected = asset_facts.processor_facts(wanted, trust_remote_code)
+        expected = loader.processor_facts(wanted)
     except asset_facts.Unreadable:
         return asset_facts.processor_files(directory), asset_facts.processor_files(wanted)
-    return asset_facts.processor_facts(directory, trust_remote_code), expected
+    return loader.processor_facts(directory), expected
 
 
-def _check_model(directory: Path, request: LoadRequest) -> dict[str, CheckResult]:
+def _check_model(request: LoadRequest) -> dict[str, CheckResult]:
     results: dict[str, CheckResult] = {}
     try:
-        model = load_model(directory, request.trust_remote_code, request.carried)
+        model = load_model(request)
     except Exception as e:  # noqa: BLE001 - a model's own code runs here; the finding is the output
         return {"load": failed(e)}
     carried = f", but for the {len(request.carried)} carried over from the base" if request.carried else ""
@@ -67,25 +81,23 @@ def _check_model(directory: Path, request: LoadRequest) -> dict[str, CheckResult
     return results
 
 
-def check_assets(directory: Path, wanted: Mapping[str, str | None], trust_remote_code: bool) -> CheckResult:
+def check_assets(directory: Path, wanted: Mapping[str, str | None], loader: AssetLoader) -> CheckResult:
     """Compares the written tokenizer, processor and templates with their sources."""
-    from verl_autoexport.model import asset_facts
-
     tokenizer, processor, template = (
         Path(found) if (found := wanted[key]) else None for key in ("tokenizer", "processor", "processor_template")
     )
     equal, differ, unread = [], [], []
     try:
-        expected = asset_facts.tokenizer_facts(tokenizer, trust_remote_code) if tokenizer else {}
+        expected = loader.tokenizer_facts(tokenizer) if tokenizer else {}
     except asset_facts.Unreadable as e:
         expected, tokenizer = {}, None
         unread.append(str(e))
     try:
         if tokenizer:
-            differ += asset_facts.differences(asset_facts.tokenizer_facts(directory, trust_remote_code), expected)
+            differ += asset_facts.differences(loader.tokenizer_facts(directory), expected)
             equal.append(f"{expected['class']} of {len(expected['ids of a probe'][0])} probe tokens")
         if processor:
-            found, settings = _processors(directory, processor, trust_remote_code, bool(unread))
+            found, settings = _processors(directory, processor, loader, bool(unread))
             differ += asset_facts.differences(found, settings)
             shown = asset_facts.processor_template(template) if template else expected.get("chat template")
             if template or tokenizer:
@@ -101,28 +113,24 @@ def check_assets(directory: Path, wanted: Mapping[str, str | None], trust_remote
     return passed(f"equal: {', '.join(equal)}")
 
 
-def load_model(directory: Path, trust_remote_code: bool, carried: Sequence[str] = ()) -> Any:
+def load_model(request: LoadRequest) -> Any:
     from transformers import GenerationConfig
 
-    from verl_autoexport.model.conversion import Loading
-    from verl_autoexport.model.skeleton import load_config, model_class
-
-    cls = model_class(load_config(directory, trust_remote_code), directory, trust_remote_code)
-    loaded: Any = cls.from_pretrained(  # returns a pair, because of output_loading_info
-        directory, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code, local_files_only=True,
+    directory, trusted = Path(request.directory), request.trust_remote_code
+    model, info = transformers_api.load(
+        load_class(directory, trusted), directory, "auto", output_loading_info=True, trust_remote_code=trusted,
         generation_config=GenerationConfig(),  # the model's own may ask for modes that cannot run, or load, here
     )  # fmt: skip
-    model, info = loaded
-    if carried:
-        loading = Loading(model)
-        info["unexpected_keys"] = set(info["unexpected_keys"]).difference(*map(loading.unexpected, carried))
+    if request.carried:
+        loading = transformers_api.Loading(model)
+        info["unexpected_keys"] = set(info["unexpected_keys"]).difference(*map(loading.unexpected, request.carried))
     problems = {k: sorted(map(str, v))[:8] for k, v in info.items() if v}
     if problems:
         raise ValueError(f"transformers loads it, but reports {problems}")
     return model.eval()
 
 
-def _check_adapter(directory: Path, base: Path, trust_remote_code: bool) -> dict[str, CheckResult]:
+def _check_adapter(request: LoadRequest, base: Path) -> dict[str, CheckResult]:
     """Puts the adapter on the base model: every tensor must find its place and arrive unchanged.
 
     The base's own weights are not needed, so its memory is allocated and never touched.
@@ -133,31 +141,31 @@ def _check_adapter(directory: Path, base: Path, trust_remote_code: bool) -> dict
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    from verl_autoexport.model.skeleton import build_skeleton
-
     try:
-        skeleton = build_skeleton(base, "source", trust_remote_code=trust_remote_code).to_empty(device="cpu")
-        model = PeftModel.from_pretrained(skeleton, str(directory))
+        trained = TransformersSkeleton.of(base, "source", request.trust_remote_code).model.to_empty(device="cpu")
+        model = PeftModel.from_pretrained(trained, request.directory)
         found = get_peft_model_state_dict(model, save_embedding_layers=False)
-        written = load_file(directory / "adapter_model.safetensors")
+        written = load_file(Path(request.directory, "adapter_model.safetensors"))
         if differ := sorted(found.keys() ^ written.keys()):
             raise ValueError(f"PEFT expects other tensors than those in the file: {differ[:8]}")
         if differ := [k for k, v in written.items() if not found[k].to(v.dtype).equal(v)]:
             raise ValueError(f"PEFT did not load {differ[:8]}")
     except Exception as e:  # noqa: BLE001 - see _check_model
         return {"load": failed(e)}
-    detail = f"PeftModel of {type(skeleton).__name__}, {len(written)} tensors in place"
+    detail = f"PeftModel of {type(trained).__name__}, {len(written)} tensors in place"
     return {"load": passed(detail), "generate": generate}
 
 
 def _compare(model: Any, request: LoadRequest, shards: Path, saved: Path) -> CheckResult:
     from verl_autoexport.verify.against_shards import compare
 
+    if registered(saved) is not None:
+        return skipped("the shards have the names of another package's skeleton, which transformers does not load")
     if request.lora and importlib.util.find_spec("peft") is None:
         return skipped("peft, which would merge the adapter by another path, is not installed")
     base = Path(request.base) if request.base else None
     try:
-        return passed(compare(model, shards, saved, request.lora, base, request.trust_remote_code))
+        return passed(compare(model, shards, load_config(saved, request.trust_remote_code), request.lora, base))
     except Exception as e:  # noqa: BLE001 - see _check_model
         return failed(e)
 

@@ -13,24 +13,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from verl_autoexport.errors import MergeError, PlanError
 from verl_autoexport.merge.job import WrittenFile
 from verl_autoexport.merge.plan import Output, PlannedFile, plan_one, whole
 from verl_autoexport.model.base_model import base_directory, with_files
 from verl_autoexport.model.conversion import name_outputs, spell
-from verl_autoexport.model.dtypes import OWN_DTYPES, DtypeRule, in_dtype
+from verl_autoexport.model.dtypes import OWN_DTYPES, disk_dtype
 from verl_autoexport.model.lora import peft_config
 from verl_autoexport.model.lora.fusion import Fusion
-from verl_autoexport.model.skeleton import tied_names
+from verl_autoexport.model.skeleton import Skeleton
 from verl_autoexport.shards.manifest import FLOATING, ShardManifest, TensorEntry
 from verl_autoexport.shards.safetensors_files import model_files
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -65,7 +60,7 @@ class _Names:
 
 
 def read_adapter(
-    manifest: ShardManifest, skeleton: PreTrainedModel, checkpoint: Path, config: Path | None = None
+    manifest: ShardManifest, skeleton: Skeleton, checkpoint: Path, config: Path | None = None
 ) -> Adapter | None:
     """The adapter in the shards, None if there is none; `config` is an `adapter_config.json` or its directory.
 
@@ -152,7 +147,7 @@ def _read_names(manifest: ShardManifest) -> _Names:
     return names
 
 
-def _check_whole(names: _Names, skeleton: PreTrainedModel) -> None:
+def _check_whole(names: _Names, skeleton: Skeleton) -> None:
     """Raises for a target whose LoRA is lost; it would come out as in the base, and no later check could notice."""
     wrapped = {name.rpartition(".")[0] for name, fqn in names.base.items() if ".base_layer." in fqn}
     if lost := sorted(wrapped - names.lora.keys()):
@@ -160,11 +155,11 @@ def _check_whole(names: _Names, skeleton: PreTrainedModel) -> None:
     plain = sorted(m for m, parts in names.lora.items() if "lora_magnitude_vector.weight" not in parts)
     if plain and len(plain) < len(names.lora):
         raise PlanError(f"{_PREFIX}{plain[0]}: no lora_magnitude_vector, though other modules have one (DoRA).")
-    known = skeleton.state_dict().keys()
+    known = skeleton.tensors.keys()
     if strange := sorted(fqn for name, fqn in names.base.items() if name not in known):
         raise PlanError(
             f"{strange[0]} (… {len(strange)} in all): unexpected beside LoRA weights: no tensor of "
-            f"{type(skeleton).__name__}, nor one of PEFT's that is supported."
+            f"{skeleton.name}, nor one of PEFT's that is supported."
         )
 
 
@@ -172,13 +167,13 @@ def _fusions(
     module: str,
     parts: Mapping[str, str],
     manifest: ShardManifest,
-    skeleton: PreTrainedModel,
+    skeleton: Skeleton,
     settings: Mapping[str, Any],
     where: str,
 ) -> dict[str, Fusion]:
     """The fusions of `module`: its weight, and with `lora_bias` its bias, from the base's and the LoRA `parts`."""
     needed = next((p for p in _PARTS if p <= parts.keys()), None)
-    weight = _parameter(skeleton, f"{module}.weight")
+    weight = skeleton.tensors.get(f"{module}.weight")
     if needed is None or parts.keys() - needed - _OPTIONAL:
         raise PlanError(f"{_PREFIX}{module}: LoRA of {sorted(parts)} is not supported; expected lora_A and lora_B.")
     if weight is None or weight.ndim != 2:
@@ -189,7 +184,7 @@ def _fusions(
     first, second = sorted(needed)
     a, b = manifest.tensors[parts[first]], manifest.tensors[parts[second]]
     embedding = first == "lora_embedding_A"
-    transposed = not embedding and type(skeleton.get_submodule(module)).__name__ == "Conv1D"
+    transposed = not embedding and skeleton.modules.get(module) == "Conv1D"
     r, scaling = peft_config.scaling(module, settings)
     if a.shape[:1] != (r,):
         raise PlanError(
@@ -209,26 +204,18 @@ def _fusions(
     return made
 
 
-def _parameter(skeleton: PreTrainedModel, name: str) -> torch.nn.Parameter | None:
-    try:
-        return skeleton.get_parameter(name)
-    except AttributeError:
-        return None
-
-
-def _module_names(modules: Sequence[str], skeleton: PreTrainedModel, loose: bool = False) -> list[str]:
+def _module_names(modules: Sequence[str], skeleton: Skeleton, loose: bool = False) -> list[str]:
     """The last parts of `modules`, as people write them, if those mean exactly these modules; otherwise whole names.
 
     PEFT matches modules_to_save loosely (`loose`): `norm` means `input_layernorm` too.
     """
     leaves = sorted({m.rpartition(".")[2] for m in modules})
-    names = [name for name, _ in skeleton.named_modules()]
-    meant = {n for n in names if (n.endswith(tuple(leaves)) if loose else n.rpartition(".")[2] in leaves)}
+    meant = {n for n in skeleton.modules if (n.endswith(tuple(leaves)) if loose else n.rpartition(".")[2] in leaves)}
     return leaves if meant == set(modules) else list(modules)
 
 
 def model_outputs(
-    adapter: Adapter, manifest: ShardManifest, skeleton: PreTrainedModel, dtype: str, base_model: str | None
+    adapter: Adapter, manifest: ShardManifest, skeleton: Skeleton, dtype: str, base_model: str | None
 ) -> tuple[ShardManifest, list[Output]]:
     """The fused model: the manifest of all its tensors, and its outputs."""
     if adapter.base:
@@ -241,9 +228,7 @@ def model_outputs(
     for name in adapter.fusions:
         tied = _tied_with(skeleton, name)
         if name not in written and not tied:
-            raise PlanError(
-                f"{name}: the shards hold LoRA for it, but {type(skeleton).__name__} writes no such tensor."
-            )
+            raise PlanError(f"{name}: the shards hold LoRA for it, but {skeleton.name} writes no such tensor.")
         if tied:
             raise PlanError(
                 f"{name} is tied with {', '.join(tied)}, and only one of them carries LoRA: fused "
@@ -257,13 +242,13 @@ def with_adapter(held: ShardManifest, manifest: ShardManifest, adapter: Adapter)
     return replace(held, tensors={**held.tensors, **{fqn: manifest.tensors[fqn] for fqn in adapter.tensors.values()}})
 
 
-def _tied_with(skeleton: PreTrainedModel, name: str) -> list[str]:
-    tied = tied_names(skeleton)
+def _tied_with(skeleton: Skeleton, name: str) -> list[str]:
+    tied = skeleton.tied
     return sorted({tied[name]} if name in tied else {alias for alias, target in tied.items() if target == name})
 
 
 def _from_base(
-    adapter: Adapter, manifest: ShardManifest, skeleton: PreTrainedModel, dtype: str, base_model: str | None
+    adapter: Adapter, manifest: ShardManifest, skeleton: Skeleton, dtype: str, base_model: str | None
 ) -> tuple[ShardManifest, list[Output]]:
     """The fused model with a base from safetensors files, with names on disk, trained in the adapter's dtype."""
     directory = base_directory(base_model)
@@ -273,13 +258,11 @@ def _from_base(
             f"directory with safetensors files (`--base-model DIR`); found {base_model!r}."
         )
     disk = model_files(directory)
-    tied = tied_names(skeleton)
-    loaded = DtypeRule(in_dtype(skeleton, adapter.dtype), adapter.dtype)
-    wanted = {
-        name: TensorEntry(name, loaded(name, str(t.dtype).removeprefix("torch.")), tuple(t.shape), ())
-        for name, t in skeleton.state_dict().items()
-        if name not in tied
-    }
+    wanted = {}
+    for name, t in skeleton.tensors.items():
+        if name not in skeleton.tied:
+            loaded = disk_dtype(skeleton, name, str(t.dtype).removeprefix("torch."), adapter.dtype)
+            wanted[name] = TensorEntry(name, loaded, tuple(t.shape), ())
     tensors: dict[str, TensorEntry] = {}
     outputs = []
     named = name_outputs(skeleton, replace(disk, tensors=wanted), dtype)
