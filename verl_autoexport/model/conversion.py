@@ -110,7 +110,7 @@ def read_as(skeleton: Skeleton, name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Spelling:
-    """Other files' names for the tensors that a class writes, proven since loading puts the same tensors there.
+    """Other files' names for the tensors that a model writes: loading puts both into the same tensors in memory.
 
     `names`: ours → theirs. `whole`: in-memory names → theirs for tensors that those files have as in
     memory, while transformers would split or join them; `shapes` are the shapes of these.

@@ -39,12 +39,15 @@ class Skeleton(Protocol):
     """{alias: the name it is tied to}, both in memory. Aliases are not written, and the shards may lack them."""
     unsaved: frozenset[str] = frozenset()
     """The names in memory of tensors that are not written."""
-    output_embeddings: str | None = None
-    """The name in memory of the output embeddings' weight, if there are any."""
     modules: Mapping[str, str] = MappingProxyType({})
     """{path in memory: class name} of all modules, so that a LoRA adapter can name its targets briefly."""
     generates: bool = True
     """Whether the model generates text, and so has a generation config."""
+
+    @property
+    def output_embeddings(self) -> str | None:
+        """The name in memory of the output embeddings' weight; None if there are none."""
+        return None
 
     def to_disk(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """The tensors on disk, by name, of some tensors in memory: views of these, or joins; nothing computed."""

@@ -26,8 +26,6 @@ class TransformersSkeleton:
     def __init__(self, model: PreTrainedModel, trust_remote_code: bool = False) -> None:
         state = model.state_dict()
         parameters = (name for name, _ in model.named_parameters(remove_duplicate=False))
-        head = model.get_output_embeddings()
-        heads = [f"{path}.weight" for path, module in model.named_modules() if head is not None and module is head]
         self.model = model
         self.name: str = type(model).__name__
         self.config: PretrainedConfig = model.config
@@ -35,7 +33,6 @@ class TransformersSkeleton:
         self.tensors: Mapping[str, torch.Tensor] = {k: state[k] for k in (*parameters, *state) if k in state}
         self.tied: Mapping[str, str] = transformers_api.tied_names(model)
         self.unsaved: frozenset[str] = frozenset(model._keys_to_ignore_on_save or ())
-        self.output_embeddings: str | None = next((name for name in heads if name in state), None)
         self.modules: Mapping[str, str] = {path: type(module).__name__ for path, module in model.named_modules()}
         self.generates: bool = model.can_generate()
         self._rules: dict[str, tuple[Mapping[str, str], re.Pattern[str] | None]] = {}
@@ -51,7 +48,7 @@ class TransformersSkeleton:
     ) -> TransformersSkeleton:
         """The skeleton of the model in `directory`; raises PlanError if it cannot be built.
 
-        `dtype` is the export dtype (`source` and `base` leave the config's own). `architecture`
+        `dtype` is the export dtype; with `source` and `base` the configuration keeps its own. `architecture`
         and `num_labels` override those of `config.json`.
         """
         config = load_config(directory, trust_remote_code)
@@ -89,6 +86,12 @@ class TransformersSkeleton:
             return "float32"
         found = built.get(fqn, dtype)
         return found if found in FLOATING else dtype
+
+    @property
+    def output_embeddings(self) -> str | None:
+        head = self.model.get_output_embeddings()
+        names = (f"{path}.weight" for path, module in self.model.named_modules() if module is head)
+        return next((name for name in names if name in self.tensors), None)
 
     @cached_property
     def _loading(self) -> transformers_api.Loading:
