@@ -326,7 +326,7 @@ def _allowed_differences(
             return f"head of {name}"
         if key in own_head:
             return "untied from the embeddings"
-        return f"{name} loads without it" if skeleton.optional(key) else None
+        return f"{name} loads without it" if read_as(skeleton, key) and skeleton.optional(key) else None
 
     return AllowedDifferences(lacking, unread, added, (_vocabulary(base_config), _vocabulary(skeleton.config)))
 
