@@ -12,14 +12,18 @@ if TYPE_CHECKING:
     from verl_autoexport.export.pipeline import export_checkpoint
     from verl_autoexport.registry.record import ExportRecord
     from verl_autoexport.registry.store import Registry
-    from verl_autoexport.trainers.verl_ppo import AutoExportCallback
+    from verl_autoexport.trainers.hook import install
+    from verl_autoexport.trainers.verl_callback import AutoExportCallback
 
 __version__ = "0.1.0"
-__all__ = ["AutoExportCallback", "AutoExportError", "ExportRecord", "Registry", "__version__", "export_checkpoint"]
+__all__ = [
+    "AutoExportCallback", "AutoExportError", "ExportRecord", "Registry", "__version__", "export_checkpoint", "install",
+]  # fmt: skip
 
 # Public name -> module; resolved on first use so that importing the package stays light.
 _MODULES = {
-    "AutoExportCallback": "verl_autoexport.trainers.verl_ppo",
+    "AutoExportCallback": "verl_autoexport.trainers.verl_callback",
+    "install": "verl_autoexport.trainers.hook",
     "export_checkpoint": "verl_autoexport.export.pipeline",
     "Registry": "verl_autoexport.registry.store",
     "ExportRecord": "verl_autoexport.registry.record",

@@ -14,14 +14,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_autoexport.config.schema import AutoExportConfig, may_be_val
+from verl_autoexport.config.schema import AutoExportConfig, is_val, may_be_val
 from verl_autoexport.errors import ConfigError
 
-CALLBACK = "verl_autoexport.AutoExportCallback"
 STRATEGIES = ("fsdp", "fsdp2")
 LIVE_MODES = ("sync", "colocate_async")
 _OTHER_TRAINERS = (("async_training", "fully async"), ("rollout.nnodes", "one-step-off"))
-"""A key that only this trainer's configuration has; both inherit use_v1=True without obeying it."""
+"""A key that only this trainer's configuration has."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,31 @@ class _Run:
         return _get(self.cfg, key)
 
     @property
+    def sft(self) -> bool:
+        return _is_sft(self.cfg)
+
+    @property
+    def strategy_key(self) -> str:
+        """The key of the strategy by which the exported role is sharded."""
+        if self.sft:  # `fsdp_sft_trainer` has it in its model, the others in their engine
+            return "model.strategy" if self.get("engine") is None else "engine.strategy"
+        return f"{self.role_key}.strategy"
+
+    @property
+    def checkpoint_key(self) -> str:
+        """The key of the node that says what the checkpoints of the exported role hold."""
+        if self.sft:
+            return "checkpoint" if self.get("checkpoint") is not None else "trainer.checkpoint"
+        return f"{self.role_key}.checkpoint"
+
+    @property
     def role_key(self) -> str:
-        """The key of the node with `strategy` and `checkpoint` of the exported role."""
         return "critic" if self.settings.role == "critic" else "actor_rollout_ref.actor"
 
     @property
     def model_key(self) -> str:
+        if self.sft:
+            return "model"
         return "critic.model" if self.settings.role == "critic" else "actor_rollout_ref.model"
 
 
@@ -53,6 +71,8 @@ def choose_source(cfg: DictConfig, settings: AutoExportConfig) -> tuple[str, str
     """The source, `live` or `checkpoint`, and the reason: `autoexport.source=auto` resolved by this run's keys."""
     if settings.source != "auto":
         return settings.source, f"autoexport.source={settings.source}"
+    if _is_sft(cfg):
+        return "checkpoint", "SFT's ranks are not read while they train"
     mode = _get(cfg, "trainer.v1.trainer_mode")
     if mode is None or mode in LIVE_MODES:
         return "live", "the workers hold the weights of a step when it is logged"
@@ -86,31 +106,20 @@ def check_length(settings: AutoExportConfig, cfg: DictConfig, last_step: int, la
         _raise([line for rule in _LENGTH_RULES for line in rule(_Run(cfg, settings, last_step, last_saved))])
 
 
-def check_hook(cfg: DictConfig) -> None:
-    """Raises ConfigError, in one line, if verl would not build or never call our callback."""
+def check_trainer(cfg: DictConfig) -> None:
+    """Raises ConfigError, in one line, for the configuration of a trainer whose steps are not known."""
     instead = "remove +autoexport=default and export its checkpoints with `verl-autoexport export`"
-    if _get(cfg, "trainer") is None or _get(cfg, "actor_rollout_ref") is None:
+    if _get(cfg, "trainer") is None or all(_get(cfg, key) is None for key in ("actor_rollout_ref", "model")):
         raise ConfigError(
-            "autoexport works in verl's PPO trainer (verl.trainer.main_ppo); this configuration lacks "
-            f"`trainer` or `actor_rollout_ref` (SFT?): {instead}."
+            "autoexport works in verl's PPO and SFT trainers; this configuration lacks `trainer`, or both "
+            f"`actor_rollout_ref` (PPO) and `model` (SFT): {instead}."
         )
     for key, trainer in _OTHER_TRAINERS:
         if _get(cfg, key) is not None:
             raise ConfigError(
-                f"{key} is in the configuration: verl's {trainer} trainer never calls checkpoint callbacks, "
-                f"nothing would be exported: {instead}."
+                f"{key} is in the configuration: verl's {trainer} trainer trains while it samples, and which weights "
+                f"a step has is not known: {instead}."
             )
-    if not (use_v1 := _get(cfg, "trainer.use_v1")):
-        raise ConfigError(
-            f"trainer.use_v1={_show(use_v1)}: verl's legacy trainer never calls checkpoint callbacks, nothing would "
-            "be exported: set trainer.use_v1=True or autoexport.enabled=false."
-        )
-    if (found := _get(cfg, "trainer.checkpoint_callback_class")) != CALLBACK:
-        instead = f"set autoexport.chain_callback={found} instead" if found else "leave that key alone"
-        raise ConfigError(
-            f"trainer.checkpoint_callback_class={_show(found)}: {CALLBACK} would not be called and nothing exported; "
-            f"{instead}."
-        )
 
 
 def _some_trigger(run: _Run) -> Iterator[str]:
@@ -126,7 +135,7 @@ def _some_trigger(run: _Run) -> Iterator[str]:
 
 def _saves(run: _Run) -> Iterator[str]:
     freq = run.get("trainer.save_freq")
-    if _off(freq) and not run.live:
+    if _off(freq) and not run.live and not run.sft:  # SFT always saves its last step
         auto = run.settings.source == "auto"
         why = f" ({choose_source(run.cfg, run.settings)[1]})" if auto else ""
         yield (
@@ -138,14 +147,14 @@ def _saves(run: _Run) -> Iterator[str]:
 
 
 def _saves_model(run: _Run) -> Iterator[str]:
-    key = f"{run.role_key}.checkpoint.save_contents"
+    key = f"{run.checkpoint_key}.save_contents"
     contents = run.get(key)
     if contents is not None and "model" not in contents and not run.live:
         yield f"{key}={_show(contents)}: checkpoints would hold no weights; add 'model'."
 
 
 def _strategy(run: _Run) -> Iterator[str]:
-    key = f"{run.role_key}.strategy"
+    key = run.strategy_key
     strategy = run.get(key)
     if strategy is not None and strategy not in STRATEGIES:
         yield f"{key}={strategy}: exports need one of {', '.join(STRATEGIES)} in this release."
@@ -153,6 +162,8 @@ def _strategy(run: _Run) -> Iterator[str]:
 
 def _live_mode(run: _Run) -> Iterator[str]:
     mode = run.get("trainer.v1.trainer_mode")
+    if run.settings.source == "live" and run.sft:
+        yield "autoexport.source=live: SFT's ranks are not read while they train; use autoexport.source=checkpoint."
     if run.settings.source == "live" and mode is not None and mode not in LIVE_MODES:
         yield (
             f"autoexport.source=live: trainer.v1.trainer_mode={mode}, but the weights of a step are known to be in the "
@@ -180,6 +191,9 @@ def _adapter_is_local(run: _Run) -> Iterator[str]:
 def _has_critic(run: _Run) -> Iterator[str]:
     if run.settings.role != "critic":
         return
+    if run.sft:
+        yield "autoexport.role=critic: SFT trains no critic; set autoexport.role=actor."
+        return
     enable, estimator = run.get("critic.enable"), run.get("algorithm.adv_estimator")
     if enable is None and estimator is not None:  # verl's own rule
         enable = estimator == "gae"
@@ -194,7 +208,7 @@ def _validates(run: _Run) -> Iterator[str]:
     freq = run.get("trainer.test_freq")
     if _off(freq):
         for key, metric in run.settings.trigger.metrics:
-            if metric.startswith("val-"):
+            if is_val(metric):
                 yield (
                     f"{key} {metric!r} needs validation and trainer.test_freq={freq}: this run never validates "
                     "weights it trained; set trainer.test_freq=N, N ≥ 1."
@@ -223,7 +237,7 @@ def _saves_meet_validations(run: _Run) -> Iterator[str]:
         return
     meet = math.lcm(save, test)
     for key, metric in run.settings.trigger.metrics:
-        if metric.startswith("val-") and meet > run.last_step:
+        if is_val(metric) and meet > run.last_step:
             yield (
                 f"{key} {metric!r}: trainer.save_freq={save} and trainer.test_freq={test} meet first at step {meet}, "
                 f"beyond the last one, {run.last_step}: only the last step could ever be chosen. "
@@ -250,8 +264,12 @@ def _earlier_weights(run: _Run) -> Iterator[str]:
         if not may_be_val(metric):
             yield (
                 f"{key} {metric!r} is measured on earlier weights: verl samples before it updates. "
-                "Only val-* metrics measure the weights that are exported."
+                "Only metrics of the validation (val-*, in SFT val/*) measure the weights that are exported."
             )
+
+
+def _is_sft(cfg: DictConfig) -> bool:
+    return _get(cfg, "actor_rollout_ref") is None and _get(cfg, "model") is not None
 
 
 def _get(cfg: DictConfig, key: str) -> Any:

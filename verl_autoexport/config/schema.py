@@ -25,13 +25,19 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_VALIDATION = ("val-", "val/")
 _METRIC = "the metric: its name, or a glob that matches exactly one logged name"
 
 
+def is_val(metric: str) -> bool:
+    """Whether a metric (`val-…` in PPO, `val/…` in SFT) comes from validation, and so measures its step's weights."""
+    return metric.startswith(_VALIDATION)
+
+
 def may_be_val(metric: str) -> bool:
-    """Whether a metric's name or glob can match a `val-*` metric; only those measure the exported weights."""
+    """Whether a metric's name or glob can match a metric from validation."""
     literal = re.split(r"[*?[]", metric)[0]
-    return metric.startswith("val-") or (literal != metric and "val-".startswith(literal))
+    return is_val(metric) or (literal != metric and any(prefix.startswith(literal) for prefix in _VALIDATION))
 
 
 def parse_size(value: Any, key: str) -> int:
@@ -295,6 +301,7 @@ class AutoExportConfig:
     """The whole node `autoexport`; `output_dir` is absolute."""
 
     enabled: bool = _rule(True, help="`false` turns everything off without removing the flag")
+    hook: bool = _rule(True, help="set by the config group; it stops a run whose driver lacks this package's hook")
     output_dir: Path = field(
         metadata={
             "convert": _directory,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from verl_autoexport.config.schema import TriggerConfig, may_be_val
+from verl_autoexport.config.schema import TriggerConfig, is_val, may_be_val
 from verl_autoexport.milestones.events import as_number
 from verl_autoexport.milestones.triggers import check_metrics
 
@@ -26,7 +26,7 @@ def check_logged(trigger: TriggerConfig, data: Mapping[Any, Any], trained: bool)
     The first validation should have validation metrics, the first trained step all others.
     """
     logged = [name for key in data if (name := _name(key)) is not None]
-    validation = any(name.startswith("val-") for name in logged)
+    validation = any(map(is_val, logged))
     val = [may_be_val(metric) for _, metric in trigger.metrics]
     ready = validation if all(val) else trained and (validation or not any(val))
     if ready:

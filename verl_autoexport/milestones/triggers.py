@@ -17,7 +17,7 @@ from fnmatch import translate
 from functools import lru_cache
 from typing import Any, Protocol
 
-from verl_autoexport.config.schema import ThresholdConfig, TriggerConfig
+from verl_autoexport.config.schema import ThresholdConfig, TriggerConfig, is_val
 from verl_autoexport.errors import ConfigError
 from verl_autoexport.milestones.events import (
     EARLIER_WEIGHTS,
@@ -323,7 +323,7 @@ def measured_on(triggers: Iterable[Trigger]) -> str | None:
     metrics = [t.metric for t in triggers if t.metric is not None]
     if not metrics:
         return None
-    return THESE_WEIGHTS if all(m.startswith("val-") for m in metrics) else EARLIER_WEIGHTS
+    return THESE_WEIGHTS if all(map(is_val, metrics)) else EARLIER_WEIGHTS
 
 
 def _measure(pattern: str, metrics: Mapping[str, Any]) -> tuple[str | None, float | None]:

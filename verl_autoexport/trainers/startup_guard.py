@@ -1,4 +1,4 @@
-"""A Hydra callback in verl's launching process: before Ray starts, it stops a run that could not export."""
+"""A Hydra callback in verl's launching process: it installs the hook, and stops a run that could not export."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from verl_autoexport.config.reading import load_config
-from verl_autoexport.config.run_rules import check_hook, check_run
+from verl_autoexport.config.run_rules import check_run, check_trainer
 from verl_autoexport.errors import AutoExportError, ConfigError, shown
 from verl_autoexport.milestones.events import is_measured
 from verl_autoexport.registry.store import Registry
+from verl_autoexport.trainers import hook, watching
 
-HOOK = "verl.trainer.ppo.checkpoint_callback"
-VERSIONS_WITH_HOOK = "0.9.1"
+PROGRAMS = ("main_ppo", "main_ppo_v0", "main_ppo_sync", "sft_trainer", "sft_trainer_ray", "fsdp_sft_trainer")
+"""The modules of `verl.trainer` whose runs can export."""
 _LOGS_S = 1.0  # Ray forwards the actors' last lines with a delay; the report must come after them
 
 
@@ -32,12 +33,12 @@ class StartupGuard(Callback):
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Raises SystemExit, since Hydra turns any other exception of a callback into a warning and continues."""
         try:
+            hook.install()  # also if it is turned off, since the configuration cannot be resolved without it
             settings = load_config(config.autoexport)
-            if not settings.enabled:
+            if not settings.enabled or os.environ.get("RANK", "0") != "0":  # under torchrun, rank 0 speaks for all
                 return
-            check_hook(config)
-            check_entry_point()
-            check_verl()
+            check_trainer(config)
+            check_program()
             for warning in check_run(config, settings):
                 print(shown(f"verl_autoexport: {warning}"), file=sys.stderr)
             # With a remote cluster the directory belongs to the TaskRunner's node, and is checked there.
@@ -50,6 +51,7 @@ class StartupGuard(Callback):
             raise SystemExit(shown(f"verl_autoexport: start-up check failed: {type(e).__name__}: {e}")) from e
 
     def on_job_end(self, config: DictConfig, job_return: object, **kwargs: Any) -> None:
+        watching.drain()
         if self.registry is None:
             return
         time.sleep(_LOGS_S)
@@ -61,26 +63,19 @@ class StartupGuard(Callback):
         print(shown(lines[-1] if lines else ended))
 
 
-def check_entry_point() -> None:
-    """Raises ConfigError for verl's other programs, some of which read the same configuration."""
+def check_program() -> None:
+    """Raises ConfigError for verl's programs that train nothing, or in a way that is not known."""
     name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
-    if name.startswith("verl.") and name != "verl.trainer.main_ppo":
+    package, _, program = name.rpartition(".")
+    if name.startswith("verl.") and not (package == "verl.trainer" and program in PROGRAMS):
         raise ConfigError(
-            f"{name} never calls checkpoint callbacks, nothing would be exported: remove +autoexport=default; "
-            "it works with verl.trainer.main_ppo only."
+            f"{name} is no program that autoexport knows, nothing would be exported: remove +autoexport=default; "
+            f"it works with verl.trainer.{{{', '.join(PROGRAMS)}}}."
         )
-
-
-def check_verl() -> None:
-    """Raises ConfigError unless the installed verl builds checkpoint callbacks."""
-    try:
-        found = importlib.util.find_spec(HOOK)
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
+    if importlib.util.find_spec(hook.TRACKING) is None:
         from importlib import metadata
 
         raise ConfigError(
-            f"verl {metadata.version('verl')} has no checkpoint callback ({HOOK}): expected {VERSIONS_WITH_HOOK}. "
-            "Install `verl==0.9.1`, or export finished checkpoints with `verl-autoexport export`."
+            f"verl {metadata.version('verl')} has no {hook.TRACKING}, by whose logs autoexport follows a run: install "
+            "one from 0.5.0 to 0.9.1, or export finished checkpoints with `verl-autoexport export`."
         )

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -39,11 +40,18 @@ class Worker:
 
 
 def find_engine(worker: Any, role: str) -> Any:
-    """The training engine in one of verl's workers; raises SourceError if it is not a known one."""
+    """The training engine in one of verl's workers, with its `module`; raises SourceError if it is not a known one.
+
+    Workers before verl 0.8, and later ones with `use_legacy_worker_impl`, hold the module themselves.
+    """
     for key, inner in (getattr(worker, "worker_dict", None) or {role: worker}).items():
-        part = getattr(inner, "actor", None) if role == "actor" else inner
-        engine = getattr(part, "engine", None)
-        if role in key and hasattr(engine, "module"):
+        if role not in key:
+            continue
+        module = getattr(inner, "actor_module_fsdp" if role == "actor" else "critic_module", None)
+        if module is not None:
+            return SimpleNamespace(module=module, checkpoint_manager=getattr(inner, "checkpoint_manager", None))
+        engine = getattr(getattr(inner, "actor", None) if role == "actor" else inner, "engine", None)
+        if hasattr(engine, "module"):
             return engine
     raise SourceError(f"no training engine of the {role} in {type(worker).__name__}; use autoexport.source=checkpoint.")
 
