@@ -72,6 +72,19 @@ def make_rows(count: int, split: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def make_conversations(count: int) -> pd.DataFrame:
+    """The same sums with their answers, in verl's format for SFT."""
+    sums = ((i % 10, i * 7 % 10) for i in range(count))
+    return pd.DataFrame(
+        {
+            "messages": [
+                [{"role": "user", "content": f"{a}+{b}="}, {"role": "assistant", "content": str(a + b)}]
+                for a, b in sums
+            ]
+        }
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("outdir", type=Path)
@@ -89,6 +102,8 @@ def main() -> None:
     tokenizer.save_pretrained(args.outdir / "model")
     make_rows(64, "train").to_parquet(args.outdir / "train.parquet")
     make_rows(8, "test").to_parquet(args.outdir / "test.parquet")
+    make_conversations(64).to_parquet(args.outdir / "sft_train.parquet")
+    make_conversations(8).to_parquet(args.outdir / "sft_test.parquet")
     print(f"{args.outdir}: {model.num_parameters():,} parameters")
 
 

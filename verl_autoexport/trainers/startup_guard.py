@@ -34,8 +34,10 @@ class StartupGuard(Callback):
         """Raises SystemExit, since Hydra turns any other exception of a callback into a warning and continues."""
         try:
             hook.install()  # also if it is turned off, since the configuration cannot be resolved without it
+            if os.environ.get("RANK", "0") != "0":
+                return  # under torchrun, rank 0 speaks for all
             settings = load_config(config.autoexport)
-            if not settings.enabled or os.environ.get("RANK", "0") != "0":  # under torchrun, rank 0 speaks for all
+            if not settings.enabled:
                 return
             check_trainer(config)
             check_program()
@@ -51,8 +53,7 @@ class StartupGuard(Callback):
             raise SystemExit(shown(f"verl_autoexport: start-up check failed: {type(e).__name__}: {e}")) from e
 
     def on_job_end(self, config: DictConfig, job_return: object, **kwargs: Any) -> None:
-        watching.drain()
-        if self.registry is None:
+        if watching.drain() or self.registry is None:  # the report has been printed, or there is none
             return
         time.sleep(_LOGS_S)
         entries, _ = self.registry.journal_entries()

@@ -183,8 +183,9 @@ class Run:
 _runs: WeakKeyDictionary[Any, Run] = WeakKeyDictionary()
 
 
-def drain() -> None:
-    """Waits for the exports of a run whose `fit` has ended without waiting for them."""
-    if (run := Run.ended) is not None:
-        Run.ended = None
+def drain() -> bool:
+    """Waits for the exports of a run whose `fit` has ended without waiting; whether there was one in this process."""
+    run, Run.ended = Run.ended, None
+    if run is not None:
         run.session.drain(0 if run.succeeded else 1)
+    return run is not None
