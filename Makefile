@@ -3,6 +3,9 @@ BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 OLDEST := .venv-oldest
 READER := .venv-reader
+WHEELS := .wheels
+# Every release of verl whose trainers the hook follows; tests parse them.
+VERLS := 0.5.0 0.6.0 0.6.1 0.7.0 0.7.1 0.8.0 0.9.0 0.9.1
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.stamp
 # What must be equal with every transformers that is allowed.
@@ -12,7 +15,7 @@ FIDELITY := $(addprefix unit/test_,conversion.py config_json.py custom_code.py) 
 DEMO := demo_out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-unit test-full docs bench demo clean
+.PHONY: help setup wheels lint test test-unit test-full docs bench demo clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -35,6 +38,13 @@ $(READER)/.stamp: Makefile
 	$(@D)/bin/pip install --quiet 'transformers==4.57.*' safetensors pillow jinja2
 	touch $@
 
+$(WHEELS)/.stamp: Makefile $(STAMP)
+	mkdir -p $(@D)
+	for v in $(VERLS); do $(BIN)/pip download --quiet --no-deps --dest $(@D) verl==$$v || exit 1; done
+	touch $@
+
+wheels: $(WHEELS)/.stamp  ## every release of verl, for the tests that parse them
+
 lint: $(STAMP)  ## ruff: rules and formatting; pyright: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,10 +53,10 @@ lint: $(STAMP)  ## ruff: rules and formatting; pyright: types
 test-unit: $(STAMP)  ## parts on their own, without Ray: two minutes at most
 	$(BIN)/python -m pytest tests/unit
 
-test: $(STAMP)  ## what CI runs
+test: $(STAMP) $(WHEELS)/.stamp  ## what CI runs
 	$(BIN)/python -m pytest -m "not full"
 
-test-full: $(STAMP) $(OLDEST)/.stamp $(READER)/.stamp  ## the long proofs too, with the oldest transformers, read by 4.57
+test-full: $(STAMP) $(WHEELS)/.stamp $(OLDEST)/.stamp $(READER)/.stamp  ## the long proofs too, with the oldest transformers, read by 4.57
 	$(BIN)/python -m pytest
 	$(OLDEST)/bin/python -m pytest $(addprefix tests/,$(FIDELITY))
 
@@ -66,5 +76,5 @@ demo: $(STAMP)  ## train a tiny model with real GRPO on the CPU, list its versio
 	$(BIN)/python examples/cpu_grpo/demo.py $(DEMO)/checkpoints/exports
 
 clean:  ## remove everything made here
-	rm -rf $(VENV) $(OLDEST) $(READER) $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(READER) $(WHEELS) $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
