@@ -112,7 +112,7 @@ def test_flag_works_from_the_wheel(installed: Path) -> None:
     sources = {s["provider"]: s["path"] for s in config["hydra"]["runtime"]["config_sources"]}
     assert sources[PACKAGE] == str(installed / PACKAGE / "configs"), "the group does not come from the wheel"
     assert config["hydra"]["callbacks"]["autoexport"]["_target_"] == f"{PACKAGE}.trainers.startup_guard.StartupGuard"
-    assert config["trainer"]["checkpoint_callback_class"] == f"{PACKAGE}.AutoExportCallback"
+    assert config["trainer"]["checkpoint_callback_class"] is None, "it is the user's own"
     assert config["autoexport"]["trigger"]["every_n_steps"] == 2
 
 

@@ -11,8 +11,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from verl_autoexport.config.reading import load_config
-from verl_autoexport.config.run_rules import CALLBACK, check_hook, check_length, check_run
+from verl_autoexport.config.run_rules import check_length, check_run, check_trainer
 from verl_autoexport.errors import ConfigError
+from verl_autoexport.trainers.hook import watch_modules
 
 VERL_CONFIGS = Path(importlib.util.find_spec("verl").submodule_search_locations[0]) / "trainer" / "config"
 
@@ -21,6 +22,7 @@ VERL_CONFIGS = Path(importlib.util.find_spec("verl").submodule_search_locations[
 def verl_config():
     """verl's own configuration with our group, composed as its main composes it."""
     with initialize_config_dir(str(VERL_CONFIGS), version_base=None):
+        watch_modules()  # without the hook the configuration cannot be resolved
         yield lambda *overrides: compose("ppo_trainer", ["+autoexport=default", "trainer.save_freq=2", *overrides])
 
 
@@ -212,45 +214,70 @@ def test_the_last_step_once_it_is_known(verl_config):
 
 
 NO_HOOK = [
-    (
-        ["trainer.use_v1=False"],
-        "trainer.use_v1=False: verl's legacy trainer never calls checkpoint callbacks, nothing would",
-    ),
-    (
-        ["trainer.checkpoint_callback_class=my.Own"],
-        "trainer.checkpoint_callback_class=my.Own: verl_autoexport.AutoExportCallback would not be called and nothing "
-        "exported; set autoexport.chain_callback=my.Own instead.",
-    ),
-    (
-        ["trainer.checkpoint_callback_class=null"],
-        "trainer.checkpoint_callback_class=null: verl_autoexport.AutoExportCallback",
-    ),
     (["+async_training.staleness_threshold=0.1"], "async_training is in the configuration: verl's fully async trainer"),
-    (["+rollout.nnodes=1"], "rollout.nnodes is in the configuration: verl's one-step-off trainer never calls"),
-    (["~trainer.use_v1"], "trainer.use_v1=null: verl's legacy trainer"),
+    (
+        ["+rollout.nnodes=1"],
+        "rollout.nnodes is in the configuration: verl's one-step-off trainer trains while it samples",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "message"), NO_HOOK, ids=lambda v: str(v)[:60])
-def test_runs_that_would_never_call_us(verl_config, overrides, message):
+def test_trainers_whose_steps_are_not_known(verl_config, overrides, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as e:
-        check_hook(verl_config(*overrides))
+        check_trainer(verl_config(*overrides))
     assert "\n" not in str(e.value)
 
 
-def test_other_trainers_that_would_never_call_us(verl_config):
-    check_hook(verl_config())
+def test_ppo_of_any_kind_and_sft_are_known(verl_config):
+    for overrides in ([], ["trainer.use_v1=False"], ["trainer.checkpoint_callback_class=my.Own"]):
+        check_trainer(verl_config(*overrides))
+    check_trainer(compose("sft_trainer_engine", ["+autoexport=default"]))
     for tree in ({}, {"trainer": {"use_v1": True}}):
-        with pytest.raises(ConfigError, match=r"works in verl's PPO trainer .* lacks `trainer` or `actor_rollout_ref`"):
-            check_hook(OmegaConf.create(tree))
-    sft = compose("sft_trainer_engine", ["+autoexport=default"])
-    with pytest.raises(ConfigError, match=r"lacks `trainer` or `actor_rollout_ref` \(SFT\?\)"):
-        check_hook(sft)
+        with pytest.raises(ConfigError, match=r"works in verl's PPO and SFT trainers; this configuration lacks"):
+            check_trainer(OmegaConf.create(tree))
 
 
-def test_the_flag_sets_callback_guard_and_node(verl_config):
+SFT = ["+autoexport=default", "model.path=m", "data.train_files=f", "trainer.default_local_dir=/ckpt"]
+IMPOSSIBLE_SFT = [
+    (["autoexport.source=live"], "autoexport.source=live: SFT's ranks are not read while they train"),
+    (["autoexport.role=critic"], "autoexport.role=critic: SFT trains no critic"),
+    (["engine.strategy=veomni"], "engine.strategy=veomni: exports need one of fsdp, fsdp2"),
+    (["checkpoint.save_contents=[optimizer]"], "checkpoint.save_contents=['optimizer']: checkpoints would hold no"),
+    (["autoexport.weights.lora=both"], "autoexport.weights.lora=both: this run trains no LoRA (model.lora_rank=0)"),
+    (
+        ["autoexport.trigger.best={metric:val/loss,mode:min}"],
+        "autoexport.trigger.best.metric 'val/loss' needs validation and trainer.test_freq=-1",
+    ),
+    (
+        ["autoexport.trigger.at_steps=[3]", "trainer.save_freq=2", "trainer.total_training_steps=4"],
+        "no checkpoint at [3]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), IMPOSSIBLE_SFT, ids=lambda v: str(v)[:60])
+def test_impossible_runs_of_sft(verl_config, overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        judge(compose("sft_trainer_engine", [*SFT, *overrides]))
+
+
+def test_sft_saves_its_last_step_whatever_its_frequency(verl_config):
+    assert judge(compose("sft_trainer_engine", [*SFT, "trainer.save_freq=-1"])) == []
+
+
+def test_a_validation_of_sft_measures_these_weights_and_training_earlier_ones(verl_config):
+    def warned(metric: str) -> list[str]:
+        best = f"autoexport.trigger.best={{metric:{metric},mode:min}}"
+        return judge(compose("sft_trainer_engine", [*SFT, best, "trainer.test_freq=2"]))
+
+    assert warned("val/loss") == []
+    assert ["'train/loss' is measured on earlier weights" in line for line in warned("train/loss")] == [True]
+
+
+def test_the_flag_sets_guard_and_node(verl_config):
     cfg = verl_config("autoexport.trigger.every_n_steps=5", VAL, "trainer.default_local_dir=/ckpt/run")
-    assert cfg.trainer.checkpoint_callback_class == CALLBACK
+    assert cfg.trainer.checkpoint_callback_class is None, "it is the user's own"
     config = load_config(cfg.autoexport)
     assert config.output_dir == Path("/ckpt/run/exports")
     assert config.trigger.every_n_steps == 5

@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 
 from tests.support.repository import ROOT, environment
 
-TRAIN = ROOT / "examples" / "cpu_grpo" / "train.sh"
+GRPO = (str(ROOT / "examples" / "cpu_grpo" / "train.sh"),)
+SFT = (str(ROOT / "examples" / "cpu_sft" / "train.sh"),)
+"""The scripts of the examples; that of SFT is also told how to launch."""
 CHAIN = "autoexport.chain_callback=tests.support.archive_callback.Archive"
 METRIC = "val-core/tiny/acc/mean@1"
 TIMEOUT_S = 400
@@ -33,6 +35,7 @@ class Run:
     out: Path
     elsewhere: Path | None = None
     """Where `autoexport.output_dir` is, if not among the checkpoints."""
+    command: tuple[str, ...] = GRPO
     code: int = -1
     log: str = ""
 
@@ -64,7 +67,7 @@ class Run:
             ARCHIVE_BREAK_AT=str(break_at),
             ARCHIVE_BREAK=str(self.exports),
         )
-        command = ["bash", str(TRAIN), str(self.out), "+autoexport=default", *overrides]
+        command = ["bash", *self.command, str(self.out), "+autoexport=default", *overrides]
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         watchdog = time.monotonic() + TIMEOUT_S
         lines, waiting = [], dict(when or {})
@@ -80,9 +83,11 @@ class Run:
         return self
 
     def logged(self) -> dict[int, dict[str, Any]]:
-        """{step: metrics} as verl's own `file` logger wrote them in the last run."""
-        lines = (self.out / "metrics.jsonl").read_text().splitlines()
-        return {entry["step"]: entry["data"] for entry in map(json.loads, lines)}
+        """{step: metrics} as verl's own `file` logger wrote them in the last run; a step may be logged in parts."""
+        found: dict[int, dict[str, Any]] = {}
+        for entry in map(json.loads, (self.out / "metrics.jsonl").read_text().splitlines()):
+            found[entry["step"]] = found.get(entry["step"], {}) | entry["data"]
+        return found
 
     def versions(self) -> list[dict[str, Any]]:
         """The `export.json` of every version, by number, plus `dir`."""
@@ -97,20 +102,20 @@ class Run:
     def pointer(self, name: str) -> str:
         return os.readlink(self.exports / name)
 
-    def step_weights(self, step: int) -> dict[str, torch.Tensor]:
-        """The archived checkpoint of `step`, joined by plain concatenation and cast to bfloat16: the oracle."""
+    def step_weights(self, step: int, folder: Path | None = None) -> dict[str, torch.Tensor]:
+        """The archived checkpoint of `step`, or that in `folder`, joined and cast to bfloat16: the oracle."""
         import torch.distributed.tensor
 
-        folder = self.out / "archive" / f"global_step_{step}" / "actor"
+        folder = folder or self.out / "archive" / f"global_step_{step}" / "actor"
         files = sorted(folder.glob("model_world_size_*.pt"), key=lambda p: int(p.stem.rpartition("_")[2]))
         ranks = [torch.load(f, weights_only=False, map_location="cpu") for f in files]
         joined = {k: torch.cat([r[k].to_local() for r in ranks]) for k in ranks[0]}
         return {k: v.to(torch.bfloat16) for k, v in joined.items()}
 
 
-def assert_equal_weights(run: Run, version: dict[str, Any]) -> None:
+def assert_equal_weights(run: Run, version: dict[str, Any], folder: Path | None = None) -> None:
     """Tensor for tensor, bit for bit, and no other tensor."""
-    expected, found = run.step_weights(version["step"]), {}
+    expected, found = run.step_weights(version["step"], folder), {}
     for file in version["dir"].glob("*.safetensors"):
         found |= load_file(file)
     assert found.keys() == expected.keys()

@@ -11,10 +11,11 @@ from omegaconf import OmegaConf
 
 from verl_autoexport.config.group import config_dir
 from verl_autoexport.config.reading import load_config
-from verl_autoexport.config.run_rules import CALLBACK, check_run
+from verl_autoexport.config.run_rules import check_run
 from verl_autoexport.config.schema import AutoExportConfig, KeepConfig, parse_size
 from verl_autoexport.errors import ConfigError
 from verl_autoexport.registry.retention import Keep
+from verl_autoexport.trainers.hook import RESOLVER, watch_modules
 
 TRIGGER_KEYS = (
     "every_n_steps, at_steps, every_seconds, on_save, on_train_end, on_request, best, threshold, min_steps_between"
@@ -33,6 +34,8 @@ def test_the_group_file_holds_exactly_the_defaults():
     node = OmegaConf.load(config_dir() / "autoexport" / "default.yaml").autoexport
     written = OmegaConf.to_container(node, resolve=False)
     assert written.pop("output_dir") == "${trainer.default_local_dir}/exports"
+    assert written["hook"] == f"${{{RESOLVER}:}}"
+    watch_modules()  # without which nobody can resolve it
     assert load_config({"output_dir": "out", **written}) == load()
 
     def keys(tree: dict) -> dict:
@@ -181,7 +184,7 @@ REFUSED = [  # the message goes on after `autoexport.`
     ({"output_dir": "???"}, "output_dir has no value: Missing mandatory value: output_dir. Set it."),
     ({"output_dir": "${nowhere}/x"}, "output_dir has no value: Interpolation key 'nowhere' not found. Set it."),
     ({"chain_callback": "Mine"}, 'chain_callback: expected a class as package.module.Class, found "Mine".'),
-    ({"chain_callback": CALLBACK}, "chain_callback: expected your own callback, found"),
+    ({"chain_callback": "verl_autoexport.AutoExportCallback"}, "chain_callback: expected your own callback, found"),
     # several keys together
     (trigger(best={"mode": "max"}), "trigger.best.metric is required and not set."),
     (

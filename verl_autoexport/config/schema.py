@@ -301,7 +301,6 @@ class AutoExportConfig:
     """The whole node `autoexport`; `output_dir` is absolute."""
 
     enabled: bool = _rule(True, help="`false` turns everything off without removing the flag")
-    hook: bool = _rule(True, help="set by the config group; it stops a run whose driver lacks this package's hook")
     output_dir: Path = field(
         metadata={
             "convert": _directory,
@@ -327,8 +326,9 @@ class AutoExportConfig:
     chain_callback: str | None = _rule(
         None,
         convert=_class_path,
-        help="your own `CheckpointCallback` as `package.module.Class`, called after this one",
+        help="your own `CheckpointCallback` as `package.module.Class`, called after each save",
     )
+    hook: bool = _rule(True, help="set by the config group; it stops a run whose driver lacks this package's hook")
 
 
 def refused(key: str, value: Any, expected: str, hint: str = "") -> ConfigError:
