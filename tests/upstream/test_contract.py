@@ -136,7 +136,7 @@ def test_external_lib_is_what_verl_takes(given: Any, taken: str | None) -> None:
     from omegaconf import OmegaConf
     from verl.utils.import_utils import import_external_libs
 
-    from verl_autoexport.trainers.verl_config import modules
+    from verl_autoexport.trainers.verl_facts import modules
 
     import_external_libs(given)  # raises for what verl does not take
     assert modules(OmegaConf.create({"external_lib": given}).external_lib) == taken

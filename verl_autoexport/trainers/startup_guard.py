@@ -17,6 +17,7 @@ from verl_autoexport.errors import AutoExportError, ConfigError, shown
 from verl_autoexport.milestones.events import is_measured
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.trainers import hook, watching
+from verl_autoexport.trainers.verl_facts import first_rank
 
 PROGRAMS = ("main_ppo", "main_ppo_v0", "main_ppo_sync", "sft_trainer", "sft_trainer_ray", "fsdp_sft_trainer")
 """The modules of `verl.trainer` whose runs can export."""
@@ -34,8 +35,8 @@ class StartupGuard(Callback):
         """Raises SystemExit, since Hydra turns any other exception of a callback into a warning and continues."""
         try:
             hook.install()  # also if it is turned off, since the configuration cannot be resolved without it
-            if os.environ.get("RANK", "0") != "0":
-                return  # under torchrun, rank 0 speaks for all
+            if not first_rank():
+                return  # rank 0 speaks for all
             settings = load_config(config.autoexport)
             if not settings.enabled:
                 return

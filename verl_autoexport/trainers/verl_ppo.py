@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from verl_autoexport.config.schema import AutoExportConfig
 from verl_autoexport.service.request import RunInfo
-from verl_autoexport.trainers.verl_config import after, local, modules, run_names
+from verl_autoexport.trainers.verl_facts import after, local, modules, run_names
 
 if TYPE_CHECKING:
     from verl_autoexport.trainers.watching import Run

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from verl_autoexport.config.schema import AutoExportConfig
 from verl_autoexport.service.process_service import ProcessExportService
 from verl_autoexport.service.request import RunInfo
-from verl_autoexport.trainers.verl_config import local, modules, run_names
+from verl_autoexport.trainers.verl_facts import first_rank, local, modules, run_names
 
 if TYPE_CHECKING:
     from verl_autoexport.trainers.watching import Run
@@ -28,10 +28,8 @@ class SftTrainer:
 
     @staticmethod
     def reports(trainer: Any) -> bool:
-        """Whether this process is the one that logs: rank 0 under torchrun, the driver on Ray."""
-        import torch.distributed as dist
-
-        return not dist.is_initialized() or dist.get_rank() == 0
+        """Whether this process is the one that logs: rank 0 of a process group, or the driver on Ray."""
+        return first_rank()
 
     def attach(self, run: Run, settings: AutoExportConfig) -> None:
         """Wraps the trainer's methods, so that they report to `run`."""

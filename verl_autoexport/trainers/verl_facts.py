@@ -1,13 +1,19 @@
-"""What verl's trainers have in common: names, paths and modules in their configuration, methods to wrap."""
+"""Shared by the adapters: ranks, names, paths and modules as verl's trainers have them, methods to wrap."""
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
+
+
+def first_rank() -> bool:
+    """Whether this process is rank 0, or none; each rank of `torchrun` has its number in its environment."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def run_names(config: DictConfig) -> dict[str, str]:
