@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.support.runs import CHAIN, METRIC, SFT, Run, assert_equal_weights, improvements, reasons
@@ -40,7 +42,7 @@ def test_legacy_ppo_whose_epochs_end_early_has_a_last_version(legacy):
     assert max(legacy.logged()) == 5
     assert "on_train_end" in reasons(legacy.versions()[-1])
     assert legacy.versions()[-1]["step"] == 5
-    assert "published" in legacy.last_line
+    assert re.search(r"^verl_autoexport: \d published .*-step5\)", legacy.log, re.MULTILINE)
 
 
 def test_versions_of_legacy_ppo_equal_verls_checkpoints_and_have_its_metrics(legacy):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -33,12 +33,15 @@ _ENV_HOOK = "worker_process_setup_hook"
 
 
 class _Finder(MetaPathFinder):
-    """Finds verl's modules as the other finders do, and has them watched once they are executed."""
+    """Finds `modules` as the other finders do, and calls back once one is executed."""
+
+    def __init__(self, modules: Collection[str], executed: Callable[[ModuleType, str], None]) -> None:
+        self.modules, self.executed = modules, executed
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != TRACKING and name not in TRAINERS:
+        if name not in self.modules:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next((s for f in others if (s := f.find_spec(name, path, target)) is not None), None)
@@ -47,7 +50,7 @@ class _Finder(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _watch(module, name)
+                self.executed(module, name)
 
             vars(spec.loader)["exec_module"] = exec_module
         return spec
@@ -60,9 +63,7 @@ def install() -> None:
     `ray.init(runtime_env={"worker_process_setup_hook": "verl_autoexport.install"})`.
     """
     watch_modules()
-    ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
-        _wrap_ray_init()
+    _once_imported(("ray",), _wrap_init)
 
 
 def watch_modules() -> None:
@@ -70,14 +71,18 @@ def watch_modules() -> None:
     if OmegaConf.has_resolver(RESOLVER):
         return
     OmegaConf.register_new_resolver(RESOLVER, lambda: True)
-    sys.meta_path.insert(0, _Finder())
-    for name in (TRACKING, *TRAINERS):
-        if name in sys.modules:
-            _watch(sys.modules[name], name)
-    main = sys.modules["__main__"]  # `python -m` executes verl's program under this name
-    spec = getattr(main, "__spec__", None)
+    _once_imported((TRACKING, *TRAINERS), _watch)
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # `python -m` executes verl's program as this module
     if spec is not None and spec.name in TRAINERS:
-        _watch(main, spec.name)
+        _watch(sys.modules["__main__"], spec.name)
+
+
+def _once_imported(modules: Collection[str], call: Callable[[ModuleType, str], None]) -> None:
+    """Calls `call` with each of the modules and its name: now if it is imported already, or when it is."""
+    sys.meta_path.insert(0, _Finder(modules, call))
+    for name in modules:
+        if name in sys.modules:
+            call(sys.modules[name], name)
 
 
 def _watch(module: ModuleType, name: str) -> None:
@@ -89,11 +94,10 @@ def _watch(module: ModuleType, name: str) -> None:
         watching.watch_trainer(getattr(module, TRAINERS[name]))
 
 
-def _wrap_ray_init() -> None:
-    import ray
-
+def _wrap_init(ray: Any, name: str) -> None:
+    """Has `ray.init` give its workers the hook."""
     init = ray.init
-    if hasattr(init, "_autoexport"):
+    if hasattr(init, "_autoexport") or ray.is_initialized():
         return
 
     @functools.wraps(init)

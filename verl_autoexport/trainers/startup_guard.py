@@ -54,7 +54,8 @@ class StartupGuard(Callback):
             raise SystemExit(shown(f"verl_autoexport: start-up check failed: {type(e).__name__}: {e}")) from e
 
     def on_job_end(self, config: DictConfig, job_return: object, **kwargs: Any) -> None:
-        if watching.drain() or self.registry is None:  # the report has been printed, or there is none
+        watching.drain()
+        if self.registry is None:
             return
         time.sleep(_LOGS_S)
         entries, _ = self.registry.journal_entries()

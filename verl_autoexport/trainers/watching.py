@@ -76,7 +76,7 @@ def follow(trainer: Any) -> None:
     vars(trainer)[_MARK] = True
     if inspect.iscoroutinefunction(trainer.fit):
         raise ConfigError(f"{type(trainer).__name__} trains and samples at the same time, which is unknown: {_ADVICE}")
-    if hasattr(trainer, "actor_rollout_wg") or hasattr(trainer.config, "actor_rollout_ref"):
+    if OmegaConf.select(trainer.config, "actor_rollout_ref") is not None:
         from verl_autoexport.trainers.verl_ppo import PpoTrainer as Adapter
     else:
         from verl_autoexport.trainers.verl_sft import SftTrainer as Adapter
@@ -172,20 +172,26 @@ class Run:
             self.session.logged(step, metrics)
 
     def _over(self, succeeded: bool) -> None:
-        self._complete()
-        self.session.end(succeeded)
-        if self.adapter.waits_in_fit:
-            self.session.drain(0 if succeeded else 1)
-        else:
-            Run.ended, self.succeeded = self, succeeded
+        self.succeeded = False
+        try:
+            self._complete()
+            self.session.end(succeeded)
+            self.succeeded = succeeded
+        finally:
+            if self.adapter.waits_in_fit:
+                self.drain()
+            else:
+                Run.ended = self
+
+    def drain(self) -> None:
+        self.session.drain(0 if self.succeeded else 1)
 
 
 _runs: WeakKeyDictionary[Any, Run] = WeakKeyDictionary()
 
 
-def drain() -> bool:
-    """Waits for the exports of a run whose `fit` has ended without waiting; whether there was one in this process."""
+def drain() -> None:
+    """Waits for the exports of a run whose `fit` has ended without waiting."""
     run, Run.ended = Run.ended, None
     if run is not None:
-        run.session.drain(0 if run.succeeded else 1)
-    return run is not None
+        run.drain()
