@@ -1,4 +1,4 @@
-"""Real trainings by verl's other trainers: legacy PPO and a recipe of it, SFT under torchrun and on Ray."""
+"""Real trainings by verl's other trainers: legacy PPO, and SFT under torchrun and on Ray."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def copied(tmp_path_factory) -> Run:
     )  # fmt: skip
 
 
+@pytest.mark.full
 def test_live_versions_of_legacy_ppo_equal_verls_checkpoints(copied):
     assert copied.code == 0, copied.log[-3000:]
     assert [v["step"] for v in copied.versions()] == [1, 2, 3]
@@ -71,7 +72,7 @@ def test_live_versions_of_legacy_ppo_equal_verls_checkpoints(copied):
         assert_equal_weights(copied, version)
 
 
-@pytest.fixture(scope="module", params=["torchrun", "ray"])
+@pytest.fixture(scope="module", params=["torchrun", pytest.param("ray", marks=pytest.mark.full)])
 def tuned(request, tmp_path_factory) -> Run:
     """SFT that is killed at step 3 of 5 and continues; it logs training and validation of a step apart."""
     run = Run(tmp_path_factory.mktemp(request.param), command=(*SFT, request.param))
