@@ -20,7 +20,7 @@ from verl_autoexport.model.skeleton import Skeleton
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _NOT_THE_MODEL = frozenset({
-    *_DTYPE_KEYS, "transformers_version", "_name_or_path", "use_cache",
+    *_DTYPE_KEYS, "transformers_version", "_name_or_path", "use_cache", "_attn_implementation_autoset",
     "bos_token_id", "eos_token_id", "pad_token_id",  # verl replaces the model's by the tokenizer's
     "classifier_dropout", "hidden_dropout", "summary_dropout_prob",  # verl sets them to zero for a value model
 })  # fmt: skip

@@ -1,6 +1,8 @@
-"""transformers 5's own machinery, as far as the package needs it; no other module touches it.
+"""transformers' own machinery, as far as the package needs it, of versions 4 and 5; no other module touches it.
 
-Other versions convert names, tie weights and spell a dtype otherwise, or not at all.
+transformers 5 converts names and tensors by rules that can be asked for. In transformers 4 names
+on disk are those in memory, but for the prefixes of some classes, and aliases are known by
+the parameter that they share.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,33 +25,51 @@ def build(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dty
     kwargs: dict[str, Any] = {"attn_implementation": "eager"}
     if dtype is not None:
         set_dtype(config, dtype)  # some classes read the config's dtype
-        kwargs["dtype"] = dtype
+        kwargs[_dtype_key()] = dtype
+        if not _converts():  # else `_from_config` does so
+            for nested in (getattr(config, key, None) for key in config.sub_configs):
+                if nested is not None:
+                    set_dtype(nested, dtype)
     with torch.device("meta"):
         return cls._from_config(config, **kwargs)
 
 
 def load(cls: type[PreTrainedModel], directory: Path, dtype: Any, **options: Any) -> Any:
     """The result of `from_pretrained`, without a network; `dtype` may be `auto`."""
-    return cls.from_pretrained(directory, dtype=dtype, local_files_only=True, **options)
+    return cls.from_pretrained(directory, local_files_only=True, **{_dtype_key(): dtype}, **options)
 
 
 def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model, if it is in `dtype`; otherwise another one on the meta device, built in it."""
-    return model if model.config.dtype == dtype else build(type(model), deepcopy(model.config), dtype)
+    return model if getattr(model.config, _dtype_key()) == dtype else build(type(model), deepcopy(model.config), dtype)
 
 
 def set_dtype(config: PretrainedConfig, dtype: torch.dtype | str) -> None:
     """Sets the dtype of a configuration, but not that of nested ones. In place."""
-    config.dtype = dtype
+    setattr(config, _dtype_key(), dtype)
 
 
 def tied_names(model: PreTrainedModel) -> Mapping[str, str]:
     """{alias: the name it is tied to}, both in memory."""
-    return getattr(model, "all_tied_weights_keys", None) or {}
+    if _converts():
+        return getattr(model, "all_tied_weights_keys", None) or {}
+    shared: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+    dropped = _dropped(model)
+    found = {}
+    for names in shared.values():
+        kept = next((k for k in names if not any(re.search(pattern, k) for pattern in dropped)), max(names))
+        found |= {name: kept for name in names if name != kept}
+    return found
 
 
 def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
     """A pattern of the names in memory that stay in float32 when the model is loaded in `dtype`."""
+    if not _converts():
+        names = (getattr(model, "_keep_in_fp32_modules_strict", None) or []) if dtype in _HALF else []
+        names = [*names, *((model._keep_in_fp32_modules or []) if dtype == torch.float16 else [])]
+        return re.compile("|".join(rf"((^|\.){name}($|\.))" for name in names)) if names else None
     plan = model._get_dtype_plan(dtype)
     if not plan:
         return None
@@ -59,13 +80,15 @@ def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[st
 
 def natural_key(name: str) -> Any:
     """The key of the order in which transformers writes tensors, and stacks the parts of one."""
-    from transformers.core_model_loading import dot_natural_key
-
-    return dot_natural_key(name)
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
 def to_disk(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The conversion of `save_pretrained`: packed experts are unpacked, prefixes renamed back."""
+    if not _converts():
+        prefixes = {target: pattern for pattern, target in _prefixes(model).items()}
+        plain = {old: re.sub(r"\(.*\)", "", pattern.lstrip("^")) for old, pattern in prefixes.items()}
+        return model._fix_state_dict_keys_on_save({_renamed(name, plain): t for name, t in tensors.items()})
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, dict(tensors))
@@ -79,26 +102,89 @@ class Loading:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        mapping = get_model_conversion_mapping(model)
-        self.converters = [t for t in mapping if isinstance(t, WeightConverter)]
-        self.renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
+        self.model = model
         self.state = model.state_dict()
         self.prefix = model.base_model_prefix
-        self.rename = rename_source_key
+        self.converters: list[Any] = []
+        self.renamings: list[Any] = []
+        if _converts():
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+            mapping = get_model_conversion_mapping(model)
+            self.converters = [t for t in mapping if isinstance(t, WeightConverter)]
+            self.renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
 
     def place(self, name: str) -> tuple[str, str | None]:
         """The in-memory name of a tensor, and its pattern if it is part of a conversion."""
-        found = self.rename(name, self.renamings, self.converters, self.prefix, self.state)
+        if not _converts():
+            return self._named(name), None
+        from transformers.core_model_loading import rename_source_key
+
+        found = rename_source_key(name, self.renamings, self.converters, self.prefix, self.state)
         if found[0] not in self.state and name in self.state:
-            found = self.rename(name, [], [], self.prefix, self.state)
+            found = rename_source_key(name, [], [], self.prefix, self.state)
         return found
 
     def unexpected(self, name: str) -> set[str]:
         """The names in transformers' report for a tensor that the class does not read."""
         found, pattern = self.place(name)
+        if not _converts():
+            return {name, found, found.removeprefix(f"{self.prefix}.")}
         converter = next((c for c in self.converters if pattern in c.source_patterns), None)
         targets = converter.target_patterns if converter else []
         return {found, *(found.replace(targets[0], target) for target in targets)}
+
+    def _named(self, name: str) -> str:
+        """The in-memory name in transformers 4; the name itself with its class's renamings if none has it."""
+        new = _renamed(self.model._fix_state_dict_key_on_load(name)[0], _prefixes(self.model))
+        candidates = (new, f"{self.prefix}.{new}", new.removeprefix(f"{self.prefix}."))
+        return next((k for k in candidates if k in self.state), new)
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@cache
+def _version() -> tuple[int, int]:
+    import transformers
+
+    major, minor = transformers.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _converts() -> bool:
+    """Whether transformers has rules for converting tensors: it does from version 5 on."""
+    return _version() >= (5, 0)
+
+
+def _dtype_key() -> str:
+    """The name of the keyword, and of a configuration's attribute, for the dtype."""
+    return "dtype" if _version() >= (4, 56) else "torch_dtype"
+
+
+def _dropped(model: PreTrainedModel) -> list[str]:
+    """Patterns of the names that transformers 4 does not save if another name has the same parameter."""
+    modules = model.named_modules()
+    return [
+        f"{path}.{key}" if path else key for path, m in modules for key in getattr(m, "_tied_weights_keys", None) or ()
+    ]
+
+
+def _prefixes(model: PreTrainedModel) -> Mapping[str, str]:
+    """{pattern of a prefix in files: prefix in memory} of transformers 4, which has them for its older image models."""
+    from transformers import modeling_utils
+
+    classes = [cls.__name__.lower() for cls in type(model).__mro__[:-1]]
+    if any(kind in name for kind in getattr(modeling_utils, "VLMS", ()) for name in classes):
+        return model._checkpoint_conversion_mapping
+    return {}
+
+
+def _renamed(name: str, patterns: Mapping[str, str]) -> str:
+    """The name after the first of `patterns` that it has."""
+    for pattern, replacement in patterns.items():
+        name, count = re.subn(pattern, replacement, name)
+        if count:
+            break
+    return name
