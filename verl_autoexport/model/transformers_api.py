@@ -19,6 +19,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 def build(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model of `cls` on the meta device, in `dtype`; with None, in that of `config`."""
@@ -56,8 +58,7 @@ def tied_names(model: PreTrainedModel) -> Mapping[str, str]:
     shared: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
-    dropped = _dropped(model)
-    found = {}
+    dropped, found = _modeling()._get_tied_weight_keys(model), {}
     for names in shared.values():
         kept = next((k for k in names if not any(re.search(pattern, k) for pattern in dropped)), max(names))
         found |= {name: kept for name in names if name != kept}
@@ -86,9 +87,10 @@ def natural_key(name: str) -> Any:
 def to_disk(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The conversion of `save_pretrained`: packed experts are unpacked, prefixes renamed back."""
     if not _converts():
-        prefixes = {target: pattern for pattern, target in _prefixes(model).items()}
-        plain = {old: re.sub(r"\(.*\)", "", pattern.lstrip("^")) for old, pattern in prefixes.items()}
-        return model._fix_state_dict_keys_on_save({_renamed(name, plain): t for name, t in tensors.items()})
+        old: Any = model
+        prefixes = {new: pattern for pattern, new in _prefixes(old).items()}
+        plain = {new: re.sub(r"\(.*\)", "", pattern.lstrip("^")) for new, pattern in prefixes.items()}
+        return old._fix_state_dict_keys_on_save({_renamed(name, plain): t for name, t in tensors.items()})
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, dict(tensors))
@@ -102,7 +104,8 @@ class Loading:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model: Any = model
+        self.prefixes = {} if _converts() else _prefixes(model)
         self.state = model.state_dict()
         self.prefix = model.base_model_prefix
         self.converters: list[Any] = []
@@ -137,12 +140,9 @@ class Loading:
 
     def _named(self, name: str) -> str:
         """The in-memory name in transformers 4; the name itself with its class's renamings if none has it."""
-        new = _renamed(self.model._fix_state_dict_key_on_load(name)[0], _prefixes(self.model))
+        new = _renamed(self.model._fix_state_dict_key_on_load(name)[0], self.prefixes)
         candidates = (new, f"{self.prefix}.{new}", new.removeprefix(f"{self.prefix}."))
         return next((k for k in candidates if k in self.state), new)
-
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @cache
@@ -163,20 +163,17 @@ def _dtype_key() -> str:
     return "dtype" if _version() >= (4, 56) else "torch_dtype"
 
 
-def _dropped(model: PreTrainedModel) -> list[str]:
-    """Patterns of the names that transformers 4 does not save if another name has the same parameter."""
-    modules = model.named_modules()
-    return [
-        f"{path}.{key}" if path else key for path, m in modules for key in getattr(m, "_tied_weights_keys", None) or ()
-    ]
-
-
-def _prefixes(model: PreTrainedModel) -> Mapping[str, str]:
-    """{pattern of a prefix in files: prefix in memory} of transformers 4, which has them for its older image models."""
+def _modeling() -> Any:
+    """The module in which transformers 4 saves and loads."""
     from transformers import modeling_utils
 
+    return modeling_utils
+
+
+def _prefixes(model: Any) -> Mapping[str, str]:
+    """{pattern of a prefix in files: prefix in memory} of transformers 4, which has them for its older image models."""
     classes = [cls.__name__.lower() for cls in type(model).__mro__[:-1]]
-    if any(kind in name for kind in getattr(modeling_utils, "VLMS", ()) for name in classes):
+    if any(kind in name for kind in getattr(_modeling(), "VLMS", ()) for name in classes):
         return model._checkpoint_conversion_mapping
     return {}
 
