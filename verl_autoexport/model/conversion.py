@@ -17,7 +17,7 @@ from verl_autoexport.merge.plan import Output, whole
 from verl_autoexport.model.dtypes import disk_dtype
 from verl_autoexport.model.skeleton import Skeleton
 from verl_autoexport.model.trace import trace
-from verl_autoexport.model.transformers_api import natural_key
+from verl_autoexport.model.transformers_api import in_order, natural_key
 from verl_autoexport.shards.manifest import FLOATING, ShardManifest
 
 
@@ -28,7 +28,7 @@ def name_outputs(skeleton: Skeleton, manifest: ShardManifest, dtype: str) -> lis
     `tied_aliases`), `dtype` applies to floating tensors only, and tensors that transformers
     keeps in float32 for that dtype stay float32.
     """
-    kept = sorted(_check_complete(skeleton, manifest), key=natural_key)
+    kept = in_order(_check_complete(skeleton, manifest))
     dropped = tied_aliases(skeleton, manifest).keys() | skeleton.unsaved
     metas = {}
     for fqn in (k for k in kept if k not in dropped):

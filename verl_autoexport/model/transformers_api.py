@@ -8,7 +8,7 @@ the parameter that they share.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -80,8 +80,13 @@ def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[st
 
 
 def natural_key(name: str) -> Any:
-    """The key of the order in which transformers writes tensors, and stacks the parts of one."""
+    """The key of the order in which transformers stacks the parts of a tensor."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The `names`, given in the model's order, in the one in which transformers writes them."""
+    return sorted(names, key=natural_key) if _converts() else list(names)
 
 
 def to_disk(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
