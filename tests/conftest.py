@@ -25,6 +25,10 @@ CHECKPOINTS = {
         "bf16": {"config": QWEN2, "dtype": "bfloat16"},
         "buffers": {"config": RESNET},  # plain int64 and float buffers among the DTensors
         "inner": {"config": QWEN3_MOE, "strategy": "placed"},  # Shard(1) of matrices and of packed experts
+        "unpacked": {  # experts one by one, as in transformers 4; unevenly sharded
+            "config": QWEN3_MOE | {"moe_intermediate_size": 25},
+            "strategy": "unpacked",
+        },
     },
     3: {"uneven": {"config": QWEN2}},
     4: {

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import CHECKED, STEP
@@ -22,6 +23,7 @@ from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.model.model_class import load_config
 from verl_autoexport.model.planner import plan_model
 from verl_autoexport.sources.fsdp.rank_files import FsdpFiles
+from verl_autoexport.sources.holds import link_files
 from verl_autoexport.verify.against_shards import compare
 from verl_autoexport.verify.directory import check_directory
 
@@ -267,6 +269,20 @@ def test_config_beside_the_shards_is_found(own, tmp_path):
     made = own("rslora")
     shutil.copy(made / "adapter/adapter_config.json", made / "actor")
     export(made, tmp_path / "out", dtype="source")
+    assert_same_model(tmp_path / "out", made / "reference")
+
+
+def test_config_that_verl_saved_until_0_7_is_found_in_a_hold_too(own, tmp_path):
+    """It wrote the attributes of PEFT's object, without the choices that `save_pretrained` makes."""
+    made = own("rslora")
+    (made / "actor/lora_train_meta.json").unlink()
+    config = LoraConfig(**json.loads((made / "adapter/adapter_config.json").read_text()))
+    saved = {**asdict(config), "peft_type": "LORA", "target_modules": sorted(config.target_modules)}
+    (made / "actor/lora_adapter").mkdir()
+    (made / "actor/lora_adapter/adapter_config.json").write_text(json.dumps(saved))
+    held = tmp_path / "global_step_9/actor"
+    assert link_files(made / "actor", (made / "actor").glob("*.pt"), held)
+    export(held, tmp_path / "out", dtype="source")
     assert_same_model(tmp_path / "out", made / "reference")
 
 

@@ -81,7 +81,8 @@ def _make(
     lora: dict[str, Any] | None = None, lora_only: bool = False, zero: bool = False, live: str | None = None,
     scale: float = 0.05, offload: bool = False,
 ) -> None:  # fmt: skip
-    """`strategy`: `fsdp`, `fsdp2`, or `placed`: matrices sharded on their inner dimensions, vectors plain.
+    """`strategy`: `fsdp`, `fsdp2`, or `placed`: matrices sharded on their inner dimensions, vectors plain, or
+    `unpacked`: the same with the names on disk.
 
     A two-dimensional `mesh` makes FSDP into HSDP and shards `placed` twice. `saved` overrides
     keys of the config.json beside the shards. `lora`: arguments of PEFT's `LoraConfig`; `lora_only`
@@ -166,12 +167,14 @@ def _copy_live(module: Any, rank: int, dtype: str, folder: Path) -> None:
 
 
 def _shard(model: Any, strategy: str, mesh: tuple[int, ...], offload: bool) -> Any:
-    """The sharded module, or for `placed` its state dict."""
+    """The sharded module, or for `placed` and `unpacked` its state dict."""
     from torch.distributed.device_mesh import init_device_mesh
+    from transformers.core_model_loading import revert_weight_conversion
 
     device_mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("fsdp",) if len(mesh) == 1 else ("ddp", "fsdp"))
-    if strategy == "placed":
-        return {name: _place(tensor, device_mesh) for name, tensor in model.state_dict().items()}
+    if strategy in ("placed", "unpacked"):
+        state = model.state_dict() if strategy == "placed" else revert_weight_conversion(model, model.state_dict())
+        return {name: _place(tensor, device_mesh) for name, tensor in state.items()}
     if strategy == "fsdp2":
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 

@@ -400,7 +400,7 @@ PRIVATE = {  # name → where it must be, and the module here that uses it
     "_keys_to_ignore_on_load_unexpected": ("transformers:PreTrainedModel", "model/transformers_skeleton.py"),
     "_keys_to_ignore_on_load_missing": ("transformers:PreTrainedModel", "model/transformers_skeleton.py"),
     "_model_mapping": ("transformers:AutoModelForTokenClassification", "model/value_head.py"),
-    "_local_tensor": ("torch.distributed.tensor:DTensor", "verify/against_shards.py"),
+    "_local_tensor": ("torch.distributed.tensor:DTensor", "sources/fsdp/second_reading.py"),
     "_cdata": ("torch:UntypedStorage", "model/trace.py"),
     "_schema": ("torch:ops.aten.clone.default", "model/trace.py"),
     "_non_persistent_buffers_set": ("torch.nn:Identity", "sources/live/copier.py"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -271,10 +272,12 @@ def _verify(spec: ExportSpec, saved: Path, target: Path, planned: Planned, refer
 def _source(spec: ExportSpec, saved: Path, planned: Planned) -> verify.Source | None:
     if spec.source is not None:
         return None
+    tensors = planned.manifest.tensors.values()
+    nbytes = sum(t.nbytes for t in tensors)
     if planned.adapter is None:
-        return verify.Source(spec.checkpoint, saved)
+        loaded = nbytes + sum(4 * math.prod(t.shape) for t in tensors)  # once as they are, once in float32
+        return verify.Source(spec.checkpoint, saved, nbytes=loaded if planned.renamed else 0)
     base = None if planned.adapter.base else base_directory(spec.options.base_model)
-    nbytes = sum(t.nbytes for t in planned.manifest.tensors.values())
     return verify.Source(spec.checkpoint, saved, planned.adapter.config, base, nbytes)
 
 

@@ -15,6 +15,7 @@ from verl_autoexport.model.conversion import name_outputs, tied_aliases
 from verl_autoexport.model.dtypes import OWN_DTYPES, disk_dtype
 from verl_autoexport.model.lora import adapter as lora
 from verl_autoexport.model.lora.fusion import Fusion
+from verl_autoexport.model.shard_names import by_memory
 from verl_autoexport.model.skeleton import Skeleton, build_skeleton, import_external
 from verl_autoexport.model.transformers_skeleton import TransformersSkeleton
 from verl_autoexport.model.value_head import Head, find_head
@@ -30,7 +31,7 @@ class Planned:
     """A planned export: `manifest` has every tensor that `plan` reads.
 
     `skeleton` is the model without weights, `compatibility` its comparison with the base, `read` describes
-    everything that was read of files with records.
+    everything that was read of files with records, `renamed`: the shards have other names than the manifest.
     """
 
     skeleton: Skeleton
@@ -39,6 +40,7 @@ class Planned:
     compatibility: Compatibility
     adapter: lora.Adapter | None = None
     read: tuple[Run, ...] = ()
+    renamed: bool = False
 
 
 def plan_model(
@@ -67,11 +69,11 @@ def plan_model(
             skeleton, manifest, plan, Compatibility(reason="an adapter holds none of the base's tensors"), adapter
         )
     if adapter is None:
-        held, outputs, fusions = manifest, name_outputs(skeleton, manifest, options.dtype), {}
+        outputs, fusions = name_outputs(skeleton, held := by_memory(skeleton, manifest), options.dtype), {}
     else:
         held, outputs = lora.model_outputs(adapter, manifest, skeleton, options.dtype, options.base_model)
         held, fusions = lora.with_adapter(held, manifest, adapter), adapter.fusions
-    sums = Sums()
+    renamed, sums = not held.tensors.keys() <= manifest.tensors.keys() and adapter is None, Sums()
     if values:
         _check_tied(skeleton, held, sums)
     compatibility = check_compatibility(
@@ -85,7 +87,7 @@ def plan_model(
     plan = make_plan(held, outputs, options.max_shard_size, fusions, apart)
     if adapter is not None and options.lora == "both":
         plan = replace(plan, files=(*plan.files, lora.plan_adapter(adapter, held, options.dtype, f"{ADAPTER_FOLDER}/")))
-    return Planned(skeleton, held, plan, compatibility, adapter, sums.runs())
+    return Planned(skeleton, held, plan, compatibility, adapter, sums.runs(), renamed)
 
 
 def _frozen_outputs(

@@ -36,8 +36,8 @@ def build(cls: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dty
         return cls._from_config(config, **kwargs)
 
 
-def load(cls: type[PreTrainedModel], directory: Path, dtype: Any, **options: Any) -> Any:
-    """The result of `from_pretrained`, without a network; `dtype` may be `auto`."""
+def load(cls: type[PreTrainedModel], directory: Path | None, dtype: Any, **options: Any) -> Any:
+    """The result of `from_pretrained`, without a network; `dtype` may be `auto`, `directory` None."""
     return cls.from_pretrained(directory, local_files_only=True, **{_dtype_key(): dtype}, **options)
 
 

@@ -58,14 +58,13 @@ Visit = Callable[["torch.Tensor", Leaf], None]
 
 @dataclass(frozen=True)
 class SecondReading:
-    """The shards, read by a path that shares nothing with the merge: `tensors` and `dtypes` by in-memory name.
+    """The shards, read by a path that shares nothing with the merge, by their names in the shards.
 
-    `note` names the parts that could not be read independently; it is empty if there are none.
+    `empty` has a tensor on the meta device of each one's shape and dtype.
     """
 
     tensors: Mapping[str, Visit]
-    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
-    note: str = ""
+    empty: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class CheckpointFormat(Protocol):

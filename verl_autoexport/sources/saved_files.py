@@ -9,7 +9,7 @@ from verl_autoexport.errors import SourceError
 from verl_autoexport.system.untrusted import leads_out
 
 _PUBLISHED = ("huggingface", "huggingface/config.json", "huggingface/adapter_config.json", "adapter_config.json",
-              "lora_train_meta.json")  # fmt: skip
+              "lora_train_meta.json", "lora_adapter/adapter_config.json")  # fmt: skip
 
 
 def check_links(checkpoint: Path) -> None:
@@ -29,4 +29,6 @@ def check_links(checkpoint: Path) -> None:
 
 def settings_files(directory: Path) -> list[Path]:
     """The small files beside the shards themselves, such as `fsdp_config.json` and `lora_train_meta.json`."""
-    return sorted(path for path in directory.glob("*.json") if path.is_file())
+    return sorted(
+        path for found in ("*.json", "lora_adapter/*.json") for path in directory.glob(found) if path.is_file()
+    )

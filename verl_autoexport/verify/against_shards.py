@@ -41,7 +41,6 @@ def compare(
         shards_again = format_of(shards).read_again(shards)
         count = _replace(model, shards_again, lora, base)
         equal = f"all {count} tensors equal those of the shards" + (" merged by PEFT" if lora else "")
-        equal += f" ({shards_again.note})" if shards_again.note else ""
         if before is None:
             return f"{equal}; no logits, since the model does not run on token ids alone here"
         after = forward(model)
@@ -75,8 +74,11 @@ def forward(model: Any) -> torch.Tensor:
 
 def _replace(model: Any, shards: SecondReading, lora: Mapping[str, Any] | None, base: Path | None) -> int:
     """Replaces the values of `model` by the trained ones, after a comparison; returns the number of tensors."""
-    source = shards.tensors.items() if lora is None else _merged(model, shards, lora, base)
     mine = model.state_dict()
+    if lora is not None:
+        source = _merged(model, shards, lora, base)
+    else:
+        source = shards.tensors.items() if shards.tensors.keys() <= mine.keys() else _loaded(model, shards)
     unsaved = set(model._keys_to_ignore_on_save or ())
     differ, seen = set(), set()
 
@@ -97,13 +99,26 @@ def _replace(model: Any, shards: SecondReading, lora: Mapping[str, Any] | None, 
     return len(mine)
 
 
+def _loaded(model: Any, shards: SecondReading) -> Iterator[tuple[str, Visit]]:
+    """Does the same with shards of other names than those in memory, through transformers' own loading."""
+    state = {name: torch.empty_like(shards.empty[name], device="cpu") for name in shards.tensors}
+    for name, visit in shards.tensors.items():
+        visit(state[name], lambda place, values: place.copy_(values))
+    options = {"config": deepcopy(model.config), "state_dict": state, "output_loading_info": True}
+    loaded, report = load(type(model), None, torch.float32, **options)  # it holds the values of every smaller dtype
+    if wrong := {key: sorted(names)[:8] for key, names in report.items() if names}:
+        raise ValueError(f"transformers does not read the shards as this model: {wrong}")
+    for name, tensor in loaded.state_dict().items():
+        yield name, partial(_whole, tensor)
+
+
 def _merged(
     model: Any, shards: SecondReading, lora: Mapping[str, Any], base: Path | None
 ) -> Iterator[tuple[str, Visit]]:
     """Does the same with the result of PEFT's `merge_and_unload`, in the dtype of training."""
     from peft import LoraConfig, get_peft_model
 
-    dtype = next(dtype for name, dtype in shards.dtypes.items() if ".lora_" in name)
+    dtype = next(tensor.dtype for name, tensor in shards.empty.items() if ".lora_" in name)
     if base is None:
         trained = build(type(model), deepcopy(model.config), dtype).to_empty(device="cpu")
     else:

@@ -27,7 +27,7 @@ class Source:
     """The origin of a directory: rank files, the configuration of the LoRA in them, its base if it is not in them.
 
     `saved` is the directory with the run's `config.json`, `nbytes` the memory that a second
-    model takes, which only LoRA needs.
+    model takes, which only LoRA needs, and shards with other names than those in memory.
     """
 
     shards: Path

@@ -1,4 +1,7 @@
-"""The settings of a LoRA beyond names and shapes: verl's `lora_train_meta.json`, or PEFT's `adapter_config.json`."""
+"""The settings of a LoRA beyond names and shapes: verl's `lora_train_meta.json`, or PEFT's `adapter_config.json`.
+
+verl up to 0.7 saves the latter, in `lora_adapter/`, with the attributes of PEFT's object as they are.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _CONFIG: Mapping[str, Any] = {
 """The keys of an adapter's configuration that matter here, with PEFT's defaults."""
 _HARMLESS = {
     "peft_version", "megatron_core", "layers_to_transform", "layers_pattern", "loftq_config", "eva_config",
-    "qalora_group_size", "ensure_weight_tying",
+    "qalora_group_size", "ensure_weight_tying", "runtime_config",
 }  # fmt: skip
 _INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights too
 
@@ -32,7 +35,7 @@ def read_settings(checkpoint: Path, given: Path | None) -> tuple[dict[str, Any],
     """PEFT's configuration from `given`, else from beside the shards, else from verl's few numbers; and its place."""
     meta_path = checkpoint / META_NAME
     meta = _json(meta_path) if meta_path.is_file() else None
-    places = [checkpoint / CONFIG_NAME, checkpoint / "huggingface" / CONFIG_NAME]
+    places = [checkpoint / folder / CONFIG_NAME for folder in ("", "huggingface", "lora_adapter")]
     if given is not None:
         places = [given / CONFIG_NAME if given.is_dir() else given]
     path = next((p for p in places if p.is_file()), None)
