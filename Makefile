@@ -15,7 +15,7 @@ FIDELITY := $(addprefix unit/test_,conversion.py config_json.py custom_code.py) 
 DEMO := demo_out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheels lint test test-unit test-full docs bench demo clean
+.PHONY: help setup wheels lint test test-unit test-full test-matrix docs bench demo clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -55,11 +55,21 @@ test-unit: $(STAMP)  ## parts on their own, without Ray: two minutes at most
 	$(BIN)/python -m pytest tests/unit
 
 test: $(STAMP) $(WHEELS)/.stamp  ## what CI runs
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -m "not full and not matrix"
 
 test-full: $(STAMP) $(WHEELS)/.stamp $(OLDEST)/.stamp $(READER)/.stamp  ## the long proofs too, with the oldest transformers, read by 4.57
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not matrix"
 	$(OLDEST)/bin/python -m pytest $(addprefix tests/,$(FIDELITY))
+
+# Other releases of verl, each with the torch and transformers of its time; an environment takes about 6 GB.
+.venv-matrix/%/.stamp: tests/matrix/%.txt pyproject.toml
+	test -x $(@D)/bin/pip || $(BASE_PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -r $<
+	$(@D)/bin/pip install --quiet --no-deps $(subst verl-,verl==,$*) -e .
+	touch $@
+
+test-matrix: $(STAMP) $(patsubst tests/matrix/%.txt,.venv-matrix/%/.stamp,$(wildcard tests/matrix/*.txt))  ## real trainings by other releases of verl
+	$(BIN)/python -m pytest -m matrix tests/matrix
 
 docs: $(STAMP)  ## docs/configuration.md, from the schema
 	$(BIN)/python docs/make_configuration.py
@@ -77,5 +87,5 @@ demo: $(STAMP)  ## train a tiny model with real GRPO on the CPU, list its versio
 	$(BIN)/python examples/cpu_grpo/demo.py $(DEMO)/checkpoints/exports
 
 clean:  ## remove everything made here
-	rm -rf $(VENV) $(OLDEST) $(READER) $(WHEELS) $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(READER) $(WHEELS) .venv-matrix $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
