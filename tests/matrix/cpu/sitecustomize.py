@@ -1,4 +1,4 @@
-"""Python imports this in every process of a run: it lets a verl that knows no CPU platform train on a CPU, over gloo."""
+"""Imported by Python in every process of a run: a verl that knows no CPU platform trains on a CPU, over gloo."""
 
 import importlib.util
 import sys
