@@ -64,6 +64,10 @@ def install() -> None:
     """
     watch_modules()
     _once_imported(("ray",), _wrap_init)
+    main = sys.modules["__main__"]  # `python -m` executes verl's program as this module
+    spec = getattr(main, "__spec__", None)
+    if spec is not None and hasattr(main, TRAINERS.get(spec.name, "")):
+        _watch(main, spec.name)
 
 
 def watch_modules() -> None:
@@ -72,9 +76,6 @@ def watch_modules() -> None:
         return
     OmegaConf.register_new_resolver(RESOLVER, lambda: True)
     _once_imported((TRACKING, *TRAINERS), _watch)
-    spec = getattr(sys.modules["__main__"], "__spec__", None)  # `python -m` executes verl's program as this module
-    if spec is not None and spec.name in TRAINERS:
-        _watch(sys.modules["__main__"], spec.name)
 
 
 def _once_imported(modules: Collection[str], call: Callable[[ModuleType, str], None]) -> None:
