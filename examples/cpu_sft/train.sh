@@ -10,15 +10,7 @@ out=$(cd "$2" && pwd); shift 2
 python=${PYTHON:-python}
 grpo=$here/../cpu_grpo
 
-# The plug-in of the other example, which teaches verl the CPU; see its README.
-export PYTHONPATH=$grpo/plugin${PYTHONPATH:+:$PYTHONPATH}
-export VERL_USE_EXTERNAL_MODULES=cpu_verl VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda
-export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
-export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HOME=${HF_HOME:-$out/hf_home}
-export RAY_USAGE_STATS_ENABLED=0 HYDRA_FULL_ERROR=1
-export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::UserWarning:verl.workers.engine}
-export VERL_FILE_LOGGER_PATH=${VERL_FILE_LOGGER_PATH:-$out/metrics.jsonl}  # verl truncates it, on resume too
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false RAY_prestart_worker_first_driver=0
+. "$grpo/environment.sh"
 
 [ -f "$out/assets/sft_test.parquet" ] || "$python" "$grpo/make_assets.py" "$out/assets"
 

@@ -297,8 +297,7 @@ def test_a_killed_actor_and_a_disk_that_is_full_at_the_second_milestone(tmp_path
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("trainer.use_v1=False", "trainer.use_v1"),
-        ("trainer.checkpoint_callback_class=tests.support.archive_callback.Archive", "autoexport.chain_callback="),
+        ("+async_training.staleness_threshold=0.1", "verl's fully async trainer"),
         ("+autoexport.trigger.every_n_step=2", "every_n_steps"),
         ("autoexport.output_dir=s3://bucket/x", "s3://bucket/x"),
     ],
@@ -310,6 +309,14 @@ def test_what_cannot_work_is_refused_in_one_line_before_ray_starts(tmp_path, ove
     assert words in run.last_line
     assert "Traceback" not in run.log
     assert "ray init kwargs" not in run.log
+
+
+def test_the_callback_of_the_run_is_the_users_own(tmp_path):
+    own = "trainer.checkpoint_callback_class=tests.support.archive_callback.Archive"
+    run = Run(tmp_path).train(own, "trainer.total_training_steps=1", "trainer.save_freq=1")
+    assert run.code == 0, run.log[-3000:]
+    (version,) = run.versions()
+    assert_equal_weights(run, version)
 
 
 def test_switched_off_it_does_nothing_but_call_the_users_callback(tmp_path):

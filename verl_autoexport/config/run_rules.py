@@ -19,6 +19,7 @@ from verl_autoexport.errors import ConfigError
 
 STRATEGIES = ("fsdp", "fsdp2")
 LIVE_MODES = ("sync", "colocate_async")
+_SFT = "SFT's ranks are not read while they train"
 _OTHER_TRAINERS = (("async_training", "fully async"), ("rollout.nnodes", "one-step-off"))
 """A key that only this trainer's configuration has."""
 
@@ -72,7 +73,7 @@ def choose_source(cfg: DictConfig, settings: AutoExportConfig) -> tuple[str, str
     if settings.source != "auto":
         return settings.source, f"autoexport.source={settings.source}"
     if _is_sft(cfg):
-        return "checkpoint", "SFT's ranks are not read while they train"
+        return "checkpoint", _SFT
     mode = _get(cfg, "trainer.v1.trainer_mode")
     if mode is None or mode in LIVE_MODES:
         return "live", "the workers hold the weights of a step when it is logged"
@@ -163,7 +164,7 @@ def _strategy(run: _Run) -> Iterator[str]:
 def _live_mode(run: _Run) -> Iterator[str]:
     mode = run.get("trainer.v1.trainer_mode")
     if run.settings.source == "live" and run.sft:
-        yield "autoexport.source=live: SFT's ranks are not read while they train; use autoexport.source=checkpoint."
+        yield f"autoexport.source=live: {_SFT}; use autoexport.source=checkpoint."
     if run.settings.source == "live" and mode is not None and mode not in LIVE_MODES:
         yield (
             f"autoexport.source=live: trainer.v1.trainer_mode={mode}, but the weights of a step are known to be in the "

@@ -82,7 +82,7 @@ class _Child:
             self.process.stdin.flush()
 
     def _receive(self, answers: BinaryIO) -> None:
-        with suppress(EOFError):
+        with suppress(EOFError, pickle.UnpicklingError):  # killed, perhaps in the middle of an answer
             while True:
                 number, outcome = pickle.load(answers)
                 self.open.pop(number)[1].set_result(outcome)

@@ -1,4 +1,4 @@
-"""Shared by the adapters: ranks, names, paths and modules as verl's trainers have them, methods to wrap."""
+"""Shared by the adapters: ranks, and the facts about a run as verl's trainers have them; methods to wrap."""
 
 from __future__ import annotations
 
@@ -10,15 +10,25 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
+from verl_autoexport.service.request import RunInfo
+
 
 def first_rank() -> bool:
     """Whether this process is rank 0, or none; each rank of `torchrun` has its number in its environment."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def run_names(config: DictConfig) -> dict[str, str]:
-    """The run's names in verl's logger, for `export.json`."""
-    return {"project": config.trainer.project_name, "experiment": config.trainer.experiment_name}
+def run_info(config: DictConfig, model: DictConfig) -> RunInfo:
+    """The facts about a run; `model` is the node of the exported role's model, with its path and its LoRA."""
+    trainer = config.trainer
+    return RunInfo(
+        checkpoints=Path(trainer.default_local_dir).absolute(),
+        run={"project": trainer.project_name, "experiment": trainer.experiment_name},
+        base_model=local(model.get("path") or model.get("partial_pretrain")),  # the latter in `fsdp_sft_trainer`
+        lora_adapter=local(model.get("lora_adapter_path")) if (model.get("lora_rank") or 0) > 0 else None,
+        trust_remote_code=bool(model.get("trust_remote_code", False)),
+        external_lib=modules(model.get("external_lib")),
+    )
 
 
 def modules(external_lib: str | ListConfig | None) -> str | None:
@@ -32,13 +42,13 @@ def local(path: str | None) -> str | None:
 
 
 def after(owner: Any, name: str, report: Callable[..., None]) -> None:
-    """Calls `report` after each call of the method `name` of one object that returns."""
+    """Calls `report` with the same arguments after each call of the method `name` of one object that returns."""
     method = getattr(owner, name)
 
     @functools.wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
-        report()
+        report(*args, **kwargs)
         return result
 
     setattr(owner, name, wrapped)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl_autoexport.config.schema import AutoExportConfig
+from omegaconf import OmegaConf
+
 from verl_autoexport.service.request import RunInfo
-from verl_autoexport.trainers.verl_facts import after, local, modules, run_names
+from verl_autoexport.trainers.verl_facts import after, run_info
 
 if TYPE_CHECKING:
     from verl_autoexport.trainers.watching import Run
@@ -30,30 +31,14 @@ class PpoTrainer:
     def reports(trainer: Any) -> bool:
         return True
 
-    def attach(self, run: Run, settings: AutoExportConfig) -> None:
+    def attach(self, run: Run) -> None:
         """Wraps the trainer's methods, so that they report to `run`."""
-        trainer, chained = self.trainer, _chained(self.config, settings.chain_callback)
-
-        def saved() -> None:
-            step = trainer.global_steps
-            folder = Path(self.config.trainer.default_local_dir) / f"global_step_{step}"
-            run.saved(step, folder)
-            if chained is not None:
-                chained.on_save(trainer=trainer, global_step=step, checkpoint_dir=str(folder), async_save=False)
-
-        after(trainer, "_load_checkpoint", run.resumed)
-        after(trainer, "_save_checkpoint", saved)
+        after(self.trainer, "_load_checkpoint", run.resumed)
+        after(self.trainer, "_save_checkpoint", lambda: run.saved(self.trainer.global_steps, _folder(self.trainer)))
 
     def info(self) -> RunInfo:
         model = self.config.critic.model if self.role == "critic" else self.config.actor_rollout_ref.model
-        return RunInfo(
-            checkpoints=Path(self.config.trainer.default_local_dir).absolute(),
-            run=run_names(self.config),
-            base_model=local(model.get("path")),
-            lora_adapter=local(model.get("lora_adapter_path")) if (model.get("lora_rank") or 0) > 0 else None,
-            trust_remote_code=bool(model.get("trust_remote_code", False)),
-            external_lib=modules(model.get("external_lib")),
-        )
+        return run_info(self.config, model)
 
     def workers(self) -> Sequence[Any]:
         group = self.trainer.critic_wg if self.role == "critic" else self.trainer.actor_rollout_wg
@@ -69,9 +54,20 @@ class PpoTrainer:
         return last_step, last_step == total  # if the epochs end earlier, verl stops without a save
 
 
-def _chained(config: Any, name: str | None) -> Any:
-    """The user's own checkpoint callback, by its class path, made as verl makes one."""
-    if name is None:
-        return None
+def chain(trainer: Any) -> None:
+    """Has the user's own checkpoint callback called after each save, by its class path, made as verl makes one."""
+    name = OmegaConf.select(trainer.config, "autoexport.chain_callback")
+    if name is None or not hasattr(trainer, "_save_checkpoint"):
+        return
     module, _, cls = name.rpartition(".")
-    return getattr(importlib.import_module(module), cls)(config=config)
+    users = getattr(importlib.import_module(module), cls)(config=trainer.config)
+
+    def saved() -> None:
+        where = {"global_step": trainer.global_steps, "checkpoint_dir": str(_folder(trainer))}
+        users.on_save(trainer=trainer, async_save=False, **where)
+
+    after(trainer, "_save_checkpoint", saved)
+
+
+def _folder(trainer: Any) -> Path:
+    return Path(trainer.config.trainer.default_local_dir) / f"global_step_{trainer.global_steps}"

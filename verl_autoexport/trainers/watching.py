@@ -70,10 +70,21 @@ def watch_tracking(cls: type[Any]) -> None:
 
 
 def follow(trainer: Any) -> None:
-    """Has a trainer report to a session if its run has the flag; raises ConfigError if the run cannot export."""
-    if hasattr(trainer, _MARK) or not has_flag(trainer):
+    """Has a trainer report to a session if its run has the flag, and a user's own callback called even if that is off.
+
+    Raises ConfigError if the run cannot export.
+    """
+    if hasattr(trainer, _MARK) or not has_node(trainer):
         return
     vars(trainer)[_MARK] = True
+    from verl_autoexport.trainers import verl_ppo
+
+    if has_flag(trainer):
+        _report(trainer)
+    verl_ppo.chain(trainer)  # after this package, for every trainer that has the method
+
+
+def _report(trainer: Any) -> None:
     if inspect.iscoroutinefunction(trainer.fit):
         raise ConfigError(f"{type(trainer).__name__} trains and samples at the same time, which is unknown: {_ADVICE}")
     if OmegaConf.select(trainer.config, "actor_rollout_ref") is not None:
@@ -84,9 +95,13 @@ def follow(trainer: Any) -> None:
         Run(trainer, Adapter(trainer))
 
 
-def has_flag(trainer: Any) -> bool:
+def has_node(trainer: Any) -> bool:
     config = getattr(trainer, "config", None)
-    return isinstance(config, DictConfig) and bool(OmegaConf.select(config, "autoexport.enabled"))
+    return isinstance(config, DictConfig) and OmegaConf.select(config, "autoexport") is not None
+
+
+def has_flag(trainer: Any) -> bool:
+    return has_node(trainer) and bool(OmegaConf.select(trainer.config, "autoexport.enabled"))
 
 
 def _check_unknown(frame: FrameType | None) -> None:
@@ -115,11 +130,10 @@ class Run:
         from verl_autoexport.trainers.session import RunSession
 
         self.adapter, self.config = adapter, trainer.config
-        settings = load_config(self.config.autoexport)
-        self.session = RunSession(self.config, settings, adapter, adapter.service)
-        self.loaded = self.in_fit = False
+        self.session = RunSession(self.config, load_config(self.config.autoexport), adapter, adapter.service)
+        self.loaded = False
         self.step, self.metrics = -1, {}
-        adapter.attach(self, settings)
+        adapter.attach(self)
         fit = trainer.fit
 
         @functools.wraps(fit)
@@ -131,7 +145,7 @@ class Run:
 
     @contextmanager
     def _fit(self) -> Iterator[None]:
-        Run.fitting, self.in_fit = self, True
+        Run.fitting = self
         try:
             if self.loaded:
                 self._begin()
@@ -147,7 +161,7 @@ class Run:
     def resumed(self) -> None:
         """The trainer knows the step from which it continues: training begins, now or with `fit`."""
         self.loaded = True
-        if self.in_fit:
+        if Run.fitting is self:
             self._begin()
 
     def saved(self, step: int, directory: Path) -> None:
