@@ -7,7 +7,7 @@ mkdir -p "$1"
 out=$(cd "$1" && pwd); shift
 python=${PYTHON:-python}
 grpo=$here/../../examples/cpu_grpo
-[ -f "$out/assets/test.parquet" ] || "$python" "$here/make_assets.py" "$out/assets"
+[ -f "$out/assets/test.parquet" ] || PYTHONPATH=$grpo "$python" "$here/old_assets.py" "$out/assets"
 
 export PYTHONPATH=$here/cpu${PYTHONPATH:+:$PYTHONPATH} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HOME=${HF_HOME:-$out/hf_home}
