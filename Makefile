@@ -61,18 +61,24 @@ test-full: $(STAMP) $(WHEELS)/.stamp $(OLDEST)/.stamp $(READER)/.stamp  ## the l
 	$(BIN)/python -m pytest -m "not matrix"
 	$(OLDEST)/bin/python -m pytest $(addprefix tests/,$(FIDELITY))
 
-# Other releases of verl, each with the torch and transformers of its time; an environment takes about 6 GB.
-.venv-matrix/%/.stamp: tests/matrix/%.txt pyproject.toml
+# Other releases of verl, each with a torch and a transformers of its time; an environment takes about 6 GB.
+MATRIX := $(patsubst tests/matrix/requirements/%.txt,.venv-matrix/%/.stamp,$(wildcard tests/matrix/requirements/*.txt))
+.venv-matrix/torch-%/.stamp: tests/matrix/requirements/torch-%.txt pyproject.toml
 	test -x $(@D)/bin/pip || $(BASE_PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet -r $<
-	$(@D)/bin/pip install --quiet --no-deps $(subst verl-,verl==,$*) -e .
+	$(@D)/bin/pip install --quiet --no-deps -e .
 	touch $@
 
-test-matrix: $(STAMP) $(patsubst tests/matrix/%.txt,.venv-matrix/%/.stamp,$(wildcard tests/matrix/*.txt))  ## real trainings by other releases of verl
+.venv-matrix/verl-%/.stamp: $(WHEELS)/.stamp
+	$(BIN)/pip install --quiet --no-deps --no-index --find-links $(WHEELS) --target $(@D) --upgrade verl==$*
+	touch $@
+
+test-matrix: $(STAMP) $(MATRIX) $(VERLS:%=.venv-matrix/verl-%/.stamp)  ## real trainings by other releases of verl
 	$(BIN)/python -m pytest -m matrix tests/matrix
 
-docs: $(STAMP)  ## docs/configuration.md, from the schema
+docs: $(STAMP)  ## docs/configuration.md from the schema, the table of releases from the runs of test-matrix
 	$(BIN)/python docs/make_configuration.py
+	$(BIN)/python docs/make_support.py
 
 bench: $(STAMP)  ## table of benchmarks
 	$(BIN)/python -m tests.benchmarks.bench_export

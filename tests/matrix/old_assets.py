@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from make_assets import CHAT_TEMPLATE, SPECIAL_TOKENS, make_model, make_rows  # of the example
+from make_assets import CHAT_TEMPLATE, SPECIAL_TOKENS, make_conversations, make_model, make_rows  # of the example
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -29,6 +29,8 @@ def main(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "model")
     make_rows(64, "train").to_parquet(folder / "train.parquet")
     make_rows(8, "test").to_parquet(folder / "test.parquet")
+    make_conversations(64).to_parquet(folder / "sft_train.parquet")
+    make_conversations(8).to_parquet(folder / "sft_test.parquet")
 
 
 if __name__ == "__main__":

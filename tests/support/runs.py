@@ -36,6 +36,7 @@ class Run:
     elsewhere: Path | None = None
     """Where `autoexport.output_dir` is, if not among the checkpoints."""
     command: tuple[str, ...] = GRPO
+    python: str = sys.executable
     code: int = -1
     log: str = ""
 
@@ -61,7 +62,7 @@ class Run:
         `raise_at` and `break_at` are steps at which the user's own callback fails, or takes the exports away.
         """
         env = environment(
-            PYTHON=sys.executable,
+            PYTHON=self.python,
             ARCHIVE_DIR=str(self.out / "archive"),
             ARCHIVE_RAISE_AT=str(raise_at),
             ARCHIVE_BREAK_AT=str(break_at),

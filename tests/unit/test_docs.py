@@ -37,6 +37,12 @@ def test_the_configuration_page_is_what_its_generator_writes() -> None:
     assert wanted == found, f"docs/configuration.md is old, run `make docs`: expected {wanted!r}, found {found!r}"
 
 
+def test_the_table_of_releases_is_what_the_matrix_of_runs_found() -> None:
+    generator = runpy.run_path(str(DOCS / "make_support.py"))
+    written = (DOCS / "trainers.md").read_text(encoding="utf-8")
+    assert generator["page"]() == written, "the table in docs/trainers.md is old: run `make docs`"
+
+
 def test_the_readme_stays_a_newcomers_page() -> None:
     text = README.read_text(encoding="utf-8")
     lines, words = len(text.splitlines()), len(text.split())

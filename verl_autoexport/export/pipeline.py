@@ -32,6 +32,7 @@ from verl_autoexport.model.lora import adapter as lora
 from verl_autoexport.model.lora import peft_config
 from verl_autoexport.model.planner import ADAPTER_FOLDER, Planned, plan_model
 from verl_autoexport.model.saved_config import settled
+from verl_autoexport.model.transformers_api import untested
 from verl_autoexport.registry.record import ExportRecord
 from verl_autoexport.registry.shared_files import SharedFiles, find_shared, link_shared
 from verl_autoexport.registry.store import Registry, Version
@@ -151,7 +152,7 @@ def _run(
             source.verify_checksums(manifest, runs, progress.advance)
             written = [replace(w, linked=link_shared(target / w.name, w.sha256, w.nbytes, shared)) for w in written]
             more, reference = _write_beside(spec, saved, planned, written, target)
-            notes = [*manifest.notes, *planned.compatibility.notes, *notes, *more]
+            notes = [*untested(), *manifest.notes, *planned.compatibility.notes, *notes, *more]
         with _timed(timings, "verify"):
             progress.stage(VERIFYING)
             checks = _verify(spec, saved, target, planned, reference)

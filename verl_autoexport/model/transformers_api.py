@@ -19,6 +19,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+TESTED = (((4, 51), (4, 57)), ((5, 0), (5, 10)))
+"""The first and the last release of each range that was tested; README.md and docs/failures.md say how far."""
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -67,7 +69,7 @@ def tied_names(model: PreTrainedModel) -> Mapping[str, str]:
 
 def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
     """A pattern of the names in memory that stay in float32 when the model is loaded in `dtype`."""
-    if not _converts():
+    if not hasattr(model, "_get_dtype_plan"):  # up to 5.0
         names = (getattr(model, "_keep_in_fp32_modules_strict", None) or []) if dtype in _HALF else []
         names = [*names, *((model._keep_in_fp32_modules or []) if dtype == torch.float16 else [])]
         return re.compile("|".join(rf"((^|\.){name}($|\.))" for name in names)) if names else None
@@ -148,6 +150,16 @@ class Loading:
         new = _renamed(self.model._fix_state_dict_key_on_load(name)[0], self.prefixes)
         candidates = (new, f"{self.prefix}.{new}", new.removeprefix(f"{self.prefix}."))
         return next((k for k in candidates if k in self.state), new)
+
+
+def untested() -> list[str]:
+    """A note about an installed transformers that was never tested; else none."""
+    if any(first <= _version() <= last for first, last in TESTED):
+        return []
+    import transformers
+
+    tested = " and ".join(f"{first[0]}.{first[1]} to {last[0]}.{last[1]}" for first, last in TESTED)
+    return [f"transformers {transformers.__version__} is untested here; {tested} are tested"]
 
 
 @cache

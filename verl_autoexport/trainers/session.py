@@ -16,6 +16,7 @@ from verl_autoexport.config.run_rules import check_length, check_run, choose_sou
 from verl_autoexport.config.schema import AutoExportConfig
 from verl_autoexport.errors import ConfigError, PlanError, SourceError, shown
 from verl_autoexport.model.base_compatibility import check_start
+from verl_autoexport.model.transformers_api import untested
 from verl_autoexport.service.controller import ExportFailed, RunController, StartService
 from verl_autoexport.service.live_start import start_live
 from verl_autoexport.sources.live import in_worker
@@ -138,6 +139,8 @@ class RunSession:
             info.base_model, weights.dtype, info.trust_remote_code, info.external_lib,
             base_check=weights.base_check, carry_unread=weights.carry_unread,
         ).to_check()  # fmt: skip
+        for note in untested():
+            logger.warning("verl_autoexport: %s", note)
         logger.info("verl_autoexport: comparison with the base model %s: %s", found["status"], shown(found["detail"]))
 
     def _drain(self, timeout_s: float, may_raise: bool) -> None:

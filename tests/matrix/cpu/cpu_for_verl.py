@@ -54,6 +54,7 @@ def patch_torch():
     if hasattr(fsdp, "CPUOffloadPolicy"):
         fsdp.CPUOffloadPolicy = functools.partial(fsdp.CPUOffloadPolicy, pin_memory=False)
     _without_flash_attention()
+    _without_pinned_memory()
 
 
 def _on_gloo(init):
@@ -97,6 +98,19 @@ def _without_flash_attention():
             return make(cls, *args, **kwargs)
 
         cls.from_pretrained = classmethod(from_pretrained)
+
+
+def _without_pinned_memory():
+    """The first SFT trainer asks for it, and only an accelerator has it."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    init = StatefulDataLoader.__init__
+
+    @functools.wraps(init)
+    def wrapped(self, *args, pin_memory=False, **kwargs):
+        init(self, *args, **kwargs)
+
+    StatefulDataLoader.__init__ = wrapped
 
 
 def patch_verl():

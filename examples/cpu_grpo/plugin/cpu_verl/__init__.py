@@ -12,11 +12,11 @@ from cpu_verl import patches, platform  # noqa: F401  # importing registers the 
 
 
 def _load_replica():
-    from cpu_verl.rollout import TinyReplica
+    from tiny_rollout import TinyReplica
 
     return TinyReplica
 
 
 RolloutReplicaRegistry.register("tiny", _load_replica)
-_ROLLOUT_REGISTRY["tiny", "async"] = "cpu_verl.rollout.TinyRollout"
+_ROLLOUT_REGISTRY["tiny", "async"] = "tiny_rollout.TinyRollout"
 patches.apply()
