@@ -105,6 +105,7 @@ def test_each_version_has_the_weights_of_its_step(workers, start):
         assert 0 < times["stall"] < 30
 
 
+@pytest.mark.full
 def test_tied_weights_that_have_diverged(cluster, start):
     """Two parameters in a model whose config ties them: written as one while they are the same, and not else."""
 
@@ -324,6 +325,7 @@ def test_the_actor_dies_with_a_snapshot(workers, start):
     until(lambda: not any(in_each(workers, held)), "the workers let go", 10)
 
 
+@pytest.mark.full
 def test_without_room_interval_milestones_are_dropped(workers, start):
     size = start().live.nbytes
     driver = start(inflight_bytes=size * 2 - 1, wait_timeout_s=100)

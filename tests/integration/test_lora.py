@@ -185,7 +185,7 @@ def test_adapter_in_the_export_dtype(made, tmp_path):
     assert {t.dtype for t in tensors(tmp_path / "out").values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", ["plain", "only"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("only", marks=pytest.mark.full)])
 def test_both(name, made, tmp_path):
     path = made[name]
     record = export(

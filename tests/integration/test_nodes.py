@@ -155,7 +155,7 @@ def left_over(cluster: Cluster) -> list[Path]:
     return found
 
 
-@pytest.mark.parametrize("output", ["seen by all", "seen by the head"])
+@pytest.mark.parametrize("output", ["seen by all", pytest.param("seen by the head", marks=pytest.mark.full)])
 def test_shards_on_three_nodes_make_the_same_model(cluster, source, start, tmp_path, output):
     """What only the head sees is merged there."""
     driver = start(tmp_path if output == "seen by all" else cluster.private)
@@ -173,6 +173,7 @@ def test_shards_on_three_nodes_make_the_same_model(cluster, source, start, tmp_p
     assert left_over(cluster) == []
 
 
+@pytest.mark.full
 def test_a_file_that_is_on_no_node_is_named_with_its_rank_and_host(cluster, source, driver):
     checkpoint = cluster.spread(source, 2)
     (cluster.own(1) / f"global_step_2/actor/model_world_size_{WORLD}_rank_1.pt").unlink()
@@ -189,6 +190,7 @@ def by_hand(checkpoint: Path, output: Path, *more: object) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.full
 def test_the_command_line_finds_them_too(cluster, source, tmp_path):
     checkpoint = cluster.spread(source, 3)
     alone = by_hand(checkpoint, tmp_path / "out")

@@ -64,6 +64,7 @@ def test_equals_the_checkpoint_of_the_same_step(overrides, tmp_path):
         assert {k for k in a if not torch.equal(a[k], b[k])} == trained, "every step changes every tensor of these"
 
 
+@pytest.mark.full
 def test_milestones_without_any_checkpoint(tmp_path):
     run = Run(tmp_path).train(
         *EVERY, "trainer.save_freq=-1", "trainer.total_training_steps=10",

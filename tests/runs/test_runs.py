@@ -121,6 +121,7 @@ def test_auto_falls_back_to_checkpoints_and_says_why(tied):
     assert {v["source"]["kind"] for v in tied.versions()} == {"checkpoint"}
 
 
+@pytest.mark.full
 def test_auto_is_refused_where_neither_source_can_be(tmp_path):
     run = Run(tmp_path).train(NO_ROOM, "trainer.save_freq=-1")
     assert run.code != 0
@@ -193,6 +194,7 @@ def test_resume_after_failure_after_sigkill_and_from_an_earlier_step(tmp_path):
     assert run.pointer("latest") == new[-1]["dir"].name
 
 
+@pytest.mark.full
 def test_a_metric_that_no_step_logs_stops_the_run_at_the_first_validation(tmp_path):
     run = Run(tmp_path).train("autoexport.trigger.best={metric:val-core/tiny/accuracy/mean@1}")
     assert run.code != 0
@@ -202,6 +204,7 @@ def test_a_metric_that_no_step_logs_stops_the_run_at_the_first_validation(tmp_pa
     assert 1 not in run.logged()
 
 
+@pytest.mark.full
 def test_a_base_model_that_exports_could_not_match_stops_the_run_before_its_first_step(tmp_path):
     assets = ROOT / "examples/cpu_grpo/make_assets.py"
     subprocess.run([sys.executable, str(assets), str(tmp_path / "assets")], check=True)
@@ -311,6 +314,7 @@ def test_what_cannot_work_is_refused_in_one_line_before_ray_starts(tmp_path, ove
     assert "ray init kwargs" not in run.log
 
 
+@pytest.mark.full
 def test_the_callback_of_the_run_is_the_users_own(tmp_path):
     own = "trainer.checkpoint_callback_class=tests.support.archive_callback.Archive"
     run = Run(tmp_path).train(own, "trainer.total_training_steps=1", "trainer.save_freq=1")
@@ -319,6 +323,7 @@ def test_the_callback_of_the_run_is_the_users_own(tmp_path):
     assert_equal_weights(run, version)
 
 
+@pytest.mark.full
 def test_switched_off_it_does_nothing_but_call_the_users_callback(tmp_path):
     run = Run(tmp_path).train(
         "autoexport.enabled=false", "trainer.total_training_steps=1", "trainer.save_freq=1", CHAIN
