@@ -52,6 +52,13 @@ class _Run:
         return f"{self.role_key}.strategy"
 
     @property
+    def strategy(self) -> Any:
+        """The strategy; SFT's engine of Megatron has no such key, and its class says it."""
+        if self.sft and str(self.get("engine._target_")).endswith(".McoreEngineConfig"):
+            return MEGATRON
+        return self.get(self.strategy_key)
+
+    @property
     def checkpoint_key(self) -> str:
         """The key of the node that says what the checkpoints of the exported role hold."""
         if self.sft:
@@ -60,7 +67,7 @@ class _Run:
 
     @property
     def megatron(self) -> bool:
-        return self.get(self.strategy_key) == MEGATRON
+        return self.strategy == MEGATRON
 
     @property
     def megatron_key(self) -> str:
@@ -167,8 +174,7 @@ def _saves_model(run: _Run) -> Iterator[str]:
 
 
 def _strategy(run: _Run) -> Iterator[str]:
-    key = run.strategy_key
-    strategy = run.get(key)
+    key, strategy = run.strategy_key, run.strategy
     if strategy is not None and strategy not in (*STRATEGIES, MEGATRON):
         yield f"{key}={strategy}: exports need one of {', '.join((*STRATEGIES, MEGATRON))} in this release."
 
