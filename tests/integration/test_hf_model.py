@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ from verl_autoexport.export import places
 from verl_autoexport.export.pipeline import export_to_registry, run_export
 from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.merge.local_runner import LocalRunner
+from verl_autoexport.merge.plan import whole
+from verl_autoexport.model.shard_names import whole_model
+from verl_autoexport.model.skeleton import Skeleton
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.service.exporter import Exporter
+from verl_autoexport.shards.safetensors_files import manifest_of
 from verl_autoexport.sources import holds
 from verl_autoexport.sources.formats import open_source
 
@@ -151,6 +156,43 @@ def test_what_the_class_does_not_read_is_left_out(step, tmp_path):
     record = export(step, tmp_path / "out", dtype="float32", verify=True)
     assert tensors(tmp_path / "out").keys() == expected.keys()
     assert f"left out, since Glm4MoeForCausalLM does not read them: {extra}" in record.notes
+
+
+def test_names_as_the_base_spells_them(step, tmp_path):
+    """A bridge writes the names of the model that training began with, here those of an older transformers."""
+
+    def old(name: str) -> str:
+        return name.replace("vision_tower.", "vision_tower.vision_model.")
+
+    saved = hf_weights.save(build(family("gemma3"), "float32"), step)
+    found = {old(name): tensor for name, tensor in tensors(saved).items()}
+    save_file(found, saved / "model.safetensors", {"format": "pt"})
+    shutil.copytree(saved, tmp_path / "base")
+    export(step, tmp_path / "out", dtype="float32", base_model=str(tmp_path / "base"), verify=True)
+    assert any("vision_tower.vision_model." in name for name in tensors(saved))
+    same_tensors(tmp_path / "out", saved)
+
+
+class Turned(Skeleton):
+    """A model that has a square matrix transposed in memory, under the name that it has on disk."""
+
+    name, config = "Turned", None
+    tensors = {"w": torch.empty(3, 3, device="meta")}  # noqa: RUF012 - a Protocol's attribute
+
+    def to_disk(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return {name: tensor.T for name, tensor in tensors.items()}
+
+    def place(self, name: str) -> tuple[str, str | None]:
+        return name, None
+
+
+def test_a_layout_that_the_shape_does_not_show(tmp_path):
+    save_file({"w": torch.ones(3, 3)}, tmp_path / "model.safetensors")
+    shards = manifest_of([tmp_path / "model.safetensors"])
+    (turned,) = whole_model(Turned(), shards, "source")[1]
+    assert turned.pieces[0].dims == (1, 0), "shards have the layout in memory"
+    (output,) = whole_model(Turned(), replace(shards, on_disk=True), "source")[1]
+    assert output.pieces == whole("w", (3, 3)), "files of a saved model do not"
 
 
 def test_rank_files_win(own_checkpoint, tmp_path):

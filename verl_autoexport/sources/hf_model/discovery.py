@@ -66,8 +66,7 @@ def _adapter(place: Path) -> Path | None:
 def remains(path: Path, role: str) -> str:
     """A sentence about other files of a checkpoint from which nothing can be exported; empty if there are none."""
     for place in _places(path, role):
-        folder = place / FOLDER
-        if folder.is_dir() and (old := sorted(folder.glob("pytorch_model*.bin"))):
+        if old := sorted((place / FOLDER).glob("pytorch_model*.bin")):
             return f"There is {old[0]}, but only safetensors are read."
         if (place / _MEGATRON).is_dir():
             return (
@@ -75,7 +74,7 @@ def remains(path: Path, role: str) -> str:
                 "megatron.use_mbridge=True and megatron.use_dist_checkpointing=False, or add 'hf_model' to "
                 "checkpoint.save_contents."
             )
-    if has_weights(path.parent) and path.name == FOLDER:
+    if path.name == FOLDER and any(path.glob("*.safetensors")):
         return f"The weights here are those of {path.parent}; give that."
     return ""
 
