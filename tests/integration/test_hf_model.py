@@ -29,6 +29,7 @@ from verl_autoexport.export.pipeline import export_to_registry, run_export
 from verl_autoexport.export.spec import checkpoint_spec
 from verl_autoexport.merge.local_runner import LocalRunner
 from verl_autoexport.merge.plan import whole
+from verl_autoexport.model.dtypes import model_dtype
 from verl_autoexport.model.shard_names import whole_model
 from verl_autoexport.model.skeleton import Skeleton
 from verl_autoexport.registry.store import Registry
@@ -195,6 +196,22 @@ def test_a_layout_that_the_shape_does_not_show(tmp_path):
     assert output.pieces == whole("w", (3, 3)), "files of a saved model do not"
 
 
+class Prefixed(Turned):
+    """A model of which no tensor has the same name in memory and on disk."""
+
+    tensors = {"inner.w": torch.empty(3, 3, device="meta")}  # noqa: RUF012
+
+    def place(self, name: str) -> tuple[str, str | None]:
+        return f"inner.{name}", None
+
+
+def test_the_dtype_of_a_model_that_is_taken_as_it_is(tmp_path):
+    save_file({"w": torch.ones(3, 3, dtype=torch.float16)}, tmp_path / "model.safetensors")
+    shards = replace(manifest_of([tmp_path / "model.safetensors"]), on_disk=True)
+    assert model_dtype(Prefixed(), shards, "source") == "float16"
+    assert model_dtype(Prefixed(), shards, "bfloat16") == "bfloat16"
+
+
 def test_rank_files_win(own_checkpoint, tmp_path):
     """They have the dtype of training."""
     made = own_checkpoint("even")
@@ -203,6 +220,9 @@ def test_rank_files_win(own_checkpoint, tmp_path):
     record = export(made, tmp_path / "out", dtype="source")
     assert record.source["backend"] == "fsdp2"
     same_tensors(tmp_path / "out", made / "reference")
+    shutil.copytree(made / "actor", made / "policy")
+    with pytest.raises(SourceError, match=r"actor/ and policy/ both hold shards"):
+        export(made, tmp_path / "again")
 
 
 # -- refused by name -------------------------------------------------------------------------
