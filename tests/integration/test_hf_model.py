@@ -33,7 +33,10 @@ from verl_autoexport.model.dtypes import model_dtype
 from verl_autoexport.model.shard_names import whole_model
 from verl_autoexport.model.skeleton import Skeleton
 from verl_autoexport.registry.store import Registry
+from verl_autoexport.service.controller import RunController
 from verl_autoexport.service.exporter import Exporter
+from verl_autoexport.service.local_service import LocalExportService
+from verl_autoexport.service.request import RunInfo
 from verl_autoexport.shards.safetensors_files import manifest_of
 from verl_autoexport.sources import holds
 from verl_autoexport.sources.formats import open_source
@@ -496,6 +499,31 @@ def test_a_step_that_is_not_complete_is_not_held(step):
     with pytest.raises(SourceError, match=r"ckpt_contents.json: not there"):
         holds.make_hold(step, STEP, "actor")
     assert not (step.parent / holds.FOLDER).exists()
+
+
+@pytest.mark.parametrize("where", [FSDP, MEGATRON])
+def test_milestones_of_a_run(where, step):
+    """verl has rotated each checkpoint away before its step is judged."""
+    root = step.parent
+    node = {"output_dir": str(root / "exports"), "verify": {"load": False}, "source": "checkpoint"}
+    node["trigger"] = {"best": {"metric": "val/x"}, "on_train_end": True}
+    run = RunController(load_config(node), RunInfo(root), LocalExportService)
+    run.begin(0, 3)
+    for number, value in ((1, 0.5), (2, 0.1), (3, 0.9)):
+        folder = root / f"global_step_{number}"
+        hf_weights.save(build(QWEN2, "float32", scale=0.05 * number), folder, where, max_shard_size="100KB")
+        run.saved(number, folder)
+        shutil.rmtree(folder)
+        run.logged(number, {"val/x": value})
+    run.end(True)
+    assert "2 published (v0001-step1, v0002-step3)" in run.drain(120)
+    best = Registry(root / "exports").find("best")
+    assert best.step == 3
+    expected = build(QWEN2, "float32", scale=0.15).state_dict()
+    found = tensors(best.path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name].to(torch.bfloat16)) for name, tensor in found.items())
+    assert not list((root / holds.FOLDER).glob("step_*"))
 
 
 def test_versions_of_a_registry_follow_one_another(step, tmp_path):
