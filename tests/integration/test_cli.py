@@ -140,7 +140,7 @@ def test_wrong_usage(args, words):
 
 def test_version_and_help():
     assert cli("--version").stdout == f"verl-autoexport {__version__}\n"
-    assert "export one verl FSDP checkpoint" in cli("--help").stdout
+    assert "export one verl checkpoint" in cli("--help").stdout
 
 
 # -- what is loaded -------------------------------------------------------------------------

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from verl_autoexport.config.reading import load_config
-from verl_autoexport.config.run_rules import check_length, check_run, check_trainer
+from verl_autoexport.config.run_rules import check_length, check_run, check_trainer, choose_source
 from verl_autoexport.errors import ConfigError
 from verl_autoexport.trainers.hook import watch_modules
 
@@ -30,6 +30,11 @@ def judge(cfg) -> list[str]:
     return check_run(cfg, load_config(cfg.autoexport))
 
 
+def megatron(*overrides: str) -> DictConfig:
+    """verl's own configuration of a Megatron run."""
+    return compose("ppo_megatron_trainer", ["+autoexport=default", "trainer.save_freq=2", *overrides])
+
+
 def best(metric: str) -> str:
     return f"autoexport.trigger.best={{metric:{metric},mode:max}}"
 
@@ -39,7 +44,8 @@ MODEL = "actor_rollout_ref.model"
 VAL = best("val-core/*/acc/mean@1")
 LIVE, SAVED = "autoexport.source=live", "autoexport.source=checkpoint"
 ASYNC = "trainer.v1.trainer_mode=separate_async"
-SAVE_CONTENTS = "checkpoint.save_contents=[optimizer,hf_model]"
+SAVE_CONTENTS = "checkpoint.save_contents=[optimizer,extra]"
+HF_MODEL = "checkpoint.save_contents=[optimizer,hf_model]"
 NO_TRIGGER = ("autoexport.trigger.on_train_end=false", "autoexport.trigger.on_request=false")
 
 IMPOSSIBLE = [
@@ -71,15 +77,15 @@ IMPOSSIBLE = [
     ),
     (
         [SAVED, f"actor_rollout_ref.actor.{SAVE_CONTENTS}"],
-        "actor_rollout_ref.actor.checkpoint.save_contents=['optimizer', 'hf_model']: checkpoints would hold no weights",
+        "actor_rollout_ref.actor.checkpoint.save_contents=['optimizer', 'extra']: checkpoints would hold no weights",
     ),
     (
         [SAVED, "autoexport.role=critic", "critic.enable=True", f"critic.{SAVE_CONTENTS}"],
-        "critic.checkpoint.save_contents=['optimizer', 'hf_model']: checkpoints would hold no weights; add 'model'.",
+        "critic.checkpoint.save_contents=['optimizer', 'extra']: checkpoints would hold no weights; add 'model'.",
     ),
     (
-        ["actor_rollout_ref.actor.strategy=megatron"],
-        "actor_rollout_ref.actor.strategy=megatron: exports need one of fsdp, fsdp2 in this release.",
+        ["actor_rollout_ref.actor.strategy=veomni"],
+        "actor_rollout_ref.actor.strategy=veomni: exports need one of fsdp, fsdp2, megatron in this release.",
     ),
     (["autoexport.role=critic", "critic.strategy=veomni"], "critic.strategy=veomni: exports need one of fsdp, fsdp2"),
     (
@@ -153,6 +159,7 @@ POSSIBLE = [
     # where auto can be live nothing needs a checkpoint
     ["trainer.save_freq=-1", "trainer.v1.trainer_mode=colocate_async"],
     [f"actor_rollout_ref.actor.{SAVE_CONTENTS}"],
+    [SAVED, f"actor_rollout_ref.actor.{HF_MODEL}"],
     ["autoexport.trigger.at_steps=[3]", "trainer.total_training_steps=11"],
     [VAL, "trainer.save_freq=4", "trainer.test_freq=6", "trainer.total_training_steps=11"],
     # the live source needs none
@@ -166,6 +173,78 @@ POSSIBLE = [
 @pytest.mark.parametrize("overrides", POSSIBLE, ids=str)
 def test_possible_runs(verl_config, overrides):
     assert judge(verl_config(*overrides)) == []
+
+
+ACTOR = "actor_rollout_ref.actor"
+IMPOSSIBLE_MEGATRON = [
+    (
+        [LIVE],
+        f"autoexport.source=live: {ACTOR}.strategy=megatron, and Megatron's weights are not copied from the running "
+        "workers; use autoexport.source=checkpoint.",
+    ),
+    (
+        ["trainer.save_freq=-1"],
+        f"exports are made of verl's checkpoints ({ACTOR}.strategy=megatron, and Megatron's weights are not copied "
+        "from the running workers) and this run would write none; set trainer.save_freq=N, N ≥ 1.",
+    ),
+    ([f"{ACTOR}.{SAVE_CONTENTS}"], "checkpoints would hold no weights; add 'model'."),
+    (
+        [f"{ACTOR}.megatron.use_mbridge=False"],
+        f"{ACTOR}.megatron.use_mbridge=False: verl would save Megatron's own format, which is not read; set "
+        f"{ACTOR}.megatron.use_mbridge=True, or add 'hf_model' to {ACTOR}.checkpoint.save_contents.",
+    ),
+    (
+        [f"{ACTOR}.megatron.use_dist_checkpointing=True"],
+        f"{ACTOR}.megatron.use_dist_checkpointing=True: verl would save Megatron's own format, which is not read; set "
+        f"{ACTOR}.megatron.use_dist_checkpointing=False, or add 'hf_model'",
+    ),
+    (
+        [f"{ACTOR}.checkpoint.async_save=True"],
+        f"{ACTOR}.checkpoint.async_save=True: verl marks such a save as complete later, or never",
+    ),
+    (
+        [f"{MODEL}.lora.rank=8"],
+        f"{MODEL}.lora.rank=8: of a LoRA run with {ACTOR}.strategy=megatron verl saves only the adapter",
+    ),
+    (
+        ["autoexport.role=critic", "critic.enable=True"],
+        "autoexport.role=critic: value models of critic.strategy=megatron are not exported; set role=actor.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), IMPOSSIBLE_MEGATRON, ids=lambda v: str(v)[:70])
+def test_impossible_runs_of_megatron(verl_config, overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as e:
+        judge(megatron(*overrides))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        [SAVED],
+        [f"{ACTOR}.{HF_MODEL}"],
+        [f"{ACTOR}.{HF_MODEL}", f"{ACTOR}.megatron.use_dist_checkpointing=True"],
+        [f"{ACTOR}.checkpoint.save_contents=[model,hf_model]", f"{ACTOR}.megatron.use_dist_checkpointing=True"],
+        ["critic.megatron.use_mbridge=False", "critic.checkpoint.async_save=True"],
+    ],
+    ids=str,
+)
+def test_possible_runs_of_megatron(verl_config, overrides):
+    cfg = megatron(*overrides)
+    assert judge(cfg) == []
+    kind, why = choose_source(cfg, load_config(cfg.autoexport))
+    assert kind == "checkpoint"
+    assert f"{ACTOR}.strategy=megatron, and Megatron's" in why or overrides == [SAVED]
+
+
+def test_sft_with_megatron(verl_config):
+    sft = [*SFT, "engine=megatron", "optim=megatron"]
+    assert judge(compose("sft_trainer_engine", sft)) == []
+    with pytest.raises(ConfigError, match=r"engine\.use_mbridge=False: verl would save Megatron's own format"):
+        judge(compose("sft_trainer_engine", [*sft, "engine.use_mbridge=False"]))
 
 
 def test_every_problem_of_a_run_is_told_at_once(verl_config):

@@ -30,7 +30,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 LIBRARIES_LAZY: Mapping[str, tuple[str, ...]] = {
     "tqdm": ("cli/terminal.py",), "huggingface_hub": ("model/base_model.py", "merge/plan.py"),
-    "peft": ("verify/",), "safetensors": ("verify/",),
+    "peft": ("verify/",), "safetensors": ("verify/", "sources/hf_model/"),
 }  # fmt: skip
 
 

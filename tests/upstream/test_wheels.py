@@ -6,17 +6,12 @@ The wheels are parsed, not installed. A failure names the version and what chang
 from __future__ import annotations
 
 import ast
-import zipfile
-from functools import cache
-from typing import Any
 
 import pytest
 
-from tests.support.repository import ROOT
+from tests.support.wheels import VERSIONS, find, lines, sources
 from verl_autoexport.trainers.hook import TRACKING, TRAINERS
 
-WHEELS = {path.name.split("-")[1]: path for path in sorted((ROOT / ".wheels").glob("verl-*.whl"))}
-VERSIONS = ("0.5.0", "0.6.0", "0.6.1", "0.7.0", "0.7.1", "0.8.0", "0.9.0", "0.9.1")
 PPO = ("verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.ray_trainer", "verl.trainer.main_ppo_sync")
 SPANS = {
     "verl.trainer.ppo.v1.trainer_base": ("0.9.0", "0.9.1"),
@@ -32,34 +27,12 @@ REFUSED = {"SeparateRayPPOTrainer", "OneStepOffRayTrainer", "FullyAsyncTrainer"}
 """Trainers with a `Tracking` of their own that train and sample at the same time; their runs are refused."""
 
 
-@cache
-def sources(version: str) -> dict[str, str]:
-    """{module: source} of a wheel."""
-    assert version in WHEELS, f"verl {version}: its wheel is not in .wheels: run `make wheels`"
-    with zipfile.ZipFile(WHEELS[version]) as wheel:
-        names = [n for n in wheel.namelist() if n.startswith("verl/") and n.endswith(".py")]
-        return {n.removesuffix(".py").replace("/", "."): wheel.read(n).decode() for n in names}
-
-
-def find(node: Any, *path: str) -> Any:
-    for name in path:
-        node = next((n for n in node.body if getattr(n, "name", None) == name), None)
-        assert node is not None, f"{'.'.join(path)} is gone"
-    return node
-
-
 def trainer(version: str, module: str) -> ast.ClassDef:
     return find(ast.parse(sources(version)[module]), TRAINERS[module])
 
 
 def method(cls: ast.ClassDef, name: str) -> ast.FunctionDef:
     return find(cls, name)
-
-
-def lines(node: ast.AST, *names: str) -> list[int]:
-    """The lines of the calls of any of `names`, such as `self.logger.log`."""
-    calls = [n for n in ast.walk(node) if isinstance(n, ast.Call) and ast.unparse(n.func) in names]
-    return sorted(n.lineno for n in calls)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -111,8 +111,8 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    command = arguments.add_command(commands, "export", export, "export one verl FSDP checkpoint")
-    help_ = "a global_step_N, its actor/, policy/ or critic/"
+    command = arguments.add_command(commands, "export", export, "export one verl checkpoint")
+    help_ = "a global_step_N, its actor/, policy/ or critic/, with FSDP shards or Hugging Face weights"
     command.add_argument("checkpoint", type=arguments.path, metavar="CHECKPOINT", help=help_)
     where = command.add_mutually_exclusive_group(required=True)
     help_ = "a new directory; must not exist, or be empty"

@@ -17,9 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from verl_autoexport.config.schema import AutoExportConfig, is_val, may_be_val
 from verl_autoexport.errors import ConfigError
 
-STRATEGIES = ("fsdp", "fsdp2")
+STRATEGIES, MEGATRON = ("fsdp", "fsdp2"), "megatron"
 LIVE_MODES = ("sync", "colocate_async")
 _SFT = "SFT's ranks are not read while they train"
+_NOT_COPIED = "Megatron's weights are not copied from the running workers"
 _OTHER_TRAINERS = (("async_training", "fully async"), ("rollout.nnodes", "one-step-off"))
 """A key that only this trainer's configuration has."""
 
@@ -51,11 +52,27 @@ class _Run:
         return f"{self.role_key}.strategy"
 
     @property
+    def strategy(self) -> Any:
+        """The strategy; SFT's engine of Megatron has no such key, and its class says it."""
+        if self.sft and str(self.get("engine._target_")).endswith(".McoreEngineConfig"):
+            return MEGATRON
+        return self.get(self.strategy_key)
+
+    @property
     def checkpoint_key(self) -> str:
         """The key of the node that says what the checkpoints of the exported role hold."""
         if self.sft:
             return "checkpoint" if self.get("checkpoint") is not None else "trainer.checkpoint"
         return f"{self.role_key}.checkpoint"
+
+    @property
+    def megatron(self) -> bool:
+        return self.strategy == MEGATRON
+
+    @property
+    def megatron_key(self) -> str:
+        """The key of the node with Megatron's own options."""
+        return "engine" if self.sft else f"{self.role_key}.megatron"
 
     @property
     def role_key(self) -> str:
@@ -74,6 +91,8 @@ def choose_source(cfg: DictConfig, settings: AutoExportConfig) -> tuple[str, str
         return settings.source, f"autoexport.source={settings.source}"
     if _is_sft(cfg):
         return "checkpoint", _SFT
+    if (run := _Run(cfg, settings, None)).megatron:
+        return "checkpoint", f"{run.strategy_key}={MEGATRON}, and {_NOT_COPIED}"
     mode = _get(cfg, "trainer.v1.trainer_mode")
     if mode is None or mode in LIVE_MODES:
         return "live", "the workers hold the weights of a step when it is logged"
@@ -150,21 +169,58 @@ def _saves(run: _Run) -> Iterator[str]:
 def _saves_model(run: _Run) -> Iterator[str]:
     key = f"{run.checkpoint_key}.save_contents"
     contents = run.get(key)
-    if contents is not None and "model" not in contents and not run.live:
+    if contents is not None and not {"model", "hf_model"} & {*contents} and not run.live:
         yield f"{key}={_show(contents)}: checkpoints would hold no weights; add 'model'."
 
 
 def _strategy(run: _Run) -> Iterator[str]:
-    key = run.strategy_key
-    strategy = run.get(key)
-    if strategy is not None and strategy not in STRATEGIES:
-        yield f"{key}={strategy}: exports need one of {', '.join(STRATEGIES)} in this release."
+    key, strategy = run.strategy_key, run.strategy
+    if strategy is not None and strategy not in (*STRATEGIES, MEGATRON):
+        yield f"{key}={strategy}: exports need one of {', '.join((*STRATEGIES, MEGATRON))} in this release."
+
+
+def _saves_hf_weights(run: _Run) -> Iterator[str]:
+    """Megatron's checkpoints are exported from the Hugging Face weights in them, if there are any."""
+    if not run.megatron:
+        return
+    contents = run.get(f"{run.checkpoint_key}.save_contents") or ()
+    for name, without in (("use_mbridge", False), ("use_dist_checkpointing", True)):
+        key = f"{run.megatron_key}.{name}"
+        if run.get(key) is without and "hf_model" not in contents:
+            yield (
+                f"{key}={without}: verl would save Megatron's own format, which is not read; set {key}={not without}, "
+                f"or add 'hf_model' to {run.checkpoint_key}.save_contents."
+            )
+    key = f"{run.checkpoint_key}.async_save"
+    if run.get(key):
+        yield (
+            f"{key}={_show(run.get(key))}: verl marks such a save as complete later, or never, so its weights are not "
+            f"exported during a run; set {key}=False, or export finished checkpoints with `verl-autoexport export`."
+        )
+
+
+def _megatron_role(run: _Run) -> Iterator[str]:
+    if not run.megatron:
+        return
+    if run.settings.role == "critic":
+        yield f"autoexport.role=critic: value models of {run.strategy_key}={MEGATRON} are not exported; set role=actor."
+    for key in (f"{run.model_key}.lora.rank", f"{run.model_key}.lora_rank"):
+        if _positive(run.get(key)):
+            yield (
+                f"{key}={run.get(key)}: of a LoRA run with {run.strategy_key}={MEGATRON} verl saves only the adapter, "
+                "which is not exported; train all weights, or set autoexport.enabled=false."
+            )
 
 
 def _live_mode(run: _Run) -> Iterator[str]:
     mode = run.get("trainer.v1.trainer_mode")
     if run.settings.source == "live" and run.sft:
         yield f"autoexport.source=live: {_SFT}; use autoexport.source=checkpoint."
+    if run.settings.source == "live" and run.megatron:
+        yield (
+            f"autoexport.source=live: {run.strategy_key}={MEGATRON}, and {_NOT_COPIED}; use "
+            "autoexport.source=checkpoint."
+        )
     if run.settings.source == "live" and mode is not None and mode not in LIVE_MODES:
         yield (
             f"autoexport.source=live: trainer.v1.trainer_mode={mode}, but the weights of a step are known to be in the "
@@ -251,6 +307,8 @@ _RULES: tuple[Callable[[_Run], Iterator[str]], ...] = (
     _saves,
     _saves_model,
     _strategy,
+    _saves_hf_weights,
+    _megatron_role,
     _live_mode,
     _trains_lora,
     _adapter_is_local,

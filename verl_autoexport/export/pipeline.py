@@ -152,7 +152,7 @@ def _run(
             source.verify_checksums(manifest, runs, progress.advance)
             written = [replace(w, linked=link_shared(target / w.name, w.sha256, w.nbytes, shared)) for w in written]
             more, reference = _write_beside(spec, saved, planned, written, target)
-            notes = [*untested(), *manifest.notes, *planned.compatibility.notes, *notes, *more]
+            notes = [*untested(), *planned.manifest.notes, *planned.compatibility.notes, *notes, *more]
         with _timed(timings, "verify"):
             progress.stage(VERIFYING)
             checks = _verify(spec, saved, target, planned, reference)

@@ -13,6 +13,7 @@ from verl_autoexport.registry.record import RECORD
 from verl_autoexport.registry.store import Registry
 from verl_autoexport.registry.versions import names_like_versions
 from verl_autoexport.sources.fsdp.discovery import ROLES, STEP, absence, has_shards
+from verl_autoexport.sources.hf_model.discovery import holds_weights
 
 _MARKS = (state.FILE, journal.NAME, lease.NAME, staging.NAME)
 _LOOKED_AT = 200  # the most directories to search for a registry near a wrong path
@@ -77,7 +78,8 @@ def _what(path: Path) -> str:
         return ""
     if (path / RECORD).is_file() and any((path / name).is_file() for name in _MODEL):
         return "an exported model"
-    if has_shards(path) or (STEP.fullmatch(path.name) and any(has_shards(path / role) for role in ROLES)):
+    step = STEP.fullmatch(path.name)
+    if has_shards(path) or (step and any(has_shards(path / role) or holds_weights(path, role) for role in ROLES)):
         return "a checkpoint"
     return _RUN if any(map(STEP.fullmatch, os.listdir(path))) else ""
 

@@ -20,5 +20,8 @@ def disk_dtype(skeleton: Skeleton, fqn: str, source: str, dtype: str) -> str:
 
 def model_dtype(skeleton: Skeleton, manifest: ShardManifest, dtype: str) -> str:
     """transformers' dtype of the model exported in `dtype`: that of its first floating parameter."""
-    held = ((name, manifest.tensors[name].value_dtype) for name in skeleton.tensors if name in manifest.tensors)
+    found = {name: entry.value_dtype for name, entry in manifest.tensors.items()}
+    if manifest.on_disk:
+        found = {skeleton.place(name)[0]: source for name, source in found.items()}
+    held = ((name, found[name]) for name in skeleton.tensors if name in found)
     return next(disk_dtype(skeleton, name, source, dtype) for name, source in held if source in FLOATING)

@@ -11,11 +11,11 @@ from verl_autoexport.errors import PlanError
 from verl_autoexport.merge.plan import MergePlan, Output, make_plan, one_file_plan
 from verl_autoexport.merge.reader import equal_values
 from verl_autoexport.model.base_compatibility import Compatibility, apply_base, carry, check_compatibility
-from verl_autoexport.model.conversion import name_outputs, tied_aliases
+from verl_autoexport.model.conversion import tied_aliases
 from verl_autoexport.model.dtypes import OWN_DTYPES, disk_dtype
 from verl_autoexport.model.lora import adapter as lora
 from verl_autoexport.model.lora.fusion import Fusion
-from verl_autoexport.model.shard_names import by_memory
+from verl_autoexport.model.shard_names import by_memory, whole_model
 from verl_autoexport.model.skeleton import Skeleton, build_skeleton, import_external
 from verl_autoexport.model.transformers_skeleton import TransformersSkeleton
 from verl_autoexport.model.value_head import Head, find_head
@@ -31,7 +31,7 @@ class Planned:
     """A planned export: `manifest` has every tensor that `plan` reads.
 
     `skeleton` is the model without weights, `compatibility` its comparison with the base, `read` describes
-    everything that was read of files with records, `renamed`: the shards have other names than the manifest.
+    everything that was read of files with records, `renamed`: some shards have other names than in memory.
     """
 
     skeleton: Skeleton
@@ -69,11 +69,11 @@ def plan_model(
             skeleton, manifest, plan, Compatibility(reason="an adapter holds none of the base's tensors"), adapter
         )
     if adapter is None:
-        outputs, fusions = name_outputs(skeleton, held := by_memory(skeleton, manifest), options.dtype), {}
+        (held, outputs), fusions = whole_model(skeleton, manifest, options.dtype), {}
     else:
         held, outputs = lora.model_outputs(adapter, manifest, skeleton, options.dtype, options.base_model)
         held, fusions = lora.with_adapter(held, manifest, adapter), adapter.fusions
-    renamed, sums = not held.tensors.keys() <= manifest.tensors.keys() and adapter is None, Sums()
+    renamed, sums = adapter is None and not manifest.tensors.keys() <= skeleton.tensors.keys(), Sums()
     if values:
         _check_tied(skeleton, held, sums)
     compatibility = check_compatibility(
@@ -126,7 +126,8 @@ def _skeleton(options: ExportOptions, saved: Path, manifest: ShardManifest) -> t
     """The model of the shards: the one in `config.json`, or the value model made from it."""
     import_external(options.external_lib)
     skeleton = build_skeleton(saved, options.dtype, options.trust_remote_code)
-    head = find_head(skeleton, saved, lora.plain_shapes(manifest))
+    held = by_memory(skeleton, manifest) if manifest.on_disk else manifest
+    head = find_head(skeleton, saved, lora.plain_shapes(held))
     if head is not None:
         trusted, name = skeleton.trust_remote_code, head.architecture
         skeleton = TransformersSkeleton.of(saved, options.dtype, trusted, name, head.num_labels)

@@ -1,4 +1,4 @@
-"""Names in shards → names in memory, where they differ: transformers 4 had other names for some, or those on disk."""
+"""Names in shards → names in memory, where they differ: those of transformers 4, or those of a saved model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,60 @@ from functools import partial
 
 import torch
 
+from verl_autoexport.errors import PlanError
 from verl_autoexport.merge.plan import Output, Piece, whole
-from verl_autoexport.model.conversion import reverse
+from verl_autoexport.model.base_model import brief
+from verl_autoexport.model.conversion import class_outputs, name_outputs, read_as, reverse
+from verl_autoexport.model.dtypes import disk_dtype
 from verl_autoexport.model.skeleton import Skeleton
 from verl_autoexport.model.trace import trace
 from verl_autoexport.shards.manifest import Shard, ShardManifest, TensorEntry, check_coverage
+
+
+def whole_model(skeleton: Skeleton, manifest: ShardManifest, dtype: str) -> tuple[ShardManifest, list[Output]]:
+    """The manifest by the names that the outputs are made of, and the outputs; PlanError unless it is the whole model.
+
+    The tensors of a saved model are given names in memory, too, and come out as they were. Where that is impossible,
+    as for tensors that transformers transposes or joins, they are taken as they are.
+    """
+    if not manifest.on_disk:
+        held = by_memory(skeleton, manifest)
+        return held, name_outputs(skeleton, held, dtype)
+    manifest = _without_unread(skeleton, manifest)
+    saved = {output.name: output for output in class_outputs(skeleton)}
+    turned = {name for name, o in saved.items() if name in skeleton.tensors and o.pieces != whole(name, o.shape)}
+    found = {name: entry.shape for name, entry in manifest.tensors.items()}
+    try:
+        if turned := sorted(turned & found.keys()):
+            raise PlanError(f"{brief(turned)}: {skeleton.name} has them on disk otherwise than in memory.")
+        held = replace(by_memory(skeleton, manifest), on_disk=False)
+        return held, name_outputs(skeleton, held, dtype)
+    except PlanError as e:
+        if found == {name: output.shape for name, output in saved.items()}:
+            return manifest, [_as_it_is(skeleton, output, manifest, dtype) for output in saved.values()]
+        missing, strange = sorted(saved.keys() - found.keys()), sorted(found.keys() - saved.keys())
+        if not missing and not strange:
+            raise
+        raise PlanError(
+            f"{e} Of the names that it has on disk, {brief(missing) or 'none'} are missing; {brief(strange) or 'none'} "
+            "are unknown."
+        ) from e
+
+
+def _without_unread(skeleton: Skeleton, manifest: ShardManifest) -> ShardManifest:
+    """The manifest without tensors that the class does not read by its own rules, such as multi-token prediction."""
+    unread = [name for name in manifest.tensors if read_as(skeleton, name) is None and skeleton.optional(name)]
+    if not unread:
+        return manifest
+    note = f"left out, since {skeleton.name} does not read them: {brief(unread)}"
+    tensors = {name: entry for name, entry in manifest.tensors.items() if name not in set(unread)}
+    return replace(manifest, tensors=tensors, notes=(*manifest.notes, note))
+
+
+def _as_it_is(skeleton: Skeleton, output: Output, manifest: ShardManifest, dtype: str) -> Output:
+    held = manifest.tensors[output.name].value_dtype
+    cast = disk_dtype(skeleton, output.pieces[0].fqn, held, dtype)
+    return Output(output.name, output.shape, cast, whole(output.name, output.shape))
 
 
 def by_memory(skeleton: Skeleton, manifest: ShardManifest) -> ShardManifest:

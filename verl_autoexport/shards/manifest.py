@@ -167,8 +167,9 @@ class Memory(Protocol):
 class ShardManifest:
     """All tensors of a source, and the files, or blocks of memory, with their bytes.
 
-    `fingerprint` identifies the content. `records` are, by number of file, the records with a CRC-32; bytes
-    read from such a file are compared with them. `notes` are for the record of the export.
+    `fingerprint` identifies the content. `records` are, by number of file, the records with a CRC-32; the bytes
+    read from such a file are noted, and compared with them. `notes` are for the record of the export. `on_disk`: the
+    tensors have the names, and the layout, of a saved model, and not those in memory.
     """
 
     files: tuple[Path | Memory, ...]
@@ -178,6 +179,7 @@ class ShardManifest:
     fingerprint: str
     records: Mapping[int, tuple[Record, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    on_disk: bool = False
 
 
 def check_coverage(entry: TensorEntry) -> None:

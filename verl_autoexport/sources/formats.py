@@ -5,8 +5,11 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+from verl_autoexport.errors import SourceError
 from verl_autoexport.sources.fsdp.discovery import find_checkpoint
 from verl_autoexport.sources.fsdp.format import FsdpFormat
+from verl_autoexport.sources.hf_model.discovery import remains
+from verl_autoexport.sources.hf_model.format import HfModelFormat
 from verl_autoexport.sources.protocol import CheckpointFormat, ShardSource
 from verl_autoexport.system.plugins import load
 
@@ -17,7 +20,7 @@ GROUP = "verl_autoexport.formats"
 @cache
 def known_formats() -> tuple[CheckpointFormat, ...]:
     """The formats, ours first. Raises ConfigError if one of another package cannot be used."""
-    return (FsdpFormat(), *load(GROUP))
+    return (FsdpFormat(), HfModelFormat(), *load(GROUP))
 
 
 def find_shards(path: Path, role: str = "actor") -> Path:
@@ -41,4 +44,9 @@ def locate(path: Path, role: str = "actor") -> tuple[Path, CheckpointFormat]:
     for format_ in known_formats():
         if (found := format_.find(path, role)) is not None:
             return found, format_
-    return find_checkpoint(path, role), known_formats()[0]  # its error names the files that are there
+    try:
+        return find_checkpoint(path, role), known_formats()[0]  # its error names the files that are there
+    except SourceError as e:
+        if not (more := remains(path, role)):
+            raise
+        raise SourceError(f"{e} {more}") from e

@@ -47,7 +47,7 @@ def find_checkpoint(path: Path, role: str = "actor") -> Path:
         + (
             hint
             or "Either the step was rotated away, or checkpoint.save_contents did not include 'model', or the strategy "
-            "is not fsdp/fsdp2."
+            "is not fsdp/fsdp2 and verl saved no safetensors in huggingface/ or model/huggingface/."
         )
     )
 

@@ -26,7 +26,11 @@ _STEP = re.compile(r"global_step_([0-9]{1,18})")
 def check_one_save(paths: Sequence[Path]) -> list[str]:
     """Raises SourceError if the rank files (in order of rank) are from different saves; notes if that is probable."""
     check_schedulers(paths, list(map(scheduler_at, paths)))
-    return list(_likely(paths))
+    return list(doubts(paths[0].parent.parent, paths, _by_rank))
+
+
+def _by_rank(rank: int) -> tuple[str, str]:
+    return f"the file of rank {rank}", f"that of rank {rank}"
 
 
 def check_schedulers(paths: Sequence[Path], found: Sequence[tuple[tuple[str, int], ...]]) -> None:
@@ -42,7 +46,11 @@ def check_schedulers(paths: Sequence[Path], found: Sequence[tuple[tuple[str, int
             )
 
 
-def _likely(paths: Sequence[Path]) -> Iterator[str]:
+def doubts(step: Path, paths: Sequence[Path], called: Callable[[int], tuple[str, str]]) -> Iterator[str]:
+    """Notes where the times of a step's files make it likely that they are not of one complete save.
+
+    `called` gives the two names, one after the other in a sentence, of file number i.
+    """
     try:
         times = [path.stat().st_mtime for path in paths]
     except OSError:
@@ -50,15 +58,15 @@ def _likely(paths: Sequence[Path]) -> Iterator[str]:
     old, new = times.index(min(times)), times.index(max(times))
     if times[new] - times[old] > _APART_S:
         yield (
-            f"the file of rank {new} was written {_span(times[new] - times[old])} after that of rank {old}: they may "
-            "be of different saves"
+            f"{called(new)[0]} was written {_span(times[new] - times[old])} after {called(old)[1]}: they may be of "
+            "different saves"
         )
-    step = paths[0].parent.parent  # verl writes its data.pt after all models
+    # verl writes its data.pt after all models
     saved = _number_of(lambda: (step / "data.pt").stat().st_mtime)
     if saved is not None and times[new] - saved > _APART_S:
         yield (
-            f"the file of rank {new} was written {_span(times[new] - saved)} after data.pt, the last file of a save: "
-            "it may be of a later one"
+            f"{called(new)[0]} was written {_span(times[new] - saved)} after data.pt, the last file of a save: it may "
+            "be of a later one"
         )
     named = _STEP.fullmatch(step.name)
     latest = _number_of(lambda: int((step.parent / "latest_checkpointed_iteration.txt").read_text()[:20]))

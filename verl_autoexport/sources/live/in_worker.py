@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import ActorUnavailableError, RayError
 
 from verl_autoexport.errors import SourceBusy, SourceError
@@ -51,7 +52,7 @@ def find_engine(worker: Any, role: str) -> Any:
         if module is not None:
             return SimpleNamespace(module=module, checkpoint_manager=getattr(inner, "checkpoint_manager", None))
         engine = getattr(getattr(inner, "actor", None) if role == "actor" else inner, "engine", None)
-        if hasattr(engine, "module"):
+        if isinstance(getattr(engine, "module", None), torch.nn.Module):  # Megatron's is a list of them
             return engine
     raise SourceError(f"no training engine of the {role} in {type(worker).__name__}; use autoexport.source=checkpoint.")
 
