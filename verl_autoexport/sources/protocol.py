@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -64,7 +64,7 @@ class SecondReading:
     """
 
     tensors: Mapping[str, Visit]
-    empty: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    empty: Mapping[str, torch.Tensor]
 
 
 class CheckpointFormat(Protocol):
