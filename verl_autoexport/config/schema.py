@@ -300,7 +300,7 @@ class QueueConfig:
 class AutoExportConfig:
     """The whole node `autoexport`; `output_dir` is absolute."""
 
-    enabled: bool = _rule(True, help="`false` turns everything off without removing the flag")
+    enabled: bool = _rule(True, help="`false` turns exports off without removing the flag")
     output_dir: Path = field(
         metadata={
             "convert": _directory,

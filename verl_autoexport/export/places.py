@@ -60,7 +60,7 @@ def check_target(target: Path, option: str, base_model: str | None = None) -> No
 
 
 def check_output(target: Path, base_model: str | None = None) -> None:
-    """Does the same for a directory of its own, which may not lie among a registry's versions either."""
+    """Checks a directory of its own as `check_target` does; it may not lie among a registry's versions either."""
     check_target(target, "--output", base_model)
     target = Path(os.path.realpath(target))
     inside = [folder for folder in target.parents if _is_kept(folder)]

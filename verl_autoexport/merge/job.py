@@ -35,8 +35,8 @@ class WrittenFile:
 
     Of the tensors with a transform, `affected` are those that it should change, and `changed` those
     that came out different. `apart`: the tensors do not change between versions; `linked`: the file
-    is the same as an earlier version's. `read` describes everything that was read of files with
-    records.
+    is the same as an earlier version's. `read` has the byte ranges read from files that carry
+    CRC-32s.
     """
 
     name: str

@@ -270,7 +270,7 @@ def decide(
 ) -> Decision | None:
     """One decision for the step with all its triggers, or None.
 
-    Step 0, whose weights are untrained, is never a milestone, and no step is one twice. `min_steps_between`
+    Step 0, whose weights are untrained, is never chosen, and no step is chosen twice. `min_steps_between`
     holds back droppable triggers only; these leave no trace and are due again.
     """
     if event.step < 1:

@@ -30,8 +30,8 @@ class BaseTensor:
 
 _PREDICTED = re.compile(r"\w*(nextn|mtp)\w*_(layers|modules)|n_predict|num_mtp")
 _WITHOUT = (
-    "names are not compared with its tensors, config.json is written in this transformers' style, and no tokenizer "
-    "files of it are there to add"
+    "names are not compared with its tensors, config.json is written in this transformers' style, and none of "
+    "its tokenizer files can be used"
 )
 
 

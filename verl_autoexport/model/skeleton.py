@@ -65,7 +65,7 @@ class Skeleton(Protocol):
         return dtype
 
     def optional(self, name: str) -> bool:
-        """Whether readers say nothing if files lack a tensor on disk that they read, or have one that they do not."""
+        """Whether loading stays silent if this tensor is missing, or present but unread."""
         return False
 
 

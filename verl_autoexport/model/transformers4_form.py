@@ -91,7 +91,7 @@ def set_template(directory: Path, template: Any, base: Path | None, unchanged: b
 
 
 def set_processor_template(directory: Path, template: Any, legacy: bool) -> None:
-    """Does the same for a processor; `legacy`: in the file that older readers, and transformers 5 first, look at."""
+    """Sets a processor's chat template; `legacy`: in the file that older readers read, and transformers 5 first."""
     path = directory / _PROCESSOR
     if "chat_template" in (config := _read(path)):
         del config["chat_template"]

@@ -36,7 +36,7 @@ def append_all(path: Path, entries: Sequence[tuple[str, dict[str, Any]]]) -> Non
 
 
 def append_lines(path: Path, lines: bytes) -> None:
-    """Does what `append_all` does, for entries that `encode` prepared before the lock was taken."""
+    """Appends entries that `encode` prepared before the lock was taken."""
     fresh = not path.exists()
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:

@@ -67,7 +67,7 @@ class Linked:
 
 @dataclass(frozen=True)
 class DecidesBest:
-    """The newest claim on a pointer whose older claims use another metric: otherwise they would get the pointer."""
+    """Keeps the newest claim on a pointer if older claims use another metric, which would otherwise win it."""
 
     def keep(self, versions: Sequence[Version]) -> Iterator[Kept]:
         chosen = pointers.choose(versions)

@@ -226,7 +226,7 @@ class Registry(Reader):
         self.note([(event, fields)])
 
     def note(self, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        """Does what `journal` does, for several entries in order."""
+        """Appends several entries to the journal, in order."""
         if entries:
             with self._locked():
                 self._notes.append_all(entries)

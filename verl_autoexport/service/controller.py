@@ -233,7 +233,7 @@ class RunController:
             self.ledger.bookings.write()
         except RegistryBusy as e:
             if self.registry.lock_timeout_s:
-                logger.warning("verl_autoexport: booked later, nothing is lost: %s", e)
+                logger.warning("verl_autoexport: journal write delayed, nothing is lost: %s", e)
             self.registry.lock_timeout_s = 0.0  # training has waited for the lock once
             self.ledger.expect()
             return False
@@ -246,7 +246,7 @@ class RunController:
             while not self._bounded("booking", self._book) and time.monotonic() < deadline:
                 time.sleep(_AGAIN_S)
         except (AutoExportError, OSError) as e:
-            self.ledger.problems.append(f"not everything could be booked: {e}")
+            self.ledger.problems.append(f"some journal entries were not written: {e}")
 
     def _cut_past(self) -> None:
         """The run's first trained step gives it a past of its own: everything beyond the resumed step is removed."""

@@ -87,7 +87,7 @@ class Ledger:
         return failures
 
     def take(self) -> list[Outcome]:
-        """Does what `poll` does, without the journal."""
+        """Takes in the available outcomes without waiting or journal; returns the new failures."""
         failures = []
         for pending in self.pending:
             if pending.outcome is None and pending.future is not None and pending.future.done():

@@ -74,7 +74,7 @@ class Watch:
             self.name, self._moved = name, time.monotonic()
 
     def advance(self, nbytes: int) -> None:
-        """Notes a sign of life; only bytes are progress."""
+        """Records a heartbeat; only bytes count as progress."""
         self._check()
         if nbytes:
             self._moved = time.monotonic()

@@ -24,7 +24,7 @@ def drop_cache(path: Path) -> None:
 
 
 def let_go(fd: int, begin: int = 0, nbytes: int = 0) -> None:
-    """Does the same for an open file, from a byte on; 0 bytes: to its end. Starts to write the dirty pages."""
+    """Removes a range of an open file from the page cache; 0 bytes: to its end. Starts to write the dirty pages."""
     with suppress(OSError, AttributeError):  # some file systems take no advice, and macOS has no such call
         os.posix_fadvise(fd, begin, nbytes, os.POSIX_FADV_DONTNEED)
 

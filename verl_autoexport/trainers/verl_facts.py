@@ -14,7 +14,7 @@ from verl_autoexport.service.request import RunInfo
 
 
 def first_rank() -> bool:
-    """Whether this process is rank 0, or none; each rank of `torchrun` has its number in its environment."""
+    """Whether this process is rank 0, or not under torchrun, which puts the rank into the environment."""
     return os.environ.get("RANK", "0") == "0"
 
 

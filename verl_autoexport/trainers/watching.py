@@ -114,7 +114,7 @@ def _check_unknown(frame: FrameType | None) -> None:
 
 
 class Run:
-    """A followed trainer: it reports to a session, and logs with one step number are one step.
+    """A followed trainer: it reports its events to a session, and all logs with one step number form one step.
 
     A step is complete once it is saved, another one is logged, or `fit` ends; if the trainer is known to log each
     step once, at once.

@@ -100,7 +100,7 @@ def _replace(model: Any, shards: SecondReading, lora: Mapping[str, Any] | None, 
 
 
 def _loaded(model: Any, shards: SecondReading) -> Iterator[tuple[str, Visit]]:
-    """Does the same with shards of other names than those in memory, through transformers' own loading."""
+    """The tensors of shards with other names than those in memory, loaded by transformers itself."""
     state = {name: torch.empty_like(shards.empty[name], device="cpu") for name in shards.tensors}
     for name, visit in shards.tensors.items():
         visit(state[name], lambda place, values: place.copy_(values))
@@ -115,7 +115,7 @@ def _loaded(model: Any, shards: SecondReading) -> Iterator[tuple[str, Visit]]:
 def _merged(
     model: Any, shards: SecondReading, lora: Mapping[str, Any], base: Path | None
 ) -> Iterator[tuple[str, Visit]]:
-    """Does the same with the result of PEFT's `merge_and_unload`, in the dtype of training."""
+    """The tensors after PEFT's `merge_and_unload`, in the dtype of training."""
     from peft import LoraConfig, get_peft_model
 
     dtype = next(tensor.dtype for name, tensor in shards.empty.items() if ".lora_" in name)

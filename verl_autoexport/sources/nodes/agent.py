@@ -102,7 +102,7 @@ class NodeFiles:
         return compare(path, rank, seen, records, runs)
 
     def config_files(self, directory: Path) -> dict[str, bytes]:
-        """By path below `directory`, what is needed beside the shards."""
+        """The files needed besides the shards, as {path below `directory`: bytes}."""
         extra = settings_files(directory)
         files = [*extra, *holds.config_files(directory)]
         if large := [str(p) for p in files if p.stat().st_size > _MAX_CONFIG]:
