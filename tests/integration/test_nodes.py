@@ -155,7 +155,8 @@ def left_over(cluster: Cluster) -> list[Path]:
     return found
 
 
-@pytest.mark.parametrize("output", ["seen by all", pytest.param("seen by the head", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("output", ["seen by all", "seen by the head"])
 def test_shards_on_three_nodes_make_the_same_model(cluster, source, start, tmp_path, output):
     """What only the head sees is merged there."""
     driver = start(tmp_path if output == "seen by all" else cluster.private)
@@ -343,6 +344,7 @@ def test_killed_actors_of_nodes_come_back(cluster, source, driver):
     assert "1 published (v0001-step12)" in driver.drain(120)
 
 
+@pytest.mark.full
 def test_a_damaged_shard_is_found_where_it_lies(cluster, source, driver):
     checkpoint = cluster.spread(source, 4)
     path = cluster.own(2) / f"global_step_4/actor/model_world_size_{WORLD}_rank_2.pt"
